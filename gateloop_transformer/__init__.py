@@ -1,0 +1,46 @@
+"""GateLoop: sequence layers whose memory is a linear recurrence with data-controlled complex gates.
+
+Names load on first use: importing the package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gateloop_transformer.layers.attention import CausalFullAttention
+    from gateloop_transformer.layers.gate_looped import GateLoopedAttention
+    from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
+    from gateloop_transformer.layers.state import load_state, save_state
+    from gateloop_transformer.model import Transformer
+
+__version__ = "1.0.0.dev0"
+
+_HOMES = {
+    "CausalFullAttention": "gateloop_transformer.layers.attention",
+    "GateLoopedAttention": "gateloop_transformer.layers.gate_looped",
+    "SimpleGateLoopLayer": "gateloop_transformer.layers.simple_gate_loop",
+    "Transformer": "gateloop_transformer.model",
+    "load_state": "gateloop_transformer.layers.state",
+    "save_state": "gateloop_transformer.layers.state",
+}
+
+__all__ = [
+    "CausalFullAttention",
+    "GateLoopedAttention",
+    "SimpleGateLoopLayer",
+    "Transformer",
+    "load_state",
+    "save_state",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

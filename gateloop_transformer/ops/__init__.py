@@ -1,0 +1,25 @@
+"""Pure functions of tensors: the recurrences of GateLoop and their gates.
+
+The names below load on first use; `gateloop_transformer.ops.NAME` is the function NAME.
+"""
+
+from gateloop_transformer.ops.associative_scan import associative_scan
+from gateloop_transformer.ops.dispatch import available_backends
+from gateloop_transformer.ops.gate_loop import gate_loop
+from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale
+from gateloop_transformer.ops.heinsen import heinsen_scan
+from gateloop_transformer.ops.linear_scan import linear_scan
+from gateloop_transformer.ops.surrogate_attention import surrogate_attention
+
+__all__ = [
+    "associative_scan",
+    "available_backends",
+    "gate_loop",
+    "heinsen_scan",
+    "linear_scan",
+    "paper",
+    "polar",
+    "ring",
+    "ring_input_scale",
+    "surrogate_attention",
+]

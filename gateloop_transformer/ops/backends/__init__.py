@@ -1,0 +1,1 @@
+"""One file per backend; none imports a heavy library before it computes."""

@@ -1,0 +1,156 @@
+"""JAX and XLA under torch: tensors handed over by DLPack without a copy, gradients by JAX's vjp.
+
+The numbers are those of `gateloop_transformer.jax.ops`; here is only the bridge. Complex values cross it as
+pairs of real arrays. Contiguous tensors are shared, others are copied once. CPU only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateloop_transformer.ops.pairs import Pair, compute_dtype
+
+INSTALL_HINT = "JAX is not installed; `pip install gateloop-transformer[jax]`"
+
+
+def installed() -> bool:
+    """Whether JAX can be imported."""
+    return importlib.util.find_spec("jax") is not None
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Needs JAX, tensors on the CPU, floating point or complex."""
+    if not installed():
+        return INSTALL_HINT
+    if device.type != "cpu":
+        return f"the bridge to JAX is for CPU tensors, these are on {device.type}"
+    if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128):
+        return None
+    return "needs floating point or complex tensors"
+
+
+def _to_jax(value: Any) -> Any:
+    """Tensors in any nesting of tuples as JAX arrays, sharing memory where contiguous."""
+    import jax
+
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return tuple(_to_jax(item) for item in value)
+    return jax.dlpack.from_dlpack(value.detach().contiguous())
+
+
+def _to_torch(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return tuple(_to_torch(item) for item in value)
+    return torch.from_dlpack(value)
+
+
+def _join(pair: Any) -> Any:
+    import jax
+
+    if pair is None:
+        return None
+    re, im = pair
+    return re if im is None else jax.lax.complex(re, im)
+
+
+def _split(value: Any) -> Any:
+    import jax.numpy as jnp
+
+    return (value.real, value.imag) if jnp.iscomplexobj(value) else (value, None)
+
+
+def _linear_scan(reverse: bool, gates: Any, inputs: Any, initial: Any) -> Any:
+    from gateloop_transformer.jax.ops import linear_scan
+
+    return _split(linear_scan(_join(gates), _join(inputs), _join(initial), reverse=reverse))
+
+
+def _gate_loop(reverse: bool, q: Any, k: Any, v: Any, gates: Any, initial: Any) -> Any:
+    from gateloop_transformer.jax.ops import gate_loop
+
+    y, final = gate_loop(q, k, v, _join(gates), _join(initial), reverse=reverse)
+    return y, _split(final)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], reverse: bool, backward: bool) -> Callable[..., Any]:
+    import jax
+
+    forward = functools.partial(function, reverse)
+
+    def gradient(primals: Any, cotangents: Any) -> Any:
+        return jax.vjp(forward, *primals)[1](cotangents)
+
+    return jax.jit(gradient if backward else forward)  # type: ignore[no-any-return]
+
+
+def _run(function: Callable[..., Any], reverse: bool, *arguments: Any, backward: bool = False) -> Any:
+    """The jitted function (or its vjp) on torch tensors. Waits: torch may write to shared memory afterwards."""
+    import jax
+
+    with jax.enable_x64(True):
+        results = _compiled(function, reverse, backward)(*_to_jax(arguments))
+        return _to_torch(jax.block_until_ready(results))
+
+
+def _one_precision(*pairs: Pair | None) -> list[Pair | None]:
+    """All in float64 if one is, else in float32: JAX has no complex type below it, and mixes none."""
+    dtype = compute_dtype(*(pair.re.dtype for pair in pairs if pair is not None))
+    return [None if pair is None else pair.map(lambda x: x.to(dtype)) for pair in pairs]
+
+
+def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
+    """h[t] = a[t] h[t-1] + x[t]."""
+    return Pair(*_run(_linear_scan, reverse, *_one_precision(gates, inputs, initial)))
+
+
+def linear_scan_backward(
+    grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
+) -> tuple[Pair, Pair, Pair]:
+    """JAX's vjp of the forward."""
+    start = initial or Pair(torch.zeros_like(inputs.re[:, 0]))
+    gates, inputs, start, grad = _one_precision(gates, inputs, start, grad)
+    gradients = _run(_linear_scan, reverse, (gates, inputs, start), tuple(grad), backward=True)
+    d_gates, d_inputs, d_initial = (Pair(*gradient) for gradient in gradients)
+    return d_gates, d_inputs, d_initial
+
+
+def gate_loop_forward(
+    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+) -> tuple[Tensor, Pair]:
+    """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
+    gates, initial = _one_precision(gates, initial)
+    y, final = _run(_gate_loop, reverse, queries, keys, values, gates, initial)
+    return y, Pair(*final)
+
+
+def gate_loop_backward(
+    grad: Tensor,
+    grad_final: Pair,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    """JAX's vjp of the forward."""
+    start = initial or Pair(torch.zeros_like(grad_final.re))
+    if grad_final.im is not None and start.im is None and gates.im is None:
+        start = Pair(start.re, torch.zeros_like(start.re))
+    gates, start, grad_final = _one_precision(gates, start, grad_final)
+    primals = (queries, keys, values, gates, start)
+    dq, dk, dv, d_gates, d_initial = _run(
+        _gate_loop, reverse, primals, (grad, tuple(grad_final)), backward=True
+    )
+    return dq, dk, dv, Pair(*d_gates), Pair(*d_initial)

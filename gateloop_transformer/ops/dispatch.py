@@ -1,0 +1,91 @@
+"""Which backend computes: the protocol a backend fulfils, the table, and the whole choice policy."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gateloop_transformer.ops.backends import chunkwise, eager, jax_xla
+from gateloop_transformer.ops.pairs import Pair
+
+
+class Backend(Protocol):
+    """Numbers only: a forward and a backward per operator, on pairs of real tensors.
+
+    Gradients follow the convention dL/dRe + i·dL/dIm. Arithmetic on gates and states is float32 or
+    better whatever the inputs' dtype. Outputs never alias inputs. Shapes as in the public operators.
+    """
+
+    @staticmethod
+    def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot run on such tensors; None when it can."""
+
+    @staticmethod
+    def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
+        """All states."""
+
+    @staticmethod
+    def linear_scan_backward(
+        grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
+    ) -> tuple[Pair, Pair, Pair]:
+        """Gradients of gates, inputs and the initial state."""
+
+    @staticmethod
+    def gate_loop_forward(
+        queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+    ) -> tuple[Tensor, Pair]:
+        """Outputs and the final state."""
+
+    @staticmethod
+    def gate_loop_backward(
+        grad: Tensor,
+        grad_final: Pair,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        gates: Pair,
+        initial: Pair | None,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+        """Gradients of queries, keys, values, gates and the initial state."""
+
+
+# In order of preference: "auto" takes the first that has no reason against.
+TABLE: dict[str, Backend] = {"chunkwise": chunkwise, "jax": jax_xla, "eager": eager}
+
+
+def reasons_against(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Per backend, why it cannot run on tensors of this device and dtype; None when it can."""
+    return {name: backend.unsupported(device, dtype) for name, backend in TABLE.items()}
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that will compute.
+
+    Raises:
+        ValueError: no backend has that name.
+        NotImplementedError: the backend asked for cannot run these tensors.
+    """
+    if backend != "auto":
+        if backend not in TABLE:
+            raise ValueError(f"unknown backend {backend!r}; there are 'auto', {', '.join(map(repr, TABLE))}")
+        reason = TABLE[backend].unsupported(device, dtype)
+        if reason:
+            raise NotImplementedError(f"backend {backend!r} cannot run {dtype} on {device}: {reason}")
+        return backend
+    for name, candidate in TABLE.items():
+        if candidate.unsupported(device, dtype) is None:
+            return name
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in reasons_against(device, dtype).items())
+    raise NotImplementedError(f"no backend can run {dtype} on {device}: {reasons}")
+
+
+def available_backends(example: Tensor) -> list[str]:
+    """The backends that can run on tensors of `example`'s device and dtype, the preferred one first.
+
+    >>> available_backends(torch.zeros(1))[0]
+    'chunkwise'
+    """
+    return [name for name, reason in reasons_against(example.device, example.dtype).items() if reason is None]

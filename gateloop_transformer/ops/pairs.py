@@ -1,0 +1,87 @@
+"""Complex numbers as pairs of real tensors: what crosses operator boundaries instead of complex dtypes.
+
+Compilers do not generate code for complex dtypes and some devices lack them; two real tensors work
+everywhere. An absent imaginary part means "real", and no arithmetic is spent on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pair(NamedTuple):
+    """re + i·im, both of one shape; im is None where the number is real."""
+
+    re: Tensor
+    im: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Pair:
+        """`function` of each part."""
+        return Pair(function(self.re), None if self.im is None else function(self.im))
+
+    def parts(self) -> list[Tensor]:
+        """[re] or [re, im]: how a pair crosses the boundary of a custom operator."""
+        return [self.re] if self.im is None else [self.re, self.im]
+
+    def as_complex(self) -> Pair:
+        """The same number with an imaginary part, zero where there was none."""
+        return self if self.im is not None else Pair(self.re, torch.zeros_like(self.re))
+
+    def to(self, dtype: torch.dtype) -> Pair:
+        """Both parts in `dtype`."""
+        return self.map(lambda part: part.to(dtype))
+
+    def select(self, dim: int, index: int) -> Pair:
+        """Both parts at one index of one dimension, as views."""
+        return self.map(lambda part: part.select(dim, index))
+
+    def narrow(self, dim: int, start: int, length: int) -> Pair:
+        """Both parts over a stretch of one dimension, as views."""
+        return self.map(lambda part: part.narrow(dim, start, length))
+
+    def conj(self) -> Pair:
+        """re - i·im."""
+        return Pair(self.re, None if self.im is None else -self.im)
+
+    def times(self, other: Pair) -> Pair:
+        """The complex product, broadcasting."""
+        if self.im is None:
+            return other.map(lambda part: self.re * part)
+        if other.im is None:
+            return Pair(self.re * other.re, self.im * other.re)
+        re = torch.addcmul(self.re * other.re, self.im, other.im, value=-1)
+        return Pair(re, torch.addcmul(self.re * other.im, self.im, other.re))
+
+    def plus(self, other: Pair) -> Pair:
+        """The complex sum, broadcasting."""
+        if self.im is None or other.im is None:
+            im = other.im if self.im is None else self.im
+            return Pair(self.re + other.re, im)
+        return Pair(self.re + other.re, self.im + other.im)
+
+    def over(self, function: Callable[[Tensor, Tensor], Tensor], real: Tensor) -> Pair:
+        """`function(part, real)` of each part: a product with a real tensor, of whatever kind."""
+        return self.map(lambda part: function(part, real))
+
+    def complex(self) -> Tensor:
+        """One tensor: complex where there is an imaginary part, real otherwise."""
+        return self.re if self.im is None else torch.complex(self.re, self.im)
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The precision of state and gate arithmetic: float64 where any of `dtypes` has it, else float32."""
+    wide = (torch.float64, torch.complex128)
+    return torch.float64 if any(dtype in wide for dtype in dtypes) else torch.float32
+
+
+def split(value: Tensor | tuple[Tensor, Tensor]) -> Pair:
+    """A real tensor, a complex tensor or a tuple (real, imaginary) as a Pair."""
+    if isinstance(value, tuple):
+        return Pair(*value)
+    if value.is_complex():
+        return Pair(value.real, value.imag)
+    return Pair(value)

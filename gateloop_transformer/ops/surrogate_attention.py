@@ -1,0 +1,122 @@
+"""The gate loop as attention: y = [(Q Kᵀ) ∘ Re Π a] V, quadratic in time, decay computed in log space."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateloop_transformer.ops import checks
+from gateloop_transformer.ops.dispatch import TABLE, choose
+from gateloop_transformer.ops.gate_loop import RealPair, check_gate_loop
+from gateloop_transformer.ops.linear_scan import take
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, split
+
+
+def surrogate_attention(queries: Tensor, keys: Tensor, values: Tensor, gates: Tensor | RealPair) -> Tensor:
+    """y[i] = Σ_{j ≤ i} Re(q[i] k[j] a[j+1] ··· a[i]) v[j]: the outputs of `gate_loop`, the attention way.
+
+    Memory and time grow with T²: it shows what the recurrence attends to and checks the linear forms; train with
+    `gate_loop`. The products of gates are exp(L[i] - L[j]) with L the cumulated log-magnitude, the exponent masked
+    before it is taken; a gate of 0 cuts the sequence there. The gradient is that of `gate_loop`, linear in memory.
+
+    Args:
+        queries: q (B, T, H, K).
+        keys: k (B, T, H, K).
+        values: v (B, T, H, V).
+        gates: a, per head (B, T, H) or per key channel (B, T, H, K); real, complex, or a tuple (real, imaginary).
+
+    Returns:
+        y (B, T, H, V) in the queries' dtype, computed in float32 or better.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+
+    Source: T. Katsch, GateLoop (2023), arXiv 2311.01927, section 3.3.
+
+    >>> ones = torch.ones(1, 3, 1, 1)
+    >>> surrogate_attention(ones, ones, ones, torch.full((1, 3, 1), 0.5)).flatten()
+    tensor([1.0000, 1.5000, 1.7500])
+    """
+    a = split(gates)
+    check_gate_loop("surrogate_attention", queries, keys, values, a, None)
+    return _forward(queries, keys, values, a.parts())
+
+
+def _decay(gates: Tensor, imaginary: Tensor | None) -> Tensor:
+    """Re(a[j+1] ··· a[i]) for i ≥ j, else 0: (..., T) → (..., T, T)."""
+    # Float64 where the device has it: cumulated logarithms and phases grow with T, their differences do not.
+    wide = gates.dtype if gates.device.type == "mps" else torch.float64
+    re = gates.to(wide)
+    im = torch.zeros_like(re) if imaginary is None else imaginary.to(wide)
+    magnitude = torch.hypot(re, im)
+    zero = magnitude == 0
+    L = torch.log(torch.where(zero, 1.0, magnitude)).cumsum(-1)
+    phase = torch.atan2(im, re).cumsum(-1)
+    segment = zero.cumsum(-1)
+    T = re.shape[-1]
+    seen = torch.ones(T, T, dtype=torch.bool, device=re.device).tril()
+    seen = seen & (segment[..., :, None] == segment[..., None, :])
+    exponent = torch.where(seen, L[..., :, None] - L[..., None, :], -torch.inf)
+    turned = torch.cos(phase[..., :, None] - phase[..., None, :])
+    return (exponent.exp() * turned).to(gates.dtype)
+
+
+@torch.library.custom_op("gateloop::surrogate_attention", mutates_args=())
+def _forward(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> Tensor:
+    if queries.numel() == 0 or values.numel() == 0:
+        return torch.zeros_like(values, memory_format=torch.contiguous_format)
+    dtype = compute_dtype(queries.dtype, gates[0].dtype)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (queries, keys, values))
+    a = Pair(*gates).map(lambda x: x.to(dtype).transpose(1, 2))
+    if a.re.ndim == 3:
+        scores = (q @ k.transpose(-1, -2)) * _decay(a.re, a.im)
+    else:
+        scores = torch.zeros(*q.shape[:3], q.shape[2], dtype=dtype, device=q.device)
+        for c in range(q.shape[-1]):
+            gate = a.select(-1, c)
+            scores += q[..., c, None] * k[..., None, :, c] * _decay(gate.re, gate.im)
+    return (scores @ v).transpose(1, 2).to(queries.dtype).contiguous()
+
+
+@_forward.register_fake
+def _(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> Tensor:
+    return queries.new_empty(values.shape)
+
+
+@torch.library.custom_op("gateloop::surrogate_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]
+) -> list[Tensor]:
+    if queries.numel() == 0 or values.numel() == 0:
+        return checks.no_gradient(queries, keys, values, *gates)
+    state = queries.new_zeros(
+        (queries.shape[0], *queries.shape[2:], values.shape[-1]), dtype=compute_dtype(queries.dtype, gates[0].dtype)
+    )
+    backend = TABLE[choose("auto", queries.device, queries.dtype)]
+    final = Pair(state) if len(gates) == 1 else Pair(state, state)
+    *d_inputs, d_gates, _ = backend.gate_loop_backward(
+        grad, final, queries, keys, values, Pair(*gates), None, False
+    )
+    fitted = [x.to(queries.dtype).contiguous() for x in d_inputs if isinstance(x, Tensor)]
+    return [*fitted, *checks.fit(d_gates, list(gates))]
+
+
+@_backward.register_fake
+def _(grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
+    return checks.no_gradient(queries, keys, values, *gates)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    queries, keys, values, gates = inputs
+    ctx.lengths = 3, len(gates)
+    ctx.save_for_backward(queries, keys, values, *gates)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    inputs, gates = take(ctx.saved_tensors, ctx.lengths)
+    d_inputs, d_gates = take(_backward(grad, *inputs, gates), ctx.lengths)
+    return (*d_inputs, d_gates)
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)
