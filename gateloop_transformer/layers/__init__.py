@@ -1,0 +1,1 @@
+"""The layers as torch modules; they know the operators, not the model."""

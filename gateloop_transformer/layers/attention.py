@@ -1,0 +1,291 @@
+"""CausalFullAttention: quadratic attention, with the gate loop's relative position on request."""
+
+from __future__ import annotations
+
+from typing import Literal, cast, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gateloop_transformer.layers.gate_looped import check_input, scale_gradient
+from gateloop_transformer.layers.norm import HeadRMSNorm
+from gateloop_transformer.layers.state import AttentionState, check_state
+from gateloop_transformer.ops.gate_loop import gate_loop
+from gateloop_transformer.ops.gates import polar
+from gateloop_transformer.ops.pairs import Pair, compute_dtype
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns the channel pair (2i, 2i+1) at position t by t · 10000^(-2i/dim) radians.
+
+    Args:
+        dim: channels of a head, even.
+
+    Source: Su et al., RoFormer (2021), section 3.2.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"rotary embedding needs an even head size, not {dim}")
+        freqs = 10000.0 ** (-torch.arange(0, dim, 2).float() / dim)
+        self.freqs = nn.Parameter(freqs, requires_grad=False)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """x (B, heads, T, dim), its first step at position `start`."""
+        wide = compute_dtype(x.dtype)
+        positions = torch.arange(start, start + x.shape[2], device=x.device, dtype=wide)
+        angles = positions[:, None] * self.freqs.to(wide)
+        even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = angles.cos(), angles.sin()
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+        return turned.flatten(-2).to(x.dtype)
+
+
+class CausalFullAttention(nn.Module):
+    """Causal attention over all past steps; the defaults are the original's, weights and numbers included.
+
+    Args:
+        dim: width of input and output.
+        dim_head: size of a head.
+        heads: number of heads.
+        rotary_emb: rotary position embedding of queries and keys.
+        add_swish_gating: multiply the heads' outputs by SiLU(Linear(x)).
+        data_dependent_rel_pos: False; True: as released by the original, a product of gates over channel pairs; or
+            "gate_loop": as the paper means it, scores Re(q[i] k[j] Π_{j<m≤i} a[m]) with the product over time and one
+            gate per channel pair.
+        frac_gradient_data_dependent_rel_pos: the gradient into that gate's projection is scaled by this.
+        softmax_normalize: softmax over the scores, or the bare scores; None: softmax unless data_dependent_rel_pos.
+        qk_norm: RMS norm of each head's queries and keys, before the rotary embedding.
+        backend: of the gate loop in data_dependent_rel_pos="gate_loop".
+
+    Raises:
+        ValueError: sizes are not positive, dim_head is odd where pairs of channels are needed, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int = 64,
+        heads: int = 8,
+        rotary_emb: bool = False,
+        add_swish_gating: bool = False,
+        data_dependent_rel_pos: bool | str = False,
+        frac_gradient_data_dependent_rel_pos: float = 0.5,
+        softmax_normalize: bool | None = None,
+        qk_norm: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if min(dim, dim_head, heads) < 1:
+            raise ValueError(
+                f"CausalFullAttention: dim, dim_head and heads must be positive, got {dim}, {dim_head}, {heads}"
+            )
+        if data_dependent_rel_pos not in (False, True, "gate_loop"):
+            raise ValueError(
+                "CausalFullAttention: data_dependent_rel_pos must be False, True or 'gate_loop', "
+                f"not {data_dependent_rel_pos!r}"
+            )
+        if data_dependent_rel_pos and dim_head % 2:
+            raise ValueError(
+                f"CausalFullAttention: data_dependent_rel_pos needs an even dim_head, not {dim_head}"
+            )
+        inner = heads * dim_head
+        self.dim, self.heads, self.dim_head, self.backend = dim, heads, dim_head, backend
+        self.data_dependent_rel_pos = data_dependent_rel_pos
+        self.frac_gradient_data_dependent_rel_pos = frac_gradient_data_dependent_rel_pos
+        self.softmax_normalize = not data_dependent_rel_pos if softmax_normalize is None else softmax_normalize
+        self.rotary_emb = RotaryEmbedding(dim_head) if rotary_emb else None
+        self.to_qkv = nn.Sequential(nn.Linear(dim, 3 * inner, bias=False))
+        if data_dependent_rel_pos:
+            self.to_a = nn.Sequential(nn.Linear(dim, inner, bias=False))
+        self.q_norm = HeadRMSNorm(heads, dim_head) if qk_norm else None
+        self.k_norm = HeadRMSNorm(heads, dim_head) if qk_norm else None
+        self.to_gates = nn.Sequential(nn.Linear(dim, inner, bias=False), nn.SiLU()) if add_swish_gating else None
+        self.to_out = nn.Sequential(nn.Identity(), nn.Linear(inner, dim))
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | bool | None = None,
+        ablate_state_transition: bool = False,
+        *,
+        ablate_complex: bool = False,
+        return_state: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | bool | None = None,
+        ablate_state_transition: bool = False,
+        *,
+        ablate_complex: bool = False,
+        return_state: Literal[True],
+    ) -> tuple[Tensor, AttentionState]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | bool | None = None,
+        ablate_state_transition: bool = False,
+        *,
+        ablate_complex: bool = False,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, AttentionState]:
+        """Mix over time.
+
+        Args:
+            x: (B, T, dim), B and T may be 0.
+            state: where an earlier call with return_state ended; None: the start. A bool in this place is the
+                original's second argument, ablate_complex.
+            ablate_state_transition: no data-dependent position.
+            ablate_complex: its gates are real.
+            return_state: return (y, state) instead of y.
+
+        Returns:
+            y (B, T, dim) in x's dtype (under autocast: what a Linear gives), or (y, state).
+
+        Raises:
+            ValueError: x or state has another shape or kind.
+        """
+        if isinstance(state, bool):
+            state, ablate_complex = None, state
+        check_input("CausalFullAttention", x, self.dim)
+        self._check_state(x, state)
+        q, k, v = self._project(x, 0 if state is None else state.keys.shape[2])
+        values = v if state is None else torch.cat([state.values, v], 2)
+        imaginary = k.new_empty(x.shape[0], self.heads, 0, self.dim_head)
+        if self.data_dependent_rel_pos == "gate_loop":
+            gates = self._time_gates(x, ablate_complex, ablate_state_transition)
+            scores, keys, imaginary = self._gated_scores(q, k, gates, state)
+            y = self._attend(scores, values)
+        else:
+            if self.data_dependent_rel_pos and not ablate_state_transition:
+                q, k = self._channel_gates(x, q, k, ablate_complex)
+            keys = k if state is None else torch.cat([state.keys, k], 2)
+            # The released position makes scores of 1e8: a fused backward that computes them again rounds otherwise.
+            if self.softmax_normalize and not self.data_dependent_rel_pos:
+                y = self._softmax_attention(q, keys, values)
+            else:
+                y = self._attend(q @ keys.transpose(-1, -2), values)
+        y = self._output(x, y)
+        return (y, AttentionState(keys, imaginary, values)) if return_state else y
+
+    def _check_state(self, x: Tensor, state: AttentionState | None) -> None:
+        if state is None:
+            return
+        kind = (x.shape[0], self.heads, None, self.dim_head)
+        names = ("keys", "keys_imaginary", "values")
+        check_state("CausalFullAttention", state, AttentionState, dict.fromkeys(names, kind))
+        past = state.keys.shape[2]
+        imaginary = past if self.data_dependent_rel_pos == "gate_loop" else 0
+        if state.values.shape[2] != past or state.keys_imaginary.shape[2] != imaginary:
+            raise ValueError(
+                f"CausalFullAttention: the state's keys, keys_imaginary and values must hold {past}, {imaginary} and "
+                f"{past} steps, not {past}, {state.keys_imaginary.shape[2]} and {state.values.shape[2]}"
+            )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads·dim_head) → (B, heads, T, dim_head)."""
+        return x.unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)
+
+    def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (scaled), keys and values (B, heads, T, dim_head)."""
+        q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            shape = (self.heads, self.dim_head)
+            q = self.q_norm(q.unflatten(-1, shape)).flatten(-2).to(v.dtype)
+            k = self.k_norm(k.unflatten(-1, shape)).flatten(-2).to(v.dtype)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        if self.rotary_emb is not None:
+            q, k = self.rotary_emb(q, start), self.rotary_emb(k, start)
+        return q * self.dim_head**-0.5, k, v
+
+    def _gates(self, x: Tensor, ablate_complex: bool) -> Pair:
+        """Polar gates (B, T, heads, dim_head/2), one per pair of channels."""
+        z = scale_gradient(self.to_a(x), self.frac_gradient_data_dependent_rel_pos)
+        real, imaginary = z.unflatten(-1, (self.heads, self.dim_head // 2, 2)).unbind(-1)
+        return Pair(*polar(real, torch.zeros_like(imaginary) if ablate_complex else imaginary))
+
+    def _channel_gates(
+        self, x: Tensor, q: Tensor, k: Tensor, ablate_complex: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As released: q times the real part of the product of gates over channel pairs, k by its inverse."""
+        gates = self._gates(x, ablate_complex).map(lambda part: part.transpose(1, 2))
+        product = gates.select(-1, 0)
+        scales = [product.re]
+        for pair in range(1, self.dim_head // 2):
+            product = product.times(gates.select(-1, pair))
+            scales.append(product.re)
+        scale = torch.stack(scales, -1).clamp(min=1e-10).repeat_interleave(2, -1)
+        return (q * scale).to(q.dtype), (k / scale).to(k.dtype)
+
+    def _time_gates(self, x: Tensor, ablate_complex: bool, ablate_state_transition: bool) -> tuple[Tensor, Tensor]:
+        """Gates (B, T, heads, dim_head), both channels of a pair sharing one."""
+        if ablate_state_transition:
+            ones = x.new_ones(*x.shape[:2], self.heads, self.dim_head, dtype=compute_dtype(x.dtype))
+            return ones, torch.zeros_like(ones)
+        real, imaginary = (part.repeat_interleave(2, -1) for part in self._gates(x, ablate_complex).parts())
+        return real, imaginary
+
+    def _gated_scores(
+        self, q: Tensor, k: Tensor, gates: tuple[Tensor, Tensor], state: AttentionState | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (B, heads, T, past + T) and all keys decayed to the last step, real and imaginary parts.
+
+        A gate loop whose value at step j is the j-th unit vector keeps every key apart in its state: its outputs are
+        the scores, its final state the decayed keys.
+        """
+        T = q.shape[2]
+        past = 0 if state is None else state.keys.shape[2]
+        units = F.pad(torch.eye(T, dtype=q.dtype, device=q.device), (past, 0))
+        units = units[None, :, None, :].expand(q.shape[0], T, self.heads, past + T)
+        initial = None
+        if state is not None:
+            parts = (state.keys, state.keys_imaginary)
+            initial = tuple(F.pad(part.transpose(-1, -2), (0, T)) for part in parts)
+        scores, final = gate_loop(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            units,
+            gates,
+            cast(tuple[Tensor, Tensor] | None, initial),
+            backend=self.backend,
+        )
+        keys, imaginary = (part.transpose(-1, -2) for part in final)
+        return scores.transpose(1, 2), keys, imaginary
+
+    def _attend(self, scores: Tensor, values: Tensor) -> Tensor:
+        """Weights from scores (B, heads, T, past + T), causally, times values."""
+        past = scores.shape[-1] - scores.shape[-2]
+        if not self.softmax_normalize:
+            return scores.tril(past) @ values
+        future = torch.ones_like(scores, dtype=torch.bool).triu(past + 1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        return weights.to(values.dtype) @ values
+
+    def _softmax_attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        past = keys.shape[2] - q.shape[2]
+        if past == 0:
+            return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=1.0)
+        seen = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(past)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=1.0)
+
+    def _output(self, x: Tensor, y: Tensor) -> Tensor:
+        """Swish gate and output projection of the heads' outputs (B, heads, T, dim_head)."""
+        y = y.transpose(1, 2).flatten(-2)
+        if self.to_gates is not None:
+            y = y * self.to_gates(x)
+        return cast(Tensor, self.to_out(y))
+
+    def extra_repr(self) -> str:
+        """Shown by `print(layer)`."""
+        return (
+            f"dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}, softmax_normalize="
+            f"{self.softmax_normalize}, data_dependent_rel_pos={self.data_dependent_rel_pos!r}"
+        )

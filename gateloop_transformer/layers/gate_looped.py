@@ -1,0 +1,232 @@
+"""GateLoopedAttention: the gate loop as a layer."""
+
+from __future__ import annotations
+
+from typing import Literal, cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from gateloop_transformer.layers.norm import HeadRMSNorm
+from gateloop_transformer.layers.short_conv import ShortConv
+from gateloop_transformer.layers.state import GateLoopState, check_state
+from gateloop_transformer.ops.gate_loop import gate_loop
+from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale, ring_start
+from gateloop_transformer.ops.pairs import compute_dtype
+
+GATES = ("polar", "paper", "ring")
+
+
+def check_input(layer: str, x: Tensor, dim: int) -> None:
+    """x is (B, T, dim) and floating point.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if x.ndim != 3 or x.shape[-1] != dim:
+        raise ValueError(f"{layer}: input must have shape (B, T, {dim}), not {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{layer}: input must be floating point, not {x.dtype}")
+
+
+def scale_gradient(x: Tensor, fraction: float) -> Tensor:
+    """x itself, with its gradient multiplied by `fraction`."""
+    held = x.detach()
+    return x if fraction == 1 else held + (x - held) * fraction
+
+
+class GateLoopedAttention(nn.Module):
+    """y = out(SiLU(gates(x)) · norm(Re(q S))) with S[t] = a(x[t]) S[t-1] + k ⊗ v, per head.
+
+    The defaults are the original's, weights and numbers included. Memory is linear in T; a sequence may be fed in
+    pieces of any length through `state`.
+
+    Args:
+        dim: width of input and output.
+        heads: number of heads, each with one gate; None: as many as `dim_inner` (head size 1).
+        dim_inner: width of q, k and v; None: dim. A multiple of heads.
+        checkpoint_gate_looped_attn: accepted for compatibility; memory is linear either way.
+        add_swish_gating: multiply by SiLU(Linear(x)) before the output projection.
+        sub_ln: LayerNorm over the merged heads.
+        frac_gradient_state_transition: the gradient into the gate projection is scaled by this.
+        gate: "polar" (the original's, |a| ≥ ½), "paper" (|a| in (0, 1), free phase) or "ring" (starts with memories
+            spread up to `max_memory`, inputs scaled by √(1-|a|²)).
+        head_norm: RMS norm of each head's output, before the swish gate. Head size above 1.
+        qk_norm: RMS norm of each head's queries and keys. Head size above 1.
+        conv_size: taps of a causal depthwise convolution before q, k, v and the gate; 0 for none.
+        max_memory: steps; the longest memory that "ring" starts with.
+        backend: "auto", or a backend's name.
+
+    Raises:
+        ValueError: heads do not divide dim_inner, an unknown gate, or an option that head size 1 rules out.
+
+    Source: T. Katsch, GateLoop (2023), arXiv 2311.01927.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int | None = None,
+        dim_inner: int | None = None,
+        checkpoint_gate_looped_attn: bool = True,
+        add_swish_gating: bool = True,
+        sub_ln: bool = False,
+        frac_gradient_state_transition: float = 0.9,
+        *,
+        gate: str = "polar",
+        head_norm: bool = False,
+        qk_norm: bool = False,
+        conv_size: int = 0,
+        max_memory: float = 1024,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        dim_inner = dim if dim_inner is None else dim_inner
+        heads = dim_inner if heads is None else heads
+        if min(dim, dim_inner, heads) < 1 or dim_inner % heads:
+            raise ValueError(
+                f"GateLoopedAttention: dim, heads and dim_inner must be positive and heads must divide dim_inner, "
+                f"got dim={dim}, heads={heads}, dim_inner={dim_inner}"
+            )
+        if gate not in GATES:
+            raise ValueError(f"GateLoopedAttention: gate must be one of {', '.join(GATES)}, not {gate!r}")
+        if conv_size < 0:
+            raise ValueError(f"GateLoopedAttention: conv_size must be 0 or more taps, not {conv_size}")
+        self.dim, self.heads, self.gate, self.backend = dim, heads, gate, backend
+        self.dim_head = dim_inner // heads
+        self.checkpoint_gate_looped_attn = checkpoint_gate_looped_attn
+        self.frac_gradient_state_transition = frac_gradient_state_transition
+        self.conv = ShortConv(dim, conv_size) if conv_size else None
+        self.to_qkv = nn.Linear(dim, 3 * dim_inner, bias=False)
+        self.to_a = nn.Sequential(nn.Linear(dim, 2 * heads, bias=gate != "ring"))
+        if gate == "ring":
+            self._start_ring(max_memory)
+        self.q_norm = HeadRMSNorm(heads, self.dim_head) if qk_norm else None
+        self.k_norm = HeadRMSNorm(heads, self.dim_head) if qk_norm else None
+        self.head_norm = HeadRMSNorm(heads, self.dim_head) if head_norm else None
+        self.maybe_sub_ln = nn.LayerNorm(dim_inner) if sub_ln else nn.Identity()
+        self.to_gates = (
+            nn.Sequential(nn.Linear(dim, dim_inner, bias=False), nn.SiLU()) if add_swish_gating else None
+        )
+        projected = dim_inner != dim or add_swish_gating
+        self.to_out = nn.Linear(dim_inner, dim, bias=False) if projected else nn.Identity()
+
+    def _start_ring(self, max_memory: float) -> None:
+        """Memories and phases from `ring_start`; phases do not depend on the data at first."""
+        logits, phases = ring_start(self.heads, max_memory)
+        self.ring_logit, self.ring_phase = nn.Parameter(logits), nn.Parameter(phases)
+        with torch.no_grad():
+            cast(nn.Linear, self.to_a[0]).weight[1::2].zero_()
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: GateLoopState | bool | None = None,
+        ablate_state_transition: bool = False,
+        *,
+        ablate_complex: bool = False,
+        return_state: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        state: GateLoopState | bool | None = None,
+        ablate_state_transition: bool = False,
+        *,
+        ablate_complex: bool = False,
+        return_state: Literal[True],
+    ) -> tuple[Tensor, GateLoopState]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        state: GateLoopState | bool | None = None,
+        ablate_state_transition: bool = False,
+        *,
+        ablate_complex: bool = False,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, GateLoopState]:
+        """Mix over time.
+
+        Args:
+            x: (B, T, dim), B and T may be 0.
+            state: where an earlier call with return_state ended; None: the start. A bool in this place is the
+                original's second argument, ablate_complex.
+            ablate_state_transition: all gates are 1.
+            ablate_complex: gates are real: the imaginary projection ("polar") or the phase is dropped.
+            return_state: return (y, state) instead of y.
+
+        Returns:
+            y (B, T, dim) in x's dtype (under autocast: what a Linear gives), or (y, state).
+
+        Raises:
+            ValueError: x or state has another shape or kind.
+        """
+        if isinstance(state, bool):
+            state, ablate_complex = None, state
+        check_input("GateLoopedAttention", x, self.dim)
+        past = self._past(x, state)
+        mixed = x
+        if self.conv is not None:
+            mixed, past = self.conv(x, past)
+        q, k, v = (
+            part.unflatten(-1, (self.heads, self.dim_head)) for part in self.to_qkv(mixed).chunk(3, dim=-1)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        real, imaginary, k = self._gates(mixed, k, ablate_complex, ablate_state_transition)
+        if state is None and imaginary is None and not return_state:
+            y, _ = gate_loop(q, k, v, real, backend=self.backend)
+            return self._output(x, y)
+        gates = real, torch.zeros_like(real) if imaginary is None else imaginary
+        initial = None if state is None else (state.real, state.imaginary)
+        y, final = gate_loop(q, k, v, gates, initial, backend=self.backend)
+        y = self._output(x, y)
+        return (y, GateLoopState(*final, past)) if return_state else y
+
+    def _past(self, x: Tensor, state: GateLoopState | None) -> Tensor:
+        """The inputs before x that the convolution needs."""
+        taps = 0 if self.conv is None else self.conv.taps - 1
+        if state is None:
+            return x.new_zeros(x.shape[0], taps, self.dim)
+        matrix = (x.shape[0], self.heads, self.dim_head, self.dim_head)
+        shapes = {"real": matrix, "imaginary": matrix, "inputs": (x.shape[0], taps, self.dim)}
+        check_state("GateLoopedAttention", state, GateLoopState, shapes)
+        return state.inputs
+
+    def _gates(
+        self, x: Tensor, k: Tensor, ablate_complex: bool, ablate_state_transition: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gates (B, T, heads), the imaginary part None where all are real, and the keys that go with them."""
+        if ablate_state_transition:
+            return x.new_ones(*x.shape[:2], self.heads, dtype=compute_dtype(x.dtype)), None, k
+        z = scale_gradient(self.to_a(x), self.frac_gradient_state_transition)
+        first, second = z.to(compute_dtype(z.dtype)).unflatten(-1, (self.heads, 2)).unbind(-1)
+        if self.gate == "polar":
+            second = torch.zeros_like(second) if ablate_complex else second
+            real, imaginary = polar(first, second)
+            return real, None if ablate_complex else imaginary, k
+        if self.gate == "ring":
+            first = first + self.ring_logit.to(first.dtype)
+            second = second + self.ring_phase.to(second.dtype)
+            k = k * ring_input_scale(first).to(k.dtype).unsqueeze(-1)
+        if ablate_complex:
+            return torch.sigmoid(first), None, k
+        real, imaginary = (ring if self.gate == "ring" else paper)(first, second)
+        return real, imaginary, k
+
+    def _output(self, x: Tensor, y: Tensor) -> Tensor:
+        """Norms, swish gate and output projection of the heads' outputs (B, T, heads, dim_head)."""
+        if self.head_norm is not None:
+            y = self.head_norm(y)
+        y = self.maybe_sub_ln(y.flatten(-2))
+        if self.to_gates is not None:
+            y = self.to_gates(x) * y
+        return cast(Tensor, self.to_out(y))
+
+    def extra_repr(self) -> str:
+        """Shown by `print(layer)`."""
+        return f"dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}, gate={self.gate!r}"

@@ -1,0 +1,108 @@
+"""Norms, and the wrappers that put one before or after a layer with a residual around both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gateloop_transformer.ops.pairs import compute_dtype
+
+
+def normalize(x: Tensor) -> Tensor:
+    """x / ‖x‖₂ · √dim over the last dimension, in float32 or better, returned in x's dtype."""
+    wide = x.to(compute_dtype(x.dtype))
+    return (F.normalize(wide, dim=-1) * x.shape[-1] ** 0.5).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / max(‖x‖₂, 1e-12) · √dim · gamma over the last dimension.
+
+    Args:
+        dim: the size of the last dimension.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) → (..., dim)."""
+        return normalize(x) * self.gamma
+
+
+class HeadRMSNorm(nn.Module):
+    """`RMSNorm` of each head on its own: (..., heads, dim_head) → the same shape.
+
+    Args:
+        heads: number of heads.
+        dim_head: size of a head, above 1: normalising a single number leaves its sign.
+    """
+
+    def __init__(self, heads: int, dim_head: int) -> None:
+        super().__init__()
+        if dim_head < 2:
+            raise ValueError("normalising heads of size 1 leaves only signs; use fewer heads")
+        self.gamma = nn.Parameter(torch.ones(heads, dim_head))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; gamma has one entry per head and channel."""
+        return normalize(x) * self.gamma
+
+
+class _Residual(nn.Module):
+    """Common to both wrappers: dropout on what `fn` adds, and its state passed through."""
+
+    def __init__(self, fn: nn.Module, norm: nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.fn = fn
+        self.norm = norm
+        self.dropout = dropout
+
+    def drop(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
+
+
+class PreNorm(_Residual):
+    """x + fn(RMSNorm(x)).
+
+    Args:
+        dim: width.
+        fn: the layer; if called with return_state=True it must return (y, state), as this then does.
+        dropout: probability of zeroing an element of fn's output in training.
+    """
+
+    def __init__(self, dim: int, fn: nn.Module, dropout: float = 0.0) -> None:
+        super().__init__(fn, RMSNorm(dim), dropout)
+
+    def forward(self, x: Tensor, *, return_state: bool = False, **kwargs: Any) -> Any:
+        """(B, T, dim) → (B, T, dim), or (that, state)."""
+        if not return_state:
+            return self.drop(self.fn(self.norm(x), **kwargs)) + x
+        y, state = self.fn(self.norm(x), return_state=True, **kwargs)
+        return self.drop(y) + x, state
+
+
+class PostNorm(_Residual):
+    """LayerNorm(x + fn(x)).
+
+    Args:
+        dim: width.
+        fn: the layer; if called with return_state=True it must return (y, state), as this then does.
+        dropout: probability of zeroing an element of fn's output in training.
+    """
+
+    def __init__(self, dim: int, fn: nn.Module, dropout: float = 0.0) -> None:
+        super().__init__(fn, nn.LayerNorm(dim), dropout)
+
+    def forward(self, x: Tensor, *, return_state: bool = False, **kwargs: Any) -> Any:
+        """(B, T, dim) → (B, T, dim), or (that, state)."""
+        if not return_state:
+            return self.norm(self.drop(self.fn(x, **kwargs)) + x)
+        y, state = self.fn(x, return_state=True, **kwargs)
+        return self.norm(self.drop(y) + x), state

@@ -1,0 +1,139 @@
+"""SimpleGateLoopLayer: a real-gated linear recurrence per channel, to add beside attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gateloop_transformer.layers.gate_looped import check_input
+from gateloop_transformer.layers.norm import RMSNorm
+from gateloop_transformer.layers.state import SimpleGateLoopState, check_state
+from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
+from gateloop_transformer.ops.heinsen import heinsen_scan
+from gateloop_transformer.ops.linear_scan import linear_scan
+from gateloop_transformer.ops.pairs import compute_dtype
+
+
+class SimpleGateLoopLayer(nn.Module):
+    """y = q · h with h[t] = σ(a[t]) h[t-1] + kv[t], per channel; q, kv, a are projections of the normalised input.
+
+    The original's layer, weights and numbers included. There is no residual inside.
+
+    Args:
+        dim: width.
+        prenorm: RMS norm of the input.
+        use_heinsen: scan in log space (see `heinsen_scan`).
+        use_jax_associative_scan: scan in JAX, on CPU tensors; not together with use_heinsen.
+        post_ln: LayerNorm of the output.
+        reverse: run time backwards; a cache or state is then where the scan starts, and none is returned.
+        backend: "auto", or a backend's name.
+
+    Raises:
+        ValueError: both use_heinsen and use_jax_associative_scan, or dim below 1.
+        ImportError: use_jax_associative_scan without JAX.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        prenorm: bool = True,
+        use_heinsen: bool = False,
+        use_jax_associative_scan: bool = False,
+        post_ln: bool = False,
+        reverse: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"SimpleGateLoopLayer: dim must be positive, not {dim}")
+        if use_heinsen and use_jax_associative_scan:
+            raise ValueError("SimpleGateLoopLayer: use_heinsen and use_jax_associative_scan exclude each other")
+        if use_jax_associative_scan and not installed():
+            raise ImportError(f"SimpleGateLoopLayer(use_jax_associative_scan=True): {INSTALL_HINT}")
+        self.dim, self.reverse = dim, reverse
+        self.use_heinsen, self.use_jax = use_heinsen, use_jax_associative_scan
+        self.backend = "jax" if use_jax_associative_scan else backend
+        self.norm = RMSNorm(dim) if prenorm else nn.Identity()
+        self.to_qkva = nn.Sequential(nn.Linear(dim, 3 * dim, bias=False))
+        self.maybe_post_ln = nn.LayerNorm(dim) if post_ln else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: Sequence[Tensor] | SimpleGateLoopState | None = None,
+        return_cache: bool = False,
+        *,
+        state: SimpleGateLoopState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Mix over time.
+
+        Args:
+            x: (B, T, dim), B and T may be 0.
+            cache: the original's state: two tensors (B·dim, 1), batch-major; the first (the product of all gates so
+                far) never affects the output, the second is h. Differentiable, and may be built by hand. A
+                `SimpleGateLoopState` in this place is taken as `state`.
+            return_cache: return (y, cache).
+            state: where an earlier call with return_state ended; None: h = 0.
+            return_state: return (y, state).
+
+        Returns:
+            y (B, T, dim) in x's dtype (under autocast: what a Linear gives); (y, cache) or (y, state) on request.
+
+        Raises:
+            ValueError: wrong shapes, both a cache and a state, or either to return with reverse=True.
+        """
+        check_input("SimpleGateLoopLayer", x, self.dim)
+        if isinstance(cache, SimpleGateLoopState):
+            cache, state = None, cache
+        if (cache is not None and state is not None) or (return_cache and return_state):
+            raise ValueError("SimpleGateLoopLayer: use either cache and return_cache or state and return_state")
+        if self.reverse and (return_cache or return_state):
+            raise ValueError("SimpleGateLoopLayer: reverse=True has no cache or state to return: it ends at the start")
+        initial = self._initial(x, cache, state)
+        q, kv, a = self.to_qkva(self.norm(x)).chunk(3, dim=-1)
+        gates = torch.sigmoid(a.to(compute_dtype(a.dtype)))
+        hidden = self._scan(gates, kv.to(gates.dtype), initial)
+        y = cast(Tensor, self.maybe_post_ln(q * hidden.to(q.dtype)))
+        if not (return_cache or return_state):
+            return y
+        last = torch.cat([gates.new_zeros(x.shape[0], 1, self.dim) if initial is None else initial[:, None], hidden], 1)
+        if return_state:
+            return y, SimpleGateLoopState(last[:, -1])
+        product = gates.prod(1).reshape(-1, 1)
+        return y, (product if cache is None else product * cache[0], last[:, -1].reshape(-1, 1))
+
+    def _initial(
+        self, x: Tensor, cache: Sequence[Tensor] | None, state: SimpleGateLoopState | None
+    ) -> Tensor | None:
+        """h before the first step (B, dim)."""
+        if state is not None:
+            check_state(
+                "SimpleGateLoopLayer", state, SimpleGateLoopState, {"hidden": (x.shape[0], self.dim)}
+            )
+            return state.hidden
+        if cache is None:
+            return None
+        expected = (x.shape[0] * self.dim, 1)
+        if len(cache) != 2 or any(tuple(part.shape) != expected for part in cache):
+            shapes = [tuple(part.shape) for part in cache]
+            raise ValueError(
+                f"SimpleGateLoopLayer: cache must be two tensors of shape (B·dim, 1) = {expected}, not {shapes}"
+            )
+        return cache[1].reshape(x.shape[0], self.dim)
+
+    def _scan(self, gates: Tensor, inputs: Tensor, initial: Tensor | None) -> Tensor:
+        if not self.use_heinsen:
+            return linear_scan(gates, inputs, initial, reverse=self.reverse, backend=self.backend)
+        if self.reverse:
+            return heinsen_scan(gates.flip(1), inputs.flip(1), initial).flip(1)
+        return heinsen_scan(gates, inputs, initial)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(layer)`."""
+        how = "heinsen" if self.use_heinsen else self.backend
+        return f"dim={self.dim}, scan={how!r}, reverse={self.reverse}"

@@ -1,0 +1,217 @@
+"""What a layer remembers between calls: NamedTuples of tensors, batch first in every tensor.
+
+Every state (of a layer or of a model) has `detach`, `to`, `select` and `batch_size`, and goes to and from a
+safetensors file with `save_state` and `load_state`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Self = TypeVar("Self", bound="State")
+
+_FORMAT = "gateloop-state"
+_VERSION = "1"
+
+
+class State:
+    """The methods that all states share. A subclass is also a NamedTuple of tensors or of further states."""
+
+    __slots__ = ()
+
+    def map(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same state with `function` applied to every tensor."""
+        return _map(self, function)  # type: ignore[no-any-return]
+
+    def detach(self: Self) -> Self:
+        """The same values, cut from the graph: for truncated backpropagation."""
+        return self.map(Tensor.detach)
+
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """Every tensor moved or converted as by `Tensor.to`."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def select(self: Self, index: Tensor | list[int]) -> Self:
+        """The rows `index` of the batch, in that order, repeats allowed: reorder, pick or repeat.
+
+        Args:
+            index: row numbers (N,), integer; or a boolean mask (B,).
+
+        Raises:
+            ValueError: an index is outside the batch, or the mask has another length.
+        """
+        size = self.batch_size
+        rows = torch.as_tensor(index, dtype=None if len(index) else torch.long).cpu()
+        if rows.dtype == torch.bool:
+            if rows.shape != (size,):
+                raise ValueError(f"a boolean index must have shape ({size},), not {tuple(rows.shape)}")
+            rows = rows.nonzero().flatten()
+        if rows.ndim != 1 or rows.is_floating_point():
+            raise ValueError("select takes row numbers (N,) or a boolean mask (B,)")
+        if rows.numel() and not (-size <= int(rows.min()) and int(rows.max()) < size):
+            raise ValueError(f"select: rows {rows.tolist()} of a batch of {size}")
+        return self.map(lambda tensor: tensor[rows.to(tensor.device)])
+
+    @property
+    def batch_size(self) -> int:
+        """B, the first dimension of every tensor."""
+        return next(iter(_leaves(self, "")))[1].shape[0]
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    items = [_map(item, function) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield prefix, value
+        return
+    names = getattr(value, "_fields", None) or [str(n) for n in range(len(value))]
+    for name, item in zip(names, value, strict=True):
+        yield from _leaves(item, f"{prefix}.{name}" if prefix else name)
+
+
+class _GateLoopFields(NamedTuple):
+    real: Tensor
+    imaginary: Tensor
+    inputs: Tensor
+
+
+class GateLoopState(_GateLoopFields, State):
+    """Of a `GateLoopedAttention`, constant in size.
+
+    real, imaginary: the parts of S (B, H, K, V), float32 or better; inputs: the last layer inputs that the
+    short convolution still needs (B, conv_size - 1, dim), of length 0 without one.
+    """
+
+    __slots__ = ()
+
+
+class _SimpleGateLoopFields(NamedTuple):
+    hidden: Tensor
+
+
+class SimpleGateLoopState(_SimpleGateLoopFields, State):
+    """Of a `SimpleGateLoopLayer`: hidden h (B, dim), float32 or better."""
+
+    __slots__ = ()
+
+
+class _AttentionFields(NamedTuple):
+    keys: Tensor
+    keys_imaginary: Tensor
+    values: Tensor
+
+
+class AttentionState(_AttentionFields, State):
+    """Of a `CausalFullAttention`: keys and values of all past steps (B, heads, T, dim_head).
+
+    With data_dependent_rel_pos="gate_loop" the keys are complex and already decayed to the last step;
+    otherwise keys_imaginary has T = 0.
+    """
+
+    __slots__ = ()
+
+
+LayerState = GateLoopState | SimpleGateLoopState | AttentionState
+
+
+class _TransformerFields(NamedTuple):
+    layers: tuple[LayerState, ...]
+
+
+class TransformerState(_TransformerFields, State):
+    """Of a `Transformer`: one state per layer, in order."""
+
+    __slots__ = ()
+
+
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind for kind in (GateLoopState, SimpleGateLoopState, AttentionState)
+}
+
+
+def _describe(state: Any) -> Any:
+    if isinstance(state, TransformerState):
+        return [type(layer).__name__ for layer in state.layers]
+    return type(state).__name__
+
+
+def save_state(state: State, path: str | os.PathLike[str]) -> None:
+    """Write a state of a layer or a model to a safetensors file, whole or not at all.
+
+    Args:
+        state: any state of this library.
+        path: of the file; an existing one is replaced.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _leaves(state, "")}
+    aside = f"{os.fspath(path)}.partial"
+    metadata = {"format": _FORMAT, "version": _VERSION, "kind": json.dumps(_describe(state))}
+    save_file(tensors, aside, metadata)
+    os.replace(aside, path)
+
+
+def load_state(path: str | os.PathLike[str]) -> State:
+    """Read a state that `save_state` wrote; its tensors are on the CPU.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds something else, or is of a newer format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no state file {os.fspath(path)!r}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{os.fspath(path)!r} holds no gate loop state")
+    if metadata.get("version") != _VERSION:
+        raise ValueError(
+            f"{os.fspath(path)!r} is of state format {metadata.get('version')}, this library reads {_VERSION}"
+        )
+    kind = json.loads(metadata["kind"])
+    if isinstance(kind, str):
+        return _build(kind, tensors, "")
+    return TransformerState(tuple(_build(name, tensors, f"layers.{n}.") for n, name in enumerate(kind)))
+
+
+def _build(kind: str, tensors: dict[str, Tensor], prefix: str) -> Any:
+    fields = _KINDS[kind]
+    return fields(**{name: tensors[prefix + name] for name in fields._fields})
+
+
+def check_state(layer: str, state: object, kind: type[State], shapes: dict[str, tuple[int | None, ...]]) -> None:
+    """`state` is of `kind` and its tensors have `shapes` (None: any size).
+
+    Raises:
+        ValueError: it is not, or they have not.
+    """
+    if not isinstance(state, kind):
+        raise ValueError(f"{layer}: state must be a {kind.__name__}, not {type(state).__name__}")
+    for name, expected in shapes.items():
+        shape = getattr(state, name).shape
+        fits = len(shape) == len(expected) and all(
+            want is None or size == want for size, want in zip(shape, expected, strict=True)
+        )
+        if not fits:
+            want = tuple("any" if size is None else size for size in expected)
+            raise ValueError(f"{layer}: state.{name} must have shape {want}, not {tuple(shape)}")

@@ -1,0 +1,252 @@
+"""Transformer: token embedding, depth × (time mixer, feed-forward), logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gateloop_transformer.layers.attention import CausalFullAttention
+from gateloop_transformer.layers.feedforward import FeedForward
+from gateloop_transformer.layers.gate_looped import GateLoopedAttention
+from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
+from gateloop_transformer.layers.state import TransformerState
+
+
+def parse_pattern(pattern: str, depth: int) -> list[str]:
+    """The mixer of each layer: the words of `pattern` ("gate", "attention"), repeated up to `depth`.
+
+    Raises:
+        ValueError: the pattern is empty or has another word.
+
+    >>> parse_pattern("gate gate attention", 4)
+    ['gate', 'gate', 'attention', 'gate']
+    """
+    words = pattern.split()
+    unknown = sorted(set(words) - {"gate", "attention"})
+    if not words or unknown:
+        raise ValueError(
+            f"layer_pattern must be words 'gate' and 'attention', for example 'gate gate attention', not {pattern!r}"
+        )
+    return [words[n % len(words)] for n in range(depth)]
+
+
+class Transformer(nn.Module):
+    """A language model of gate loop layers, attention layers or a pattern of both.
+
+    The defaults are the original's, weights and numbers included; what the original lacks has to be asked for.
+
+    Args:
+        dim: width.
+        num_tokens: size of the vocabulary.
+        depth: number of blocks, each a time mixer and a feed-forward.
+        dim_head: size of an attention head.
+        heads: number of attention heads.
+        ff_mult: inner width of the feed-forward as a multiple of dim.
+        checkpoint_gate_looped_attn: accepted for compatibility; memory is linear either way.
+        use_gate_looped_attn: gate loop layers; False: attention layers.
+        gate_loop_heads: heads of the gate loop layers; None: as many as their inner width.
+        attn_add_swish_gating: SiLU gate on the output of every time mixer.
+        dim_gate_looped_attn: inner width of the gate loop layers; None: dim.
+        attn_softmax_normalize: softmax in attention; None: unless data_dependent_rel_pos.
+        data_dependent_rel_pos: of the attention layers: False, True (as released) or "gate_loop" (over time).
+        frac_gradient_state_transition: gradient into the gate projections is scaled by this.
+        ablate_complex: gates are real, unless a call says otherwise.
+        ablate_state_transition: gates are 1, unless a call says otherwise.
+        rotary_emb: rotary position embedding in attention.
+        post_ln_norm: LayerNorm after each residual instead of RMSNorm before each layer.
+        sub_ln: LayerNorm on the merged heads of gate loop layers.
+        layer_pattern: mixers in turn, repeated up to depth, for example "gate gate attention"; None: all alike, as
+            use_gate_looped_attn says.
+        gate: of the gate loop layers: "polar" (the original's), "paper" or "ring".
+        head_norm: RMS norm on each gate loop head's output.
+        qk_norm: RMS norm on queries and keys of every mixer.
+        conv_size: taps of the causal convolution in gate loop layers; 0 for none.
+        max_memory: steps; the longest memory that "ring" gates start with.
+        dropout: probability of zeroing what a block adds, in training.
+        backend: of all operators: "auto", or a backend's name.
+
+    Raises:
+        ValueError: a size is not positive, heads do not divide, or an option is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_tokens: int,
+        depth: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int = 4,
+        checkpoint_gate_looped_attn: bool = True,
+        use_gate_looped_attn: bool = True,
+        gate_loop_heads: int | None = None,
+        attn_add_swish_gating: bool = True,
+        dim_gate_looped_attn: int | None = None,
+        attn_softmax_normalize: bool | None = None,
+        data_dependent_rel_pos: bool | str = False,
+        frac_gradient_state_transition: float = 0.9,
+        ablate_complex: bool = False,
+        ablate_state_transition: bool = False,
+        rotary_emb: bool = False,
+        post_ln_norm: bool = False,
+        sub_ln: bool = False,
+        layer_pattern: str | None = None,
+        gate: str = "polar",
+        head_norm: bool = False,
+        qk_norm: bool = False,
+        conv_size: int = 0,
+        max_memory: float = 1024,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if min(dim, num_tokens, depth, ff_mult) < 1:
+            raise ValueError(
+                "Transformer: dim, num_tokens, depth and ff_mult must be positive, got "
+                f"dim={dim}, num_tokens={num_tokens}, depth={depth}, ff_mult={ff_mult}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"Transformer: dropout must be in [0, 1), not {dropout}")
+        self.num_tokens = num_tokens
+        self.ablate_complex, self.ablate_state_transition = ablate_complex, ablate_state_transition
+        options: dict[str, dict[str, Any]] = {
+            "gate": {
+                "heads": gate_loop_heads,
+                "dim_inner": dim_gate_looped_attn,
+                "checkpoint_gate_looped_attn": checkpoint_gate_looped_attn,
+                "add_swish_gating": attn_add_swish_gating,
+                "sub_ln": sub_ln,
+                "frac_gradient_state_transition": frac_gradient_state_transition,
+                "gate": gate,
+                "head_norm": head_norm,
+                "qk_norm": qk_norm,
+                "conv_size": conv_size,
+                "max_memory": max_memory,
+                "backend": backend,
+            },
+            "attention": {
+                "dim_head": dim_head,
+                "heads": heads,
+                "rotary_emb": rotary_emb,
+                "add_swish_gating": attn_add_swish_gating,
+                "data_dependent_rel_pos": data_dependent_rel_pos,
+                "frac_gradient_data_dependent_rel_pos": frac_gradient_state_transition,
+                "softmax_normalize": attn_softmax_normalize,
+                "qk_norm": qk_norm,
+                "backend": backend,
+            },
+        }
+        mixers = {"gate": GateLoopedAttention, "attention": CausalFullAttention}
+        default = "gate" if use_gate_looped_attn else "attention"
+        pattern = parse_pattern(default if layer_pattern is None else layer_pattern, depth)
+        wrapper = PostNorm if post_ln_norm else PreNorm
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    wrapper(dim, mixers[kind](dim, **options[kind]), dropout),
+                    wrapper(dim, FeedForward(dim, ff_mult), dropout),
+                ]
+            )
+            for kind in pattern
+        )
+        to_logits = nn.Linear(dim, num_tokens, bias=False)
+        self.to_logits: nn.Module = to_logits if post_ln_norm else nn.Sequential(RMSNorm(dim), to_logits)
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: TransformerState | bool | None = None,
+        ablate_complex: bool | None = None,
+        ablate_state_transition: bool | None = None,
+        *,
+        return_loss: bool = False,
+        return_state: bool = False,
+    ) -> Any:
+        """Logits of the next token at every step.
+
+        Args:
+            ids: (B, T) integers in [0, num_tokens); B and T may be 0.
+            state: where an earlier call with return_state ended; None: the start. A bool in this place is the
+                original's second argument, return_loss.
+            ablate_complex: gates are real; None: as constructed.
+            ablate_state_transition: gates are 1; None: as constructed.
+            return_loss: return the mean cross entropy (nats) of predicting ids[:, 1:] from ids[:, :-1]; T ≥ 2. A
+                returned state has then read ids[:, :-1].
+            return_state: return (logits or loss, state).
+
+        Returns:
+            Logits (B, T, num_tokens), or the loss, a scalar; with return_state a tuple of that and the state.
+
+        Raises:
+            ValueError: ids have another shape or dtype or are outside the vocabulary, or the state does not fit.
+        """
+        if isinstance(state, bool):
+            state, return_loss = None, state
+        self._check(ids, state, return_loss)
+        flags = {
+            "ablate_complex": self.ablate_complex if ablate_complex is None else ablate_complex,
+            "ablate_state_transition": (
+                self.ablate_state_transition if ablate_state_transition is None else ablate_state_transition
+            ),
+        }
+        labels = ids[:, 1:]
+        x = self.token_emb(ids[:, :-1] if return_loss else ids)
+        states = []
+        for n, (mixer, feedforward) in enumerate(self.layers):  # type: ignore[misc]
+            past = None if state is None else state.layers[n]
+            if return_state:
+                x, new = mixer(x, state=past, return_state=True, **flags)
+                states.append(new)
+            else:
+                x = mixer(x, state=past, **flags)
+            x = feedforward(x)
+        result = self.to_logits(x)
+        if return_loss:
+            result = F.cross_entropy(result.flatten(0, 1), labels.flatten())
+        return (result, TransformerState(tuple(states))) if return_state else result
+
+    def _check(self, ids: Tensor, state: TransformerState | None, return_loss: bool) -> None:
+        if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"Transformer: ids must be integers of shape (B, T), not {ids.dtype} {tuple(ids.shape)}"
+            )
+        if return_loss and (ids.shape[1] < 2 or ids.shape[0] < 1):
+            raise ValueError(f"Transformer: a loss needs B ≥ 1 and T ≥ 2, not shape {tuple(ids.shape)}")
+        if state is not None and not isinstance(state, TransformerState):
+            raise ValueError(f"Transformer: state must be a TransformerState, not {type(state).__name__}")
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ValueError(
+                f"Transformer: state has {len(state.layers)} layers, the model {len(self.layers)}"
+            )
+        # On other devices reading the ids would make every call wait; an index error there is the device's.
+        if not torch.compiler.is_compiling() and ids.device.type == "cpu":
+            self.check_vocabulary(ids)
+
+    def check_vocabulary(self, ids: Tensor) -> None:
+        """Every id is in [0, num_tokens).
+
+        Raises:
+            ValueError: one is not.
+        """
+        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.num_tokens):
+            raise ValueError(
+                f"Transformer: ids must be in [0, {self.num_tokens}), got {int(ids.min())} to {int(ids.max())}"
+            )
+
+    def generate(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Prompt and continuation (B, T + new): see `gateloop_transformer.generation.generate`."""
+        from gateloop_transformer.generation import generate
+
+        return generate(self, ids, max_new_tokens, **options)
+
+    def stream(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """New tokens (B,) one step at a time: see `gateloop_transformer.generation.stream`."""
+        from gateloop_transformer.generation import stream
+
+        return stream(self, ids, max_new_tokens, **options)
