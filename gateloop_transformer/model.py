@@ -195,7 +195,6 @@ class Transformer(nn.Module):
                 self.ablate_state_transition if ablate_state_transition is None else ablate_state_transition
             ),
         }
-        labels = ids[:, 1:]
         x = self.token_emb(ids[:, :-1] if return_loss else ids)
         states = []
         for n, (mixer, feedforward) in enumerate(self.layers):  # type: ignore[misc]
@@ -208,7 +207,7 @@ class Transformer(nn.Module):
             x = feedforward(x)
         result = self.to_logits(x)
         if return_loss:
-            result = F.cross_entropy(result.flatten(0, 1), labels.flatten())
+            result = F.cross_entropy(result.flatten(0, 1), ids[:, 1:].flatten())
         return (result, TransformerState(tuple(states))) if return_state else result
 
     def _check(self, ids: Tensor, state: TransformerState | None, return_loss: bool) -> None:
