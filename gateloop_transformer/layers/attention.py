@@ -283,6 +283,10 @@ class CausalFullAttention(nn.Module):
             y = y * self.to_gates(x)
         return cast(Tensor, self.to_out(y))
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """What decides the gates: to be trained with a lower learning rate and no weight decay."""
+        return list(self.to_a.parameters()) if self.data_dependent_rel_pos else []
+
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""
         return (

@@ -227,6 +227,11 @@ class GateLoopedAttention(nn.Module):
             y = self.to_gates(x) * y
         return cast(Tensor, self.to_out(y))
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """What decides the gates: to be trained with a lower learning rate and no weight decay."""
+        ring = [self.ring_logit, self.ring_phase] if self.gate == "ring" else []
+        return [*self.to_a.parameters(), *ring]
+
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""
         return f"dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}, gate={self.gate!r}"

@@ -45,14 +45,16 @@ def polar(real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
     (tensor(0.5000), tensor(0.))
     """
     re, im = _wide(real, imaginary, "polar")
-    # The scale is a constant for the gradient: |z| does not depend on it.
+    # The scale is a constant for the gradient: z/|z| does not depend on it.
     scale = torch.maximum(re.detach().abs(), im.detach().abs())
     zero = scale < torch.finfo(re.dtype).tiny ** 0.5
     scale = torch.where(zero, 1.0, scale)
-    x, y = re / scale, im / scale
-    ratio = torch.sqrt(torch.where(zero, 1.0, x * x + y * y))
-    magnitude = torch.sigmoid(torch.where(zero, 0.0, scale * ratio)) / ratio
-    return magnitude * torch.where(zero, 1.0, x), magnitude * torch.where(zero, 0.0, y)
+    x, y = torch.where(zero, 1.0, re / scale), torch.where(zero, 0.0, im / scale)
+    ratio = torch.sqrt(x * x + y * y)
+    # The phase's gradient, of size 1/|z|, is summed apart from the magnitude's, which would lose its digits to it.
+    size = torch.hypot(torch.where(zero, 1.0, re), torch.where(zero, 0.0, im))
+    magnitude = torch.sigmoid(torch.where(zero, 0.0, size))
+    return magnitude * (x / ratio), magnitude * (y / ratio)
 
 
 def paper(logit: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,259 @@
+"""The `gateloop` command: flags from dataclasses, one line for an error, no logic of its own."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gateloop_transformer
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _add_fields(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
+    """One flag per field; a flag not given is absent from the namespace."""
+    from gateloop_transformer.training.config import value_types
+
+    group = parser.add_argument_group(title)
+    accepted = value_types(kind)
+    for item in dataclasses.fields(kind):
+        flag = "--" + item.name.replace("_", "-")
+        text = f"{item.metadata['help']} (default: {'none' if item.default is None else item.default})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        kinds = [each for each in accepted[item.name] if each is not type(None)]
+        if kinds == [bool]:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            metavar = {int: "N", float: "X", str: "WORD", bool: "BOOL"}[kinds[0]]
+            convert = _boolean if kinds[0] is bool else kinds[0]
+            choices = item.metadata["choices"]
+            group.add_argument(flag, type=convert, choices=choices, metavar=None if choices else metavar, **options)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def _train_parser(commands: Any) -> None:
+    from gateloop_transformer.training.config import PRESET_HELP, PRESETS, ModelConfig, TrainingConfig
+
+    parser = commands.add_parser(
+        "train",
+        help="train a model on text, byte by byte",
+        description="Train a language model on the bytes of text. DIR gets model.safetensors, config.json, "
+        "metrics.jsonl (one object a line), loss.png and checkpoints/.",
+    )
+    parser.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="a text file, a folder (read recursively), a glob in quotes, or .gz or .xz files "
+        "(default: the sources of this Python's standard library)",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder of the run")
+    parser.add_argument("--preset", default=argparse.SUPPRESS, choices=PRESETS, help=f"{PRESET_HELP} (default: tiny)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="continue the run in DIR from its newest checkpoint")
+    how.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    _add_fields(parser, TrainingConfig, "training (defaults before the preset's)")
+    _add_fields(parser, ModelConfig, "model (defaults before the preset's)")
+
+
+def _generate_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate", help="continue a text with a trained model", description="Continue a text, as it is drawn."
+    )
+    parser.add_argument("dir", metavar="DIR", type=Path, help="folder of a run")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue, not empty")
+    parser.add_argument("--tokens", type=int, default=400, metavar="N", help="bytes to add (default: 400)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: likeliest (default: 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest bytes")
+    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the likeliest bytes that sum to X")
+    parser.add_argument("--min-p", type=float, metavar="X", help="draw from bytes X times as likely as the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: less repetition")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end after this text (may be repeated)")
+    parser.add_argument("--seed", type=int, metavar="S", help="for the same text every time")
+
+
+def _eval_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="bits per byte of a trained model on any text",
+        description="Bits per byte, each file read once from start to end with the state carried along.",
+    )
+    parser.add_argument("dir", metavar="DIR", type=Path, help="folder of a run")
+    parser.add_argument("data", metavar="DATA", help="a text file, a folder, a glob, or .gz or .xz files")
+    parser.add_argument("--json", action="store_true", help='print {"bits_per_byte": ..., "bytes": ...}')
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gateloop", description="Train, run and evaluate GateLoop language models.")
+    parser.add_argument("--version", action="version", version=f"gateloop {gateloop_transformer.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _train_parser(commands)
+    _generate_parser(commands)
+    _eval_parser(commands)
+    return parser
+
+
+def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
+    """The configuration that the flags ask for; when resuming, the stored one with what may change."""
+    from gateloop_transformer.training import checkpoint, config, loop
+
+    data = None if arguments.data is None else os.path.abspath(arguments.data)
+    if not arguments.resume:
+        return config.resolve(given.pop("preset", "tiny"), given, data)
+    stored = checkpoint.read_config(arguments.out)
+    now = {**dataclasses.asdict(stored.model), **dataclasses.asdict(stored.training), "data": stored.data}
+    wanted = {**config.PRESETS.get(given.pop("preset", ""), {}), **given}
+    wanted.update({"data": data} if data is not None else {})
+    changed = [
+        f"{name} is {now[name]!r}, not {value!r}"
+        for name, value in wanted.items()
+        if value != now[name] and (name not in loop.RESUMABLE or name not in given)
+    ]
+    if changed:
+        raise ValueError(f"--resume: the run in {str(arguments.out)!r} has another configuration: {'; '.join(changed)}")
+    again = {name: value for name, value in given.items() if name in loop.RESUMABLE}
+    return dataclasses.replace(stored, training=dataclasses.replace(stored.training, **again))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    try:
+        import matplotlib  # noqa: F401
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed; `pip install gateloop-transformer[train]`") from error
+    from gateloop_transformer.training.loop import prepare
+
+    own = {"command", "data", "out", "resume", "overwrite", "json"}
+    given = {name: value for name, value in vars(arguments).items() if name not in own}
+    config = _run_config(arguments, given)
+    trainer = prepare(config, arguments.out, arguments.resume, arguments.overwrite)
+    say = sys.stderr if arguments.json else sys.stdout
+    result = trainer.result()
+    print(f"{trainer.corpus.description}\n{result.parameters:,} parameters on {trainer.device}", file=say, flush=True)
+    if trainer.progress.step:
+        print(f"resumed at step {trainer.progress.step}", file=say, flush=True)
+    total = None if config.training.minutes else config.training.steps
+    with tqdm(total=total, initial=trainer.progress.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+        trainer.run(_Reporter(bar, say))
+    result = trainer.result()
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(result), "out": str(arguments.out)}))
+        return
+    print(
+        f"validation: {result.bits_per_byte:.4f} bits per byte after {result.steps} steps, {result.tokens:,} bytes, "
+        f"{result.seconds:.0f} s\nmodel: {arguments.out / 'model.safetensors'}\ncurve: {arguments.out / 'loss.png'}"
+    )
+
+
+class _Reporter:
+    """A tqdm bar whose messages go to the stream for messages."""
+
+    def __init__(self, bar: Any, stream: Any) -> None:
+        self.bar, self.stream = bar, stream
+        self.update, self.set_postfix = bar.update, bar.set_postfix
+
+    def write(self, text: str) -> None:
+        """A message above the bar."""
+        self.bar.write(text, file=self.stream)
+        self.stream.flush()
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from gateloop_transformer.training.checkpoint import load_model
+
+    prompt = os.fsencode(arguments.prompt)
+    if not prompt:
+        raise ValueError("--prompt must not be empty; a newline starts from next to nothing")
+    model = load_model(arguments.dir)
+    steps = model.stream(
+        torch.tensor([list(prompt)]),
+        arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        stop=[list(os.fsencode(text)) for text in arguments.stop or []],
+        seed=arguments.seed,
+    )
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    sys.stdout.write(decoder.decode(prompt))
+    for token in steps:
+        sys.stdout.write(decoder.decode(bytes([int(token)])))
+        sys.stdout.flush()
+    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+    sys.stdout.flush()
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from gateloop_transformer.training.checkpoint import load_model
+    from gateloop_transformer.training.data import read_documents
+    from gateloop_transformer.training.evaluation import bits_per_byte
+
+    documents, skipped = read_documents(arguments.data)
+    short = [document.name for document in documents if len(document.content) < 2]
+    if short:
+        raise ValueError(f"{short[0]!r} is too short: evaluation needs at least 2 bytes a file")
+    model = load_model(arguments.dir)
+    total, size = 0.0, 0
+    for document in documents:
+        data = np.frombuffer(document.content, dtype=np.uint8)
+        total += bits_per_byte(model, data) * (len(data) - 1)
+        size += len(data)
+    result = {"bits_per_byte": total / (size - len(documents)), "bytes": size, "files": len(documents)}
+    if skipped:
+        print(f"gateloop eval: {skipped} binary or empty files left out", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(f"{result['bits_per_byte']:.4f} bits per byte over {size:,} bytes in {len(documents)} files")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 (it failed) or 2 (something wrong was passed)."""
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="replace")
+    arguments = _parser().parse_args(argv)
+    run = {"train": _train, "generate": _generate, "eval": _eval}[arguments.command]
+    try:
+        run(arguments)
+    except ValueError as error:
+        print(f"gateloop {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError, NotImplementedError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader went away; nothing more can be said to it, not even at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"gateloop {arguments.command}: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = "; continue with --resume" if arguments.command == "train" else ""
+        print(f"\ngateloop {arguments.command}: interrupted{hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training and evaluating language models on bytes of text: configuration, data, loop, checkpoints."""

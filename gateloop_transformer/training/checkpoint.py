@@ -1,0 +1,226 @@
+"""A run's folder: what is in it, written whole or not at all, and read with one clear error. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gateloop_transformer.model import Transformer
+from gateloop_transformer.training.config import RunConfig
+
+CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
+    "config.json",
+    "model.safetensors",
+    "metrics.jsonl",
+    "loss.png",
+    "checkpoints",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done, seconds of training so far, hash of its data."""
+
+    step: int
+    seconds: float
+    data_sha256: str
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether anything of a run is in the folder."""
+    return any((folder / name).exists() for name in (CONFIG, MODEL, METRICS, CHECKPOINTS))
+
+
+def clear_run(folder: Path) -> None:
+    """Delete a run's files, and nothing else, from a folder."""
+    for name in (CONFIG, MODEL, METRICS, CURVE):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by `text`, whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text)
+    _sync(aside)
+    os.replace(aside, path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    aside = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside)
+    _sync(aside)
+    os.replace(aside, path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{str(path)!r} is missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.json."""
+    write_text(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Read config.json.
+
+    Raises:
+        ValueError: the folder holds no run, or the file is damaged or of a newer format.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder {str(folder)!r}")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{str(folder)!r} holds no run: it has no {CONFIG}")
+    return RunConfig.from_json(_read_json(folder / CONFIG), repr(str(folder / CONFIG)))
+
+
+def load_weights(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy tensors into a model, all of them and no others.
+
+    Raises:
+        ValueError: names or shapes are not the model's.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    problems = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown] + wrong
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ValueError(f"{str(where)!r} does not fit {CONFIG}: {problems[0]}{more}")
+    model.load_state_dict(tensors)
+
+
+def load_model(folder: str | os.PathLike[str]) -> Transformer:
+    """The model of a run, in evaluation mode, on the CPU.
+
+    Args:
+        folder: holds config.json and model.safetensors, as `gateloop train` writes them.
+
+    Raises:
+        ValueError: the folder holds no run, has no weights yet, or a file is damaged or does not fit.
+    """
+    path = Path(folder)
+    model = Transformer(**read_config(path).model.arguments())
+    if not (path / MODEL).is_file():
+        raise ValueError(f"{str(path)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
+    load_weights(model, _read_tensors(path / MODEL), path / MODEL)
+    return model.eval()
+
+
+def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}|{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _load_optimizer(
+    model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], where: Path
+) -> None:
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, kind = key.partition("|")
+        if name not in parameters:
+            raise ValueError(f"{str(where)!r} does not fit {CONFIG}: unknown {name}")
+        # Adam counts its steps on the CPU, whatever the device of the parameter.
+        place = value if kind == "step" else value.to(parameters[name].device)
+        optimizer.state[parameters[name]][kind] = place
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted((folder / CHECKPOINTS).glob("step-*[0-9]"))
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint."""
+    steps = _steps(folder)
+    return int(steps[-1].name.removeprefix("step-")) if steps else None
+
+
+def save_checkpoint(
+    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress, keep: int
+) -> None:
+    """Write checkpoints/step-N and the run's model.safetensors; forget checkpoints beyond the last `keep`.
+
+    A checkpoint appears under its name only when all of it is on disk.
+    """
+    target = folder / CHECKPOINTS / f"step-{progress.step:09d}"
+    aside = target.with_name(target.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _write_tensors(aside / MODEL, model.state_dict())
+    _write_tensors(aside / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    _write_tensors(aside / "random.safetensors", random)
+    write_text(aside / "progress.json", json.dumps(vars(progress)))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    _sync(target.parent)
+    _write_tensors(folder / MODEL, model.state_dict())
+    for old in _steps(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress | None:
+    """Restore model, optimizer and random state from the newest checkpoint; None where there is none yet.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another configuration.
+    """
+    steps = _steps(folder)
+    if not steps:
+        return None
+    newest = steps[-1]
+    values = _read_json(newest / "progress.json")
+    try:
+        progress = Progress(**values)
+    except TypeError as error:
+        raise ValueError(f"{str(newest / 'progress.json')!r} is damaged: {error}") from error
+    load_weights(model, _read_tensors(newest / MODEL), newest / MODEL)
+    where = newest / "optimizer.safetensors"
+    _load_optimizer(model, optimizer, _read_tensors(where), where)
+    random = _read_tensors(newest / "random.safetensors")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    return progress

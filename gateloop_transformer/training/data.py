@@ -1,0 +1,180 @@
+"""Bytes from files, folders, globs and compressed files; their split; deterministic batches."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import lzma
+import os
+import sysconfig
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Bytes = npt.NDArray[np.uint8]
+
+# Folders of the standard library that hold no ordinary sources.
+_NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+_LOOK_FOR_ZEROS = 8192
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file: its name relative to the source, and its bytes."""
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and validation bytes, how they were split, and the hash of both."""
+
+    train: Bytes
+    valid: Bytes
+    description: str
+    sha256: str
+
+
+def _is_binary(content: bytes) -> bool:
+    return b"\0" in content[:_LOOK_FOR_ZEROS]
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file, decompressed if it ends in .gz or .xz.
+
+    Raises:
+        ValueError: it cannot be read or decompressed.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            return gzip.decompress(content)
+        return lzma.decompress(content) if path.suffix == ".xz" else content
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot decompress {str(path)!r}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files below a folder, hidden ones left out, in a fixed order."""
+    found = []
+    for base, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(base) / name for name in sorted(names) if not name.startswith(".")]
+    return found
+
+
+def standard_library() -> list[Document]:
+    """The Python standard library's own sources on this machine, tests left out.
+
+    Raises:
+        ValueError: there are none.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        path
+        for path in _walk(root)
+        if path.suffix == ".py" and not _NOT_SOURCES.intersection(path.relative_to(root).parts)
+    ]
+    if not files:
+        raise ValueError(f"no Python sources below {str(root)!r}: name a text file or a folder as DATA")
+    return [Document(str(path.relative_to(root)), read_file(path)) for path in files]
+
+
+def read_documents(source: str | None) -> tuple[list[Document], int]:
+    """All text documents of a source, and how many binary or empty files were left out.
+
+    Args:
+        source: a file, a folder (read recursively), a glob pattern, any of them with .gz or .xz files in it; or None
+            for the standard library's sources.
+
+    Raises:
+        ValueError: nothing is there, a file cannot be read, or nothing in it is text.
+    """
+    if source is None:
+        return standard_library(), 0
+    path = Path(source)
+    if path.is_dir():
+        files, root = _walk(path), path
+    elif path.exists():
+        files, root = [path], path.parent
+    else:
+        files = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if os.path.isfile(name)]
+        root = Path(os.path.commonpath([file.parent for file in files])) if files else path
+    if not files:
+        raise ValueError(f"no file, folder or glob match at {source!r}")
+    documents = [Document(str(file.relative_to(root)), read_file(file)) for file in files]
+    texts = [document for document in documents if document.content and not _is_binary(document.content)]
+    if not texts:
+        kind = "is empty" if not any(document.content for document in documents) else "holds no text, only binary data"
+        raise ValueError(f"{source!r} {kind}")
+    return texts, len(documents) - len(texts)
+
+
+def _join(documents: list[Document]) -> Bytes:
+    return np.frombuffer(b"".join(document.content for document in documents), dtype=np.uint8)
+
+
+def _split(documents: list[Document], valid_fraction: float) -> tuple[Bytes, Bytes, str]:
+    """One document is cut near its end; several are held out whole, in the order of a hash of their names."""
+    total = sum(len(document.content) for document in documents)
+    if len(documents) == 1:
+        everything = _join(documents)
+        cut = round(total * (1 - valid_fraction))
+        return everything[:cut], everything[cut:], "1 file, its end held out"
+    ordered = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
+    held, size = 0, 0
+    while held < len(ordered) - 1 and size < total * valid_fraction:
+        size += len(ordered[held].content)
+        held += 1
+    names = {document.name for document in ordered[:held]}
+    train = [document for document in documents if document.name not in names]
+    valid = [document for document in documents if document.name in names]
+    return _join(train), _join(valid), f"{len(documents)} files, {held} held out"
+
+
+def load_corpus(source: str | None, valid_fraction: float, context: int) -> Corpus:
+    """Read a source and split it into training and validation bytes.
+
+    Args:
+        source: as in `read_documents`.
+        valid_fraction: share of the bytes held out: the end of a single file, or whole files chosen by a hash of
+            their names.
+        context: bytes in a training window; the training part must hold one window and a byte.
+
+    Raises:
+        ValueError: unreadable, empty or too short data.
+    """
+    documents, skipped = read_documents(source)
+    train, valid, description = _split(documents, valid_fraction)
+    name = "the Python standard library" if source is None else repr(source)
+    if len(train) < context + 1 or len(valid) < 2:
+        raise ValueError(
+            f"{name} is too short: {len(train)} training and {len(valid)} validation bytes; a context of {context} "
+            f"needs at least {context + 1} and 2 (a smaller --context, or more data)"
+        )
+    description = f"{name}: {description}, {len(train):,} training and {len(valid):,} validation bytes"
+    if skipped:
+        description += f" ({skipped} binary or empty files left out)"
+    digest = hashlib.sha256(train.tobytes())
+    digest.update(b"|" + valid.tobytes())
+    return Corpus(train, valid, description, digest.hexdigest())
+
+
+def batch_at(train: Bytes, step: int, micro_batch: int, batch: int, context: int, seed: int) -> Tensor:
+    """Random windows (batch, context + 1) that depend on nothing but the arguments.
+
+    Any step's batch can be drawn again without those before it: that is all the state a resumed run needs.
+    """
+    random = np.random.default_rng([seed, step, micro_batch])
+    starts = random.integers(0, len(train) - context, size=batch)
+    windows = np.stack([train[start : start + context + 1] for start in starts])
+    return torch.from_numpy(windows.astype(np.int64))
