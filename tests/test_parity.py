@@ -64,6 +64,18 @@ def test_module_equals_the_original(path: Path) -> None:
         assert relative_error(loss, arrays["out:loss"]) <= TOLERANCE
         loss.backward()
         check_gradients(module, arrays)
+    elif meta["kind"] == "cache":
+        x, cache_kv = (torch.from_numpy(arrays[f"in:{name}"]).requires_grad_() for name in ("x", "cache_kv"))
+        cache = torch.from_numpy(arrays["in:cache_a"]), cache_kv
+        y, (out_a, out_kv) = module(x, cache=cache, return_cache=True, **meta["call"])
+        for name, result in {"y": y, "cache_a": out_a, "cache_kv": out_kv}.items():
+            assert relative_error(result, arrays[f"out:{name}"]) <= TOLERANCE, name
+        weight, weight_kv = (torch.from_numpy(arrays[name]) for name in ("weight", "weight:cache_kv"))
+        ((y * weight).sum() + (out_kv * weight_kv).sum()).backward()
+        for name, tensor in {"x": x, "cache_kv": cache_kv}.items():
+            assert tensor.grad is not None, name
+            assert relative_error(tensor.grad, arrays[f"grad:{name}"]) <= TOLERANCE, name
+        check_gradients(module, arrays)
     else:
         assert meta["kind"] == "cached"
         pieces, cache = [], None

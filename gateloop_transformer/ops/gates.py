@@ -51,7 +51,7 @@ def polar(real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(zero, 1.0, scale)
     x, y = torch.where(zero, 1.0, re / scale), torch.where(zero, 0.0, im / scale)
     ratio = torch.sqrt(x * x + y * y)
-    # The phase's gradient, of size 1/|z|, is summed apart from the magnitude's, which would lose its digits to it.
+    # The phase's gradient, of size 1/|z|, is summed apart: the magnitude's would lose its digits to it.
     size = torch.hypot(torch.where(zero, 1.0, re), torch.where(zero, 0.0, im))
     magnitude = torch.sigmoid(torch.where(zero, 0.0, size))
     return magnitude * (x / ratio), magnitude * (y / ratio)
