@@ -58,9 +58,7 @@ class Sampling:
         if not torch.isfinite(logits).all():
             raise RuntimeError("the model gave logits that are not finite; its weights may be damaged")
         if self.repetition_penalty != 1:
-            punished = torch.where(
-                logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty
-            )
+            punished = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, punished, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
@@ -90,15 +88,11 @@ def _stop_sequences(stop: Stop, num_tokens: int) -> list[list[int]]:
     sequences = [[item] if isinstance(item, int) else list(item) for item in items]
     for sequence in sequences:
         if not sequence or not all(isinstance(token, int) and 0 <= token < num_tokens for token in sequence):
-            raise ValueError(
-                f"stop must hold ids in [0, {num_tokens}) or non-empty sequences of them, not {sequence}"
-            )
+            raise ValueError(f"stop must hold ids in [0, {num_tokens}) or non-empty sequences of them, not {sequence}")
     return sequences
 
 
-def _generator(
-    generator: torch.Generator | None, seed: int | None, device: torch.device
-) -> torch.Generator | None:
+def _generator(generator: torch.Generator | None, seed: int | None, device: torch.device) -> torch.Generator | None:
     if generator is not None and seed is not None:
         raise ValueError("give a generator or a seed, not both")
     return generator if seed is None else torch.Generator(device).manual_seed(seed)
@@ -118,9 +112,7 @@ def _check_prompt(model: Transformer, ids: Tensor, max_new_tokens: int) -> None:
 
 
 @torch.no_grad()
-def _advance(
-    model: Transformer, ids: Tensor, state: TransformerState | None
-) -> tuple[Tensor, TransformerState]:
+def _advance(model: Transformer, ids: Tensor, state: TransformerState | None) -> tuple[Tensor, TransformerState]:
     """Logits after the last of `ids` (B, vocabulary), and the state there. In evaluation mode."""
     training = model.training
     model.eval()

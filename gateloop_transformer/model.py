@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
             ValueError: ids have another shape or dtype or are outside the vocabulary, or the state does not fit.
         """
         if isinstance(state, bool):
-            state, return_loss = None, state
+            return_loss, state = state, None
         self._check(ids, state, return_loss)
         flags = {
             "ablate_complex": self.ablate_complex if ablate_complex is None else ablate_complex,
@@ -197,7 +197,8 @@ class Transformer(nn.Module):
         }
         x = self.token_emb(ids[:, :-1] if return_loss else ids)
         states = []
-        for n, (mixer, feedforward) in enumerate(self.layers):  # type: ignore[misc]
+        for n, block in enumerate(self.layers):
+            mixer, feedforward = cast(nn.ModuleList, block)
             past = None if state is None else state.layers[n]
             if return_state:
                 x, new = mixer(x, state=past, return_state=True, **flags)
@@ -212,17 +213,13 @@ class Transformer(nn.Module):
 
     def _check(self, ids: Tensor, state: TransformerState | None, return_loss: bool) -> None:
         if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(
-                f"Transformer: ids must be integers of shape (B, T), not {ids.dtype} {tuple(ids.shape)}"
-            )
+            raise ValueError(f"Transformer: ids must be integers of shape (B, T), not {ids.dtype} {tuple(ids.shape)}")
         if return_loss and (ids.shape[1] < 2 or ids.shape[0] < 1):
             raise ValueError(f"Transformer: a loss needs B ≥ 1 and T ≥ 2, not shape {tuple(ids.shape)}")
         if state is not None and not isinstance(state, TransformerState):
             raise ValueError(f"Transformer: state must be a TransformerState, not {type(state).__name__}")
         if state is not None and len(state.layers) != len(self.layers):
-            raise ValueError(
-                f"Transformer: state has {len(state.layers)} layers, the model {len(self.layers)}"
-            )
+            raise ValueError(f"Transformer: state has {len(state.layers)} layers, the model {len(self.layers)}")
         # On other devices reading the ids would make every call wait; an index error there is the device's.
         if not torch.compiler.is_compiling() and ids.device.type == "cpu":
             self.check_vocabulary(ids)
@@ -233,7 +230,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: one is not.
         """
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.num_tokens):
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_tokens):
             raise ValueError(
                 f"Transformer: ids must be in [0, {self.num_tokens}), got {int(ids.min())} to {int(ids.max())}"
             )

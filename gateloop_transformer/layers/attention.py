@@ -89,9 +89,7 @@ class CausalFullAttention(nn.Module):
                 f"not {data_dependent_rel_pos!r}"
             )
         if data_dependent_rel_pos and dim_head % 2:
-            raise ValueError(
-                f"CausalFullAttention: data_dependent_rel_pos needs an even dim_head, not {dim_head}"
-            )
+            raise ValueError(f"CausalFullAttention: data_dependent_rel_pos needs an even dim_head, not {dim_head}")
         inner = heads * dim_head
         self.dim, self.heads, self.dim_head, self.backend = dim, heads, dim_head, backend
         self.data_dependent_rel_pos = data_dependent_rel_pos
@@ -154,7 +152,7 @@ class CausalFullAttention(nn.Module):
             ValueError: x or state has another shape or kind.
         """
         if isinstance(state, bool):
-            state, ablate_complex = None, state
+            ablate_complex, state = state, None
         check_input("CausalFullAttention", x, self.dim)
         self._check_state(x, state)
         q, k, v = self._project(x, 0 if state is None else state.keys.shape[2])
@@ -192,7 +190,8 @@ class CausalFullAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, heads·dim_head) → (B, heads, T, dim_head)."""
-        return x.unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, self.dim_head))
+        return heads.transpose(1, 2)
 
     def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (scaled), keys and values (B, heads, T, dim_head)."""
@@ -212,9 +211,7 @@ class CausalFullAttention(nn.Module):
         real, imaginary = z.unflatten(-1, (self.heads, self.dim_head // 2, 2)).unbind(-1)
         return Pair(*polar(real, torch.zeros_like(imaginary) if ablate_complex else imaginary))
 
-    def _channel_gates(
-        self, x: Tensor, q: Tensor, k: Tensor, ablate_complex: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _channel_gates(self, x: Tensor, q: Tensor, k: Tensor, ablate_complex: bool) -> tuple[Tensor, Tensor]:
         """As released: q times the real part of the product of gates over channel pairs, k by its inverse."""
         gates = self._gates(x, ablate_complex).map(lambda part: part.transpose(1, 2))
         product = gates.select(-1, 0)

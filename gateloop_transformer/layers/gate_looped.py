@@ -105,9 +105,7 @@ class GateLoopedAttention(nn.Module):
         self.k_norm = HeadRMSNorm(heads, self.dim_head) if qk_norm else None
         self.head_norm = HeadRMSNorm(heads, self.dim_head) if head_norm else None
         self.maybe_sub_ln = nn.LayerNorm(dim_inner) if sub_ln else nn.Identity()
-        self.to_gates = (
-            nn.Sequential(nn.Linear(dim, dim_inner, bias=False), nn.SiLU()) if add_swish_gating else None
-        )
+        self.to_gates = nn.Sequential(nn.Linear(dim, dim_inner, bias=False), nn.SiLU()) if add_swish_gating else None
         projected = dim_inner != dim or add_swish_gating
         self.to_out = nn.Linear(dim_inner, dim, bias=False) if projected else nn.Identity()
 
@@ -166,15 +164,13 @@ class GateLoopedAttention(nn.Module):
             ValueError: x or state has another shape or kind.
         """
         if isinstance(state, bool):
-            state, ablate_complex = None, state
+            ablate_complex, state = state, None
         check_input("GateLoopedAttention", x, self.dim)
         past = self._past(x, state)
         mixed = x
         if self.conv is not None:
             mixed, past = self.conv(x, past)
-        q, k, v = (
-            part.unflatten(-1, (self.heads, self.dim_head)) for part in self.to_qkv(mixed).chunk(3, dim=-1)
-        )
+        q, k, v = (part.unflatten(-1, (self.heads, self.dim_head)) for part in self.to_qkv(mixed).chunk(3, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         real, imaginary, k = self._gates(mixed, k, ablate_complex, ablate_state_transition)

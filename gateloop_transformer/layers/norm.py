@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from gateloop_transformer.ops.pairs import compute_dtype
 
 def normalize(x: Tensor) -> Tensor:
     """x / ‖x‖₂ · √dim over the last dimension, in float32 or better, returned in x's dtype."""
-    wide = x.to(compute_dtype(x.dtype))
-    return (F.normalize(wide, dim=-1) * x.shape[-1] ** 0.5).to(x.dtype)
+    unit: Tensor = F.normalize(x.to(compute_dtype(x.dtype)), dim=-1)
+    return (unit * math.sqrt(x.shape[-1])).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

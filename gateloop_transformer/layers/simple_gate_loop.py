@@ -107,14 +107,10 @@ class SimpleGateLoopLayer(nn.Module):
         product = gates.prod(1).reshape(-1, 1)
         return y, (product if cache is None else product * cache[0], last[:, -1].reshape(-1, 1))
 
-    def _initial(
-        self, x: Tensor, cache: Sequence[Tensor] | None, state: SimpleGateLoopState | None
-    ) -> Tensor | None:
+    def _initial(self, x: Tensor, cache: Sequence[Tensor] | None, state: SimpleGateLoopState | None) -> Tensor | None:
         """h before the first step (B, dim)."""
         if state is not None:
-            check_state(
-                "SimpleGateLoopLayer", state, SimpleGateLoopState, {"hidden": (x.shape[0], self.dim)}
-            )
+            check_state("SimpleGateLoopLayer", state, SimpleGateLoopState, {"hidden": (x.shape[0], self.dim)})
             return state.hidden
         if cache is None:
             return None

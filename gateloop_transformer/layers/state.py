@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -135,9 +135,7 @@ class TransformerState(_TransformerFields, State):
     __slots__ = ()
 
 
-_KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (GateLoopState, SimpleGateLoopState, AttentionState)
-}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (GateLoopState, SimpleGateLoopState, AttentionState)}
 
 
 def _describe(state: Any) -> Any:
@@ -190,8 +188,10 @@ def load_state(path: str | os.PathLike[str]) -> State:
         )
     kind = json.loads(metadata["kind"])
     if isinstance(kind, str):
-        return _build(kind, tensors, "")
-    return TransformerState(tuple(_build(name, tensors, f"layers.{n}.") for n, name in enumerate(kind)))
+        state: State = _build(kind, tensors, "")
+        return state
+    states = tuple(_build(name, tensors, f"layers.{n}.") for n, name in enumerate(kind))
+    return TransformerState(states)
 
 
 def _build(kind: str, tensors: dict[str, Tensor], prefix: str) -> Any:
@@ -199,7 +199,7 @@ def _build(kind: str, tensors: dict[str, Tensor], prefix: str) -> Any:
     return fields(**{name: tensors[prefix + name] for name in fields._fields})
 
 
-def check_state(layer: str, state: object, kind: type[State], shapes: dict[str, tuple[int | None, ...]]) -> None:
+def check_state(layer: str, state: object, kind: type[State], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
     """`state` is of `kind` and its tensors have `shapes` (None: any size).
 
     Raises:

@@ -16,9 +16,7 @@ def dims(operator: str, name: str, tensor: Tensor, names: str) -> None:
     """
     expected = names.split()
     if tensor.ndim != len(expected):
-        raise ValueError(
-            f"{operator}: {name} must have shape ({', '.join(expected)}), not {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{operator}: {name} must have shape ({', '.join(expected)}), not {tuple(tensor.shape)}")
 
 
 def same_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -28,9 +26,7 @@ def same_shape(operator: str, name: str, tensor: Tensor, expected: tuple[int, ..
         ValueError: it has not.
     """
     if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(
-            f"{operator}: {name} must have shape {meaning} = {tuple(expected)}, not {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{operator}: {name} must have shape {meaning} = {tuple(expected)}, not {tuple(tensor.shape)}")
 
 
 def floating(operator: str, real_only: tuple[str, ...] = (), **tensors: Tensor | None) -> None:

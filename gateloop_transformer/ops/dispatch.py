@@ -18,28 +18,24 @@ class Backend(Protocol):
     better whatever the inputs' dtype. Outputs never alias inputs. Shapes as in the public operators.
     """
 
-    @staticmethod
-    def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot run on such tensors; None when it can."""
 
-    @staticmethod
-    def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
+    def linear_scan_forward(self, gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
         """All states."""
 
-    @staticmethod
     def linear_scan_backward(
-        grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
+        self, grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
     ) -> tuple[Pair, Pair, Pair]:
         """Gradients of gates, inputs and the initial state."""
 
-    @staticmethod
     def gate_loop_forward(
-        queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+        self, queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
     ) -> tuple[Tensor, Pair]:
         """Outputs and the final state."""
 
-    @staticmethod
     def gate_loop_backward(
+        self,
         grad: Tensor,
         grad_final: Pair,
         queries: Tensor,

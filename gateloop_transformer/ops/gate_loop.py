@@ -115,10 +115,12 @@ def check_gate_loop(
         raise ValueError(f"{operator}: the gates' real and imaginary parts must have one shape")
     for part in [] if initial is None else initial.parts():
         checks.same_shape(operator, "initial", part, (B, H, K, values.shape[-1]), "(B, H, K, V)")
-    real = ("queries", "keys", "values", "gates", "initial")
-    start = None if initial is None else initial.re
-    checks.floating(operator, real, queries=queries, keys=keys, values=values, gates=gates.re, initial=start)
-    checks.same_device(operator, queries=queries, keys=keys, values=values, gates=gates.re, initial=start)
+    tensors: dict[str, Tensor | None] = {"queries": queries, "keys": keys, "values": values}
+    tensors |= {"gates": gates.re, "gates[1]": gates.im}
+    if initial is not None:
+        tensors |= {"initial": initial.re, "initial[1]": initial.im}
+    checks.floating(operator, tuple(tensors), **tensors)
+    checks.same_device(operator, **tensors)
     if not queries.dtype == keys.dtype == values.dtype:
         raise ValueError(
             f"{operator}: queries, keys and values must have one dtype, "
@@ -126,15 +128,10 @@ def check_gate_loop(
         )
 
 
-def _empty_results(
-    queries: Tensor, values: Tensor, gates: Sequence[Tensor], initial: Sequence[Tensor]
-) -> list[Tensor]:
+def _empty_results(queries: Tensor, values: Tensor, gates: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:
     B, _, H, K = queries.shape
     dtype = compute_dtype(queries.dtype, gates[0].dtype)
-    final = [
-        queries.new_empty((B, H, K, values.shape[-1]), dtype=dtype)
-        for _ in range(max(len(gates), len(initial)))
-    ]
+    final = [queries.new_empty((B, H, K, values.shape[-1]), dtype=dtype) for _ in range(max(len(gates), len(initial)))]
     return [queries.new_empty(values.shape), *final]
 
 

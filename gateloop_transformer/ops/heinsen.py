@@ -42,10 +42,9 @@ def heinsen_scan(gates: Tensor, inputs: Tensor, initial: Tensor | None = None) -
     tensor([1.0000, 1.5000, 1.7500])
     """
     check_scan("heinsen_scan", gates, inputs, initial)
-    checks.floating(
-        "heinsen_scan", ("gates", "inputs", "initial"), gates=gates, inputs=inputs, initial=initial
-    )
-    return _forward(gates, inputs, [] if initial is None else [initial])
+    checks.floating("heinsen_scan", ("gates", "inputs", "initial"), gates=gates, inputs=inputs, initial=initial)
+    result: Tensor = _forward(gates, inputs, [] if initial is None else [initial])
+    return result
 
 
 def _combine(left: Elements, right: Elements) -> Elements:
@@ -76,9 +75,7 @@ def _(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor]) -> Tensor:
 
 
 @torch.library.custom_op("gateloop::heinsen_scan_backward", mutates_args=())
-def _backward(
-    grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor]
-) -> list[Tensor]:
+def _backward(grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor]) -> list[Tensor]:
     if inputs.numel() == 0:
         return checks.no_gradient(gates, inputs, *initial)
     start = Pair(initial[0]) if initial else None
@@ -94,9 +91,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor]
-) -> list[Tensor]:
+def _(grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor]) -> list[Tensor]:
     return checks.no_gradient(gates, inputs, *initial)
 
 

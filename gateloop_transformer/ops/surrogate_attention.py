@@ -40,7 +40,8 @@ def surrogate_attention(queries: Tensor, keys: Tensor, values: Tensor, gates: Te
     """
     a = split(gates)
     check_gate_loop("surrogate_attention", queries, keys, values, a, None)
-    return _forward(queries, keys, values, a.parts())
+    result: Tensor = _forward(queries, keys, values, a.parts())
+    return result
 
 
 def _decay(gates: Tensor, imaginary: Tensor | None) -> Tensor:
@@ -85,9 +86,7 @@ def _(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) ->
 
 
 @torch.library.custom_op("gateloop::surrogate_attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]
-) -> list[Tensor]:
+def _backward(grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
     if queries.numel() == 0 or values.numel() == 0:
         return checks.no_gradient(queries, keys, values, *gates)
     state = queries.new_zeros(
@@ -95,9 +94,7 @@ def _backward(
     )
     backend = TABLE[choose("auto", queries.device, queries.dtype)]
     final = Pair(state) if len(gates) == 1 else Pair(state, state)
-    *d_inputs, d_gates, _ = backend.gate_loop_backward(
-        grad, final, queries, keys, values, Pair(*gates), None, False
-    )
+    *d_inputs, d_gates, _ = backend.gate_loop_backward(grad, final, queries, keys, values, Pair(*gates), None, False)
     fitted = [x.to(queries.dtype).contiguous() for x in d_inputs if isinstance(x, Tensor)]
     return [*fitted, *checks.fit(d_gates, list(gates))]
 

@@ -144,7 +144,7 @@ def load_model(folder: str | os.PathLike[str]) -> Transformer:
 
 
 def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}|{key}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()

@@ -18,11 +18,10 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The arguments of `Transformer`, in its words; num_tokens is 256, one per byte."""
+    """The arguments of `Transformer`, in its words; the vocabulary is the 256 bytes."""
 
     dim: int = option(128, "width")
     depth: int = option(4, "number of blocks")
-    num_tokens: int = option(256, "size of the vocabulary: 256, one token per byte")
     dim_head: int = option(64, "size of an attention head")
     heads: int = option(8, "number of attention heads")
     ff_mult: int = option(4, "inner width of the feed-forward, as a multiple of the width")
@@ -50,7 +49,7 @@ class ModelConfig:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `Transformer`."""
-        values = dataclasses.asdict(self)
+        values = {"num_tokens": 256, **dataclasses.asdict(self)}
         values["data_dependent_rel_pos"] = {"none": False, "released": True, "gate_loop": "gate_loop"}[
             self.data_dependent_rel_pos
         ]
@@ -151,9 +150,7 @@ def value_types(kind: type) -> dict[str, tuple[type, ...]]:
     """The types that each field of a dataclass accepts."""
     hints = typing.get_type_hints(kind)
     return {
-        item.name: typing.get_args(hint)
-        if isinstance(hint := hints[item.name], types.UnionType)
-        else (hint,)
+        item.name: typing.get_args(hint) if isinstance(hint := hints[item.name], types.UnionType) else (hint,)
         for item in dataclasses.fields(kind)
     }
 

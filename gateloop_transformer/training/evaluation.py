@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from gateloop_transformer.model import Transformer
+from gateloop_transformer.ops.pairs import compute_dtype
 from gateloop_transformer.training.data import Bytes
 
 
 def _sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum").item()
+    return F.cross_entropy(
+        logits.to(compute_dtype(logits.dtype)).flatten(0, 1), labels.flatten(), reduction="sum"
+    ).item()
 
 
 @torch.no_grad()

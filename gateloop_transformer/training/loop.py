@@ -51,9 +51,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         if isinstance(module, GateLoopedAttention | CausalFullAttention)
         for parameter in module.gate_parameters()
     }
-    embedding_ids = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    embedding_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices, others, gates = [], [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -102,7 +100,9 @@ def first_not_finite(model: nn.Module, ids: Tensor) -> str:
             hook.remove()
     if found:
         return found[0]
-    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    gradients = [
+        name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
     return f"gradient of {gradients[0]}" if gradients else "the loss itself"
 
 
@@ -138,9 +138,8 @@ class Trainer:
         progress = checkpoint.load_checkpoint(self.folder, self.model, self.optimizer)
         if progress is not None:
             if progress.data_sha256 != self.corpus.sha256:
-                raise ValueError(
-                    f"the data of {str(self.folder)!r} has changed since its last checkpoint ({self.corpus.description})"
-                )
+                where, now = repr(str(self.folder)), self.corpus.description
+                raise ValueError(f"the data of {where} has changed since its last checkpoint; it is now {now}")
             self.progress = progress
         metrics = self.folder / checkpoint.METRICS
         lines = metrics.read_text().splitlines() if metrics.exists() else []
@@ -243,9 +242,7 @@ class Trainer:
         return bytes(ids[0, 1:].tolist()).decode("utf-8", errors="replace")
 
     def _save(self) -> None:
-        checkpoint.save_checkpoint(
-            self.folder, self.model, self.optimizer, self.progress, self.config.training.keep
-        )
+        checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, self.progress, self.config.training.keep)
 
     def _show(self, bar: Any, record: dict[str, Any]) -> None:
         rate = record["tokens"] / max(self.progress.seconds, 1e-9)
@@ -304,7 +301,9 @@ def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> T
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file, not a folder")
     if not resume and not overwrite and checkpoint.holds_run(folder):
-        raise ValueError(f"{str(folder)!r} already holds a run: continue it with --resume or replace it with --overwrite")
+        raise ValueError(
+            f"{str(folder)!r} already holds a run: continue it with --resume or replace it with --overwrite"
+        )
     options = config.training
     corpus = load_corpus(config.data, options.valid_fraction, options.context)
     trainer = Trainer(config, folder, corpus)

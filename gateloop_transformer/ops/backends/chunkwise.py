@@ -55,15 +55,12 @@ def _scan(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pai
         x = x.as_complex()
     h, p = x.map(torch.empty_like), a.map(torch.empty_like)
     inside = range(C)[::-1] if reverse else range(C)
-    last: tuple[Pair, Pair] | None = None
+    product, state = Pair(torch.ones_like(a.re[:, :, 0])), x.select(2, 0).map(torch.zeros_like)
     for c in inside:
-        step_a, step_h = a.select(2, c), x.select(2, c)
-        if last is None:
-            last = step_a, step_h
-        else:
-            last = step_a.times(last[0]), step_a.times(last[1]).plus(step_h)
-        _write(p, c, last[0])
-        _write(h, c, last[1])
+        gate = a.select(2, c)
+        product, state = gate.times(product), gate.times(state).plus(x.select(2, c))
+        _write(p, c, product)
+        _write(h, c, state)
     end = inside[-1]
     starts = [initial or x.map(lambda x: x.new_zeros(B, D))]
     for n in range(N)[::-1] if reverse else range(N):
@@ -355,14 +352,16 @@ def _border_states(layout: _Layout, chunks: _Chunks, state: Pair) -> list[Pair]:
 
 def _carry_back(gates: Pair, pulled: Pair, end: Pair) -> tuple[Pair, Pair]:
     """The gradient after each chunk (stacked), and before the first."""
-    flipped = (x.map(lambda part: part.flip(2)) for x in (gates, pulled))
-    after, first = _carry(*flipped, end)
-    return after.map(lambda x: x.flip(2)), first
+    after, first = _carry(gates.map(_flip), pulled.map(_flip), end)
+    return after.map(_flip), first
 
 
-def _input_gradients(
-    part: _Chunks, products: _Products, before: Pair, after: Pair
-) -> tuple[Tensor, Tensor, Tensor]:
+def _flip(x: Tensor) -> Tensor:
+    """Chunks in the opposite order."""
+    return x.flip(2)
+
+
+def _input_gradients(part: _Chunks, products: _Products, before: Pair, after: Pair) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v: within the chunk, from the state before it, to the state after it."""
     q, k, v, _, dy = part
     decay = products.inside.re
@@ -404,9 +403,7 @@ def _gate_gradients(part: _Chunks, products: _Products, before: Pair, after: Pai
 
     def per_gate(state: Pair, left: Tensor, right: Tensor) -> Pair:
         """Σ_v left[i, c] state[c, v] right[i, v], summed over c when G is 1: (…, G, C)."""
-        return _over_channels(
-            state.map(lambda x: (left * (right @ x.transpose(-1, -2))).transpose(-1, -2)), G
-        )
+        return _over_channels(state.map(lambda x: (left * (right @ x.transpose(-1, -2))).transpose(-1, -2)), G)
 
     from_start = per_gate(before, q, dy).conj()
     to_end = per_gate(after, k, v)

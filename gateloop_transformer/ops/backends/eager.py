@@ -28,9 +28,11 @@ def _wide(value: Pair) -> Tensor:
 def _parts(value: Tensor, is_complex: bool) -> Pair:
     if not value.is_complex():
         return Pair(value)
+    # A copy, not contiguous(): the parts of a single number count as contiguous and would share memory.
     if not is_complex:
-        return Pair(value.real.contiguous())
-    return Pair(value.real.contiguous(), value.imag.contiguous())
+        return Pair(value.real.clone(memory_format=torch.contiguous_format))
+    re, im = (part.clone(memory_format=torch.contiguous_format) for part in (value.real, value.imag))
+    return Pair(re, im)
 
 
 def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
@@ -74,7 +76,7 @@ def _states(k: Tensor, v: Tensor, a: Tensor, initial: Pair | None, reverse: bool
     """The state before the first step, then after each step in the order of the scan."""
     B, T, H, K = k.shape
     zero = torch.zeros(B, H, K, v.shape[-1], dtype=torch.promote_types(k.dtype, a.dtype), device=k.device)
-    states = [zero if initial is None else _wide(initial)]
+    states = [zero if initial is None else _wide(initial.to(k.dtype))]
     for t in _steps(T, reverse):
         states.append(a[:, t] * states[-1] + k[:, t, :, :, None] * v[:, t, :, None, :])
     return states

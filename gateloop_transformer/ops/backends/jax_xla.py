@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
@@ -51,7 +52,7 @@ def _to_torch(value: Any) -> Any:
         return None
     if isinstance(value, tuple):
         return tuple(_to_torch(item) for item in value)
-    return torch.from_dlpack(value)
+    return torch.utils.dlpack.from_dlpack(value)
 
 
 def _join(pair: Any) -> Any:
@@ -91,7 +92,7 @@ def _compiled(function: Callable[..., Any], reverse: bool, backward: bool) -> Ca
     def gradient(primals: Any, cotangents: Any) -> Any:
         return jax.vjp(forward, *primals)[1](cotangents)
 
-    return jax.jit(gradient if backward else forward)  # type: ignore[no-any-return]
+    return jax.jit(gradient if backward else forward)
 
 
 def _run(function: Callable[..., Any], reverse: bool, *arguments: Any, backward: bool = False) -> Any:
@@ -103,7 +104,7 @@ def _run(function: Callable[..., Any], reverse: bool, *arguments: Any, backward:
         return _to_torch(jax.block_until_ready(results))
 
 
-def _one_precision(*pairs: Pair | None) -> list[Pair | None]:
+def _one_precision(*pairs: Pair | None) -> list[Any]:
     """All in float64 if one is, else in float32: JAX has no complex type below it, and mixes none."""
     dtype = compute_dtype(*(pair.re.dtype for pair in pairs if pair is not None))
     return [None if pair is None else pair.map(lambda x: x.to(dtype)) for pair in pairs]
@@ -150,7 +151,5 @@ def gate_loop_backward(
         start = Pair(start.re, torch.zeros_like(start.re))
     gates, start, grad_final = _one_precision(gates, start, grad_final)
     primals = (queries, keys, values, gates, start)
-    dq, dk, dv, d_gates, d_initial = _run(
-        _gate_loop, reverse, primals, (grad, tuple(grad_final)), backward=True
-    )
+    dq, dk, dv, d_gates, d_initial = _run(_gate_loop, reverse, primals, (grad, tuple(grad_final)), backward=True)
     return dq, dk, dv, Pair(*d_gates), Pair(*d_initial)

@@ -1,0 +1,180 @@
+"""Generation: greedy equals step-by-step argmax, options do what they say, bad input is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gateloop_transformer import Transformer
+from gateloop_transformer.generation import Sampling
+
+MODELS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "ring": {"gate": "ring", "gate_loop_heads": 4, "head_norm": True, "conv_size": 4},
+    "mixed": {"layer_pattern": "gate attention", "heads": 2, "dim_head": 8, "rotary_emb": True},
+    "gate_loop_positions": {
+        "use_gate_looped_attn": False,
+        "heads": 2,
+        "dim_head": 8,
+        "data_dependent_rel_pos": "gate_loop",
+        "attn_softmax_normalize": True,
+    },
+    "post_norm_dropout": {"post_ln_norm": True, "dropout": 0.5},
+}
+
+
+def build(name: str = "ring") -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(16, num_tokens=31, depth=2, **MODELS[name]).double()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_equals_argmax_of_the_full_forward(name: str) -> None:
+    model = build(name)
+    ids = torch.randint(0, 31, (3, 7))
+    generated = model.generate(ids, 11, temperature=0)
+    model.eval()
+    expected = ids
+    for _ in range(11):
+        expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(generated, expected)
+
+
+def test_long_prompts_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build(), torch.randint(0, 31, (1, 50))
+    whole = model.generate(ids, 8, temperature=0)
+    monkeypatch.setattr("gateloop_transformer.generation._PROMPT_BLOCK", 7)
+    assert torch.equal(model.generate(ids, 8, temperature=0), whole)
+
+
+def test_stream_yields_what_generate_returns() -> None:
+    model, ids = build(), torch.randint(0, 31, (2, 5))
+    tokens = list(model.stream(ids, 6, seed=3))
+    assert torch.equal(torch.stack(tokens, 1), model.generate(ids, 6, seed=3)[:, 5:])
+
+
+def test_a_seed_repeats_and_a_generator_continues() -> None:
+    model, ids = build(), torch.randint(0, 31, (2, 5))
+    assert torch.equal(model.generate(ids, 20, seed=1), model.generate(ids, 20, seed=1))
+    generator = torch.Generator().manual_seed(1)
+    first = model.generate(ids, 20, generator=generator)
+    assert torch.equal(first, model.generate(ids, 20, seed=1))
+    assert not torch.equal(first, model.generate(ids, 20, generator=generator))
+
+
+def test_a_seed_leaves_the_default_random_state_alone() -> None:
+    model, before = build(), torch.get_rng_state()
+    model.generate(torch.zeros(1, 1, dtype=torch.long), 3, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_state_continues_where_it_ended() -> None:
+    model, ids = build().eval(), torch.randint(0, 31, (2, 9))
+    _, state = model(ids[:, :6], return_state=True)
+    rest = model.generate(ids[:, 6:], 5, temperature=0, state=state)
+    assert torch.equal(rest, model.generate(ids, 5, temperature=0)[:, 6:])
+
+
+def test_the_mode_of_the_model_is_restored() -> None:
+    model = build("post_norm_dropout").train()
+    model.generate(torch.zeros(1, 1, dtype=torch.long), 2)
+    assert model.training
+
+
+def test_stop_ends_each_row_and_pads_it() -> None:
+    model, ids = build(), torch.randint(0, 31, (4, 3))
+    free = model.generate(ids, 12, temperature=0)
+    stops = [free[0, 5].item(), free[1, 4:6].tolist()]
+    stopped = model.generate(ids, 12, temperature=0, stop=stops, pad=30)
+    for row, expected in zip(stopped.tolist(), free.tolist(), strict=True):
+        new = expected[3:]
+        ends = [n + 1 for n in range(12) if new[n] == stops[0] or new[max(0, n - 1) : n + 1] == stops[1]]
+        end = min(ends, default=12)
+        assert row[: 3 + end] == expected[: 3 + end]
+        assert all(token == 30 for token in row[3 + end :])
+
+
+def test_stop_ignores_the_prompt() -> None:
+    model = build()
+    ids = torch.full((1, 4), 7)
+    assert model.generate(ids, 3, temperature=0, stop=[[7, 7, 7, 7]]).shape[1] == 7
+
+
+def draw(logits: list[float], **options: Any) -> set[int]:
+    sampling = Sampling(**options)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([logits]).expand(500, -1)
+    return set(sampling.pick(rows, torch.zeros_like(rows, dtype=torch.bool), generator).tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"temperature": 0}, {0}),
+        ({"top_k": 2}, {0, 1}),
+        ({"top_k": 99}, {0, 1, 2, 3}),
+        ({"top_p": 0.4}, {0}),
+        ({"top_p": 0.41}, {0, 1}),
+        ({"top_p": 0.75}, {0, 1, 2}),
+        ({"min_p": 0.3}, {0, 1, 2}),
+        ({"min_p": 1.0}, {0}),
+        ({"top_k": 3, "top_p": 0.9, "min_p": 0.6}, {0, 1}),
+    ],
+)
+def test_filters_keep_what_they_should(options: dict[str, Any], expected: set[int]) -> None:
+    logits = torch.tensor([0.402, 0.298, 0.2, 0.1]).log().tolist()
+    assert draw(logits, **options) == expected
+
+
+def test_repetition_penalty_acts_on_seen_tokens_of_either_sign() -> None:
+    logits = torch.tensor([[2.0, 1.9, -1.0]])
+    seen = torch.tensor([[True, False, False]])
+    assert Sampling(repetition_penalty=2.0, temperature=0).pick(logits, seen, None).item() == 1
+    negative = torch.tensor([[-1.0, -1.5, -9.0]])
+    assert Sampling(repetition_penalty=2.0, temperature=0).pick(negative, seen, None).item() == 1
+
+
+def test_no_new_tokens_returns_the_prompt() -> None:
+    ids = torch.randint(0, 31, (2, 5))
+    assert torch.equal(build().generate(ids, 0), ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), {}, "at least one row and one token"),
+        (torch.zeros(0, 4, dtype=torch.long), {}, "at least one row and one token"),
+        (torch.zeros(4, dtype=torch.long), {}, r"shape \(B, T\)"),
+        (torch.zeros(1, 4), {}, "integers"),
+        (torch.full((1, 4), 31), {}, r"in \[0, 31\), got 31 to 31"),
+        (torch.full((1, 4), -1), {}, r"in \[0, 31\)"),
+        (torch.zeros(1, 4, dtype=torch.long), {"temperature": -1.0}, "temperature"),
+        (torch.zeros(1, 4, dtype=torch.long), {"temperature": float("nan")}, "temperature"),
+        (torch.zeros(1, 4, dtype=torch.long), {"top_k": 0}, "top_k"),
+        (torch.zeros(1, 4, dtype=torch.long), {"top_p": 0.0}, "top_p"),
+        (torch.zeros(1, 4, dtype=torch.long), {"min_p": 1.5}, "min_p"),
+        (torch.zeros(1, 4, dtype=torch.long), {"repetition_penalty": 0.0}, "repetition_penalty"),
+        (torch.zeros(1, 4, dtype=torch.long), {"stop": [[]]}, "stop"),
+        (torch.zeros(1, 4, dtype=torch.long), {"stop": 31}, "stop"),
+        (torch.zeros(1, 4, dtype=torch.long), {"seed": 1, "generator": torch.Generator()}, "not both"),
+    ],
+)
+def test_bad_input_is_refused_at_the_call(ids: torch.Tensor, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build().stream(ids, 3, **options)
+
+
+def test_negative_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        build().generate(torch.zeros(1, 1, dtype=torch.long), -1)
+
+
+def test_damaged_weights_are_reported() -> None:
+    model = build()
+    with torch.no_grad():
+        model.token_emb.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        model.generate(torch.zeros(1, 1, dtype=torch.long), 1)

@@ -1,0 +1,103 @@
+"""Reading, splitting and batching of bytes."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gateloop_transformer.training.data import batch_at, load_corpus, read_documents, standard_library
+
+
+def folder_of_texts(root: Path, count: int = 20) -> Path:
+    for n in range(count):
+        path = root / f"sub{n % 3}" / f"{n:02d}.txt"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(bytes([65 + n]) * 100)
+    return root
+
+
+def test_a_file_is_cut_near_its_end(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(bytes(range(1, 101)))
+    corpus = load_corpus(str(tmp_path / "a.txt"), 0.1, 8)
+    assert corpus.train.tolist() == list(range(1, 91))
+    assert corpus.valid.tolist() == list(range(91, 101))
+
+
+def test_a_folder_is_split_by_file_whatever_the_machine(tmp_path: Path) -> None:
+    corpora = [load_corpus(str(folder_of_texts(tmp_path / name)), 0.1, 8) for name in ("a", "b")]
+    assert corpora[0].sha256 == corpora[1].sha256
+    train, valid = (set(part.tolist()) for part in (corpora[0].train, corpora[0].valid))
+    assert not train & valid
+    assert len(corpora[0].valid) == 200
+    assert len(corpora[0].train) == 1800
+
+
+def test_compressed_files_are_read(tmp_path: Path) -> None:
+    text = b"some text\n" * 10
+    (tmp_path / "a.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "b.xz").write_bytes(lzma.compress(text))
+    documents, _ = read_documents(str(tmp_path))
+    assert [document.content for document in documents] == [text, text]
+
+
+def test_globs_choose_files(tmp_path: Path) -> None:
+    folder_of_texts(tmp_path)
+    documents, _ = read_documents(str(tmp_path / "**" / "0*.txt"))
+    assert len(documents) == 10
+
+
+def test_binary_empty_and_hidden_files_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.bin").write_bytes(b"\0\1\2")
+    (tmp_path / "c.txt").write_bytes(b"")
+    (tmp_path / ".hidden").write_text("secret")
+    documents, skipped = read_documents(str(tmp_path))
+    assert [document.name for document in documents] == ["a.txt"]
+    assert skipped == 2
+
+
+def test_the_standard_library_is_text_without_tests() -> None:
+    documents = standard_library()
+    names = {document.name for document in documents}
+    assert "argparse.py" in names
+    assert not any(name.startswith("test/") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "message"),
+    [
+        (None, ".txt", "no file, folder or glob match"),
+        (b"", ".txt", "is empty"),
+        (b"\0" * 50, ".txt", "binary"),
+        (b"short", ".txt", "too short"),
+        (b"not gzip", ".gz", "cannot decompress"),
+        (gzip.compress(b"text" * 99)[:-9], ".gz", "cannot decompress"),
+        (b"not xz", ".xz", "cannot decompress"),
+        (lzma.compress(b"text" * 99)[:-9], ".xz", "cannot decompress"),
+    ],
+)
+def test_unusable_data_is_refused(tmp_path: Path, content: bytes | None, suffix: str, message: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(str(path), 0.1, 64)
+
+
+def test_batches_depend_on_the_step_alone() -> None:
+    train = np.arange(1000, dtype=np.uint8)
+    later = batch_at(train, 7, 0, 4, 16, seed=1)
+    assert later.shape == (4, 17)
+    assert later.equal(batch_at(train, 7, 0, 4, 16, seed=1))
+    for other in (batch_at(train, 8, 0, 4, 16, 1), batch_at(train, 7, 1, 4, 16, 1), batch_at(train, 7, 0, 4, 16, 2)):
+        assert not later.equal(other)
+
+
+def test_batches_reach_both_ends() -> None:
+    train = np.arange(20, dtype=np.uint8)
+    starts = {row[0].item() for step in range(50) for row in batch_at(train, step, 0, 4, 16, 0)}
+    assert starts == {0, 1, 2, 3}

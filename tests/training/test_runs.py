@@ -1,0 +1,397 @@
+"""Runs from the command line: train, resume, generate, evaluate, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gateloop_transformer import Transformer
+from gateloop_transformer.cli import main
+from gateloop_transformer.training.checkpoint import load_model
+from gateloop_transformer.training.config import PRESETS, ModelConfig, RunConfig, TrainingConfig, resolve
+from gateloop_transformer.training.evaluation import bits_per_byte, validate
+from gateloop_transformer.training.loop import learning_rate, parameter_groups
+
+TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
+TINY = [
+    *("--dim", "16", "--depth", "2", "--gate-loop-heads", "4", "--context", "32", "--batch", "4"),
+    *("--eval-bytes", "256", "--sample-bytes", "8", "--eval-every", "4", "--checkpoint-every", "3"),
+]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "data.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def train(text: Path | None, out: Path, *flags: str, steps: int = 8) -> int:
+    data = [] if text is None else [str(text)]
+    return main(["train", *data, "--out", str(out), *TINY, "--steps", str(steps), *flags])
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("seconds", None)
+    return records
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert len(captured.err.strip().splitlines()) == 1, captured.err
+    return captured.err
+
+
+def test_a_run_leaves_model_config_metrics_curve_and_checkpoints(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(text, out) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "checkpoints",
+    }
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-000000006", "step-000000008"]
+    records = metrics(out)
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 9))
+    assert [record["step"] for record in records if "bits_per_byte" in record] == [4, 8]
+    assert records[0]["tokens"] == 4 * 32
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((out / "config.json").read_text())
+    assert stored["training"]["steps"] == 8
+    assert stored["model"]["gate"] == "ring"
+
+
+@pytest.mark.parametrize("flags", [[], ["--dropout", "0.3", "--accumulate", "2"], ["--precision", "bf16"]])
+def test_a_resumed_run_equals_one_never_stopped(text: Path, tmp_path: Path, flags: list[str]) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert train(text, whole, *flags, steps=10) == 0
+    assert train(text, halves, *flags, steps=10) == 0
+    for name in ("step-000000010", "step-000000009"):
+        checkpoint = halves / "checkpoints" / name
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    # Both kept checkpoints are gone: the run starts again from step 0 and must end in the same place.
+    assert main(["train", "--out", str(halves), "--resume"]) == 0
+    assert metrics(halves) == metrics(whole)
+    assert (halves / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("flags", [[], ["--dropout", "0.3"], ["--precision", "bf16"]])
+def test_a_killed_run_continues_to_the_last_digit(text: Path, tmp_path: Path, flags: list[str]) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(text, whole, *flags, steps=40) == 0
+    command = [sys.executable, "-m", "gateloop_transformer.cli", "train", str(text), "--out", str(killed)]
+    command += [*TINY, *flags, "--steps", "40"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = killed / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not log.exists() or log.read_text().count('"loss"') < 11:
+        assert time.monotonic() < deadline, "the run wrote no metrics"
+        assert process.poll() is None or log.exists()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert main(["train", "--out", str(killed), "--resume"]) == 0
+    assert metrics(killed) == metrics(whole)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(text: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(text, whole) == 0
+    killed.mkdir()
+    (killed / "config.json").write_text((whole / "config.json").read_text())
+    (killed / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')
+    assert main(["train", "--out", str(killed), "--resume"]) == 0
+    assert metrics(killed) == metrics(whole)
+
+
+def test_resume_may_go_on_for_longer(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=4) == 0
+    assert main(["train", "--out", str(out), "--resume", "--steps", "6"]) == 0
+    assert [record["step"] for record in metrics(out) if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((out / "config.json").read_text())["training"]["steps"] == 6
+
+
+def test_minutes_end_a_run(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--minutes", "0.02", steps=1) == 0
+    assert metrics(out)[-1]["step"] > 1
+
+
+def test_json_is_one_object(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 8
+    assert result["bits_per_byte"] == metrics(out)[-1]["bits_per_byte"]
+    assert main(["eval", str(out), str(text), "--json"]) == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation["bytes"] == len(TEXT)
+    assert 0 < evaluation["bits_per_byte"] < 9
+
+
+def test_generate_prints_prompt_and_continuation(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out) == 0
+    capsys.readouterr()
+    command = ["generate", str(out), "--prompt", "ünd 1", "--tokens", "20", "--seed", "1"]
+    texts = []
+    for _ in range(2):
+        assert main(command) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("ünd 1")
+    model = load_model(out)
+    ids = model.generate(torch.tensor([list("ünd 1".encode())]), 20, temperature=0.8, seed=1)
+    assert texts[0] == bytes(ids[0].tolist()).decode(errors="replace") + "\n"
+
+
+def test_loss_falls(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--lr", "1e-2", "--eval-every", "60", "--checkpoint-every", "60", steps=60) == 0
+    losses = [record["loss"] for record in metrics(out) if "loss" in record]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_a_run_is_not_overwritten_unasked(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train(text, out) == 0
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert train(text, out, steps=3) == 2
+    assert "--resume" in error_of(capsys)
+    assert train(tmp_path / "absent", out, "--overwrite") == 2
+    assert "no file" in error_of(capsys)
+    assert train(text, out, "--overwrite", "--gate-loop-heads", "5") == 2
+    assert "divide" in error_of(capsys)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert train(text, out, "--overwrite", steps=3) == 0
+    assert metrics(out)[-1]["step"] == 3
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--lr", "-1"], "lr must be above 0"),
+        (["--lr", "fast"], "invalid float"),
+        (["--gate", "square"], "invalid choice"),
+        (["--preset", "huge"], "invalid choice"),
+        (["--gate-loop-heads", "3"], "must divide"),
+        (["--layer-pattern", "gate window"], "layer_pattern"),
+        (["--dropout", "1"], "dropout"),
+        (["--device", "abacus"], "device"),
+        (["--context", "100000"], "too short"),
+        (["--resume", "--overwrite"], "not allowed with"),
+        (["--resume"], "holds no run"),
+        (["--frobnicate"], "unrecognized"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_exit_code_2(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    out = tmp_path / "run"
+    if flags == ["--resume"]:
+        out.mkdir()
+    base = [] if flags == ["--resume"] else TINY
+    try:
+        code: Any = main(["train", str(text), "--out", str(out), *base, *flags])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    assert message in error_of(capsys)
+    assert not (out / "config.json").exists()
+
+
+def test_resume_refuses_another_configuration_or_other_data(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=3) == 0
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--lr", "0.5"]) == 2
+    assert "lr is" in error_of(capsys)
+    assert main(["train", "--out", str(out), "--resume", "--preset", "small"]) == 2
+    assert "dim is 16, not 512" in error_of(capsys)
+    text.write_text(TEXT + "more")
+    assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 2
+    assert "has changed" in error_of(capsys)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_layer(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(text, tmp_path / "run", "--lr", "1e30", "--warmup", "0") == 1
+    error = capsys.readouterr().err
+    assert "not finite at step" in error
+    assert "layers.0" in error or "token_emb" in error
+    assert "checkpoint" in error
+
+
+def damage(out: Path, name: str) -> str:
+    """Each way a run can be unreadable, and what the message must contain."""
+    model, config = out / "model.safetensors", out / "config.json"
+    values = json.loads(config.read_text())
+    if name == "truncated":
+        model.write_bytes(model.read_bytes()[:-100])
+        return "damaged"
+    if name == "no weights":
+        model.unlink()
+        return "before the first checkpoint"
+    if name == "no config":
+        config.unlink()
+        return "holds no run"
+    if name == "broken config":
+        config.write_text(config.read_text()[:-30])
+        return "damaged"
+    if name == "other configuration":
+        values["model"]["dim"] = 32
+    elif name == "newer format":
+        values["format"] = 99
+    elif name == "unknown field":
+        values["model"]["wings"] = 2
+    elif name == "missing field":
+        del values["training"]["lr"]
+    elif name == "wrong type":
+        values["model"]["dim"] = "wide"
+    config.write_text(json.dumps(values))
+    return {
+        "other configuration": "does not fit",
+        "newer format": "newer",
+        "unknown field": "wings",
+        "missing field": "missing: lr",
+        "wrong type": "dim must be",
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "truncated",
+        "no weights",
+        "no config",
+        "broken config",
+        "other configuration",
+        "newer format",
+        "unknown field",
+        "missing field",
+        "wrong type",
+    ],
+)
+def test_unreadable_runs_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=1) == 0
+    message = damage(out, name)
+    capsys.readouterr()
+    for command in (["generate", str(out), "--prompt", "a"], ["eval", str(out), str(text)]):
+        assert main(command) == 2
+        assert message in error_of(capsys)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "progress.json"])
+def test_a_damaged_checkpoint_is_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=3) == 0
+    path = out / "checkpoints" / "step-000000003" / file
+    path.write_bytes(path.read_bytes()[:-10])
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 2
+    assert "damaged" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "RUN", "--prompt", ""], "must not be empty"),
+        (["generate", "RUN", "--prompt", "a", "--tokens", "-1"], "max_new_tokens"),
+        (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["generate", "RUN", "--prompt", "a", "--stop", ""], "stop"),
+        (["generate", "absent", "--prompt", "a"], "no folder"),
+        (["eval", "RUN", "absent"], "no file"),
+        (["eval", "RUN", "EMPTY"], "is empty"),
+        (["eval", "RUN", "ONE"], "at least 2 bytes"),
+        (["eval", "absent", "EMPTY"], "is empty"),
+    ],
+)
+def test_wrong_arguments_of_generate_and_eval(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], message: str
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=1) == 0
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "one").write_bytes(b"x")
+    places = {"RUN": str(out), "EMPTY": str(tmp_path / "empty"), "ONE": str(tmp_path / "one")}
+    capsys.readouterr()
+    assert main([places.get(word, word) for word in command]) == 2
+    assert message in error_of(capsys)
+
+
+def test_evaluation_carries_state_whatever_the_block() -> None:
+    torch.manual_seed(0)
+    model = Transformer(16, num_tokens=256, depth=2, gate_loop_heads=4, conv_size=3).double()
+    data = np.frombuffer(TEXT[:500].encode(), dtype=np.uint8)
+    ids = torch.from_numpy(data.astype(np.int64))[None]
+    expected = model(ids, return_loss=True).item() / np.log(2)
+    for block in (1, 7, 100, 499, 500, 5000):
+        assert bits_per_byte(model, data, block) == pytest.approx(expected, rel=1e-10)
+    assert validate(model, data, 499, 10**6, 4) == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_parameter_is_in_one_group_and_gates_in_their_own() -> None:
+    model = Transformer(**resolve("tiny", {"layer_pattern": "gate attention"}, None).model.arguments())
+    groups = parameter_groups(model, TrainingConfig(gate_lr=0.25))
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    gates = {names[id(parameter)] for parameter in groups[-1]["params"]}
+    assert gates == {name for name in names.values() if ".to_a." in name or ".ring_" in name}
+    assert groups[-1]["weight_decay"] == 0
+    assert groups[-1]["factor"] == 0.25
+
+
+def test_the_learning_rate_rises_then_falls() -> None:
+    config = TrainingConfig(lr=1.0, min_lr=0.1, warmup=0.1)
+    assert learning_rate(config, 0.05) == pytest.approx(0.5)
+    assert learning_rate(config, 0.1) == pytest.approx(1.0)
+    assert learning_rate(config, 0.55) == pytest.approx(0.55)
+    assert learning_rate(config, 1.0) == pytest.approx(0.1)
+    assert learning_rate(config, 1.3) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_their_configuration_file(preset: str) -> None:
+    config = resolve(preset, {}, None)
+    assert RunConfig.from_json(json.loads(json.dumps(config.to_json())), "config.json") == config
+
+
+def test_the_configuration_has_every_argument_of_the_model() -> None:
+    import inspect
+
+    arguments = set(inspect.signature(Transformer).parameters)
+    assert set(ModelConfig().arguments()) == arguments - {"checkpoint_gate_looped_attn", "backend"}
+    defaults = Transformer(**ModelConfig(depth=1, dim=8).arguments())
+    assert isinstance(defaults, Transformer)
