@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gateloop_transformer.layers.state import TransformerState
 
-if TYPE_CHECKING:
-    from gateloop_transformer.model import Transformer
-
 Stop = int | Sequence[int | Sequence[int]] | None
 
 # Prompts are read in blocks of this many tokens, so that their logits never exist all at once.
 _PROMPT_BLOCK = 2048
+
+
+class Decoder(Protocol):
+    """What generation needs of a model: `Transformer` has it."""
+
+    num_tokens: int
+    training: bool
+
+    def __call__(self, ids: Tensor, *, state: TransformerState | None, return_state: bool) -> Any:
+        """(logits (B, T, num_tokens), state)."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Training or evaluation mode."""
+
+    def check_vocabulary(self, ids: Tensor) -> None:
+        """Raise ValueError if an id is outside the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ def _generator(generator: torch.Generator | None, seed: int | None, device: torc
     return generator if seed is None else torch.Generator(device).manual_seed(seed)
 
 
-def _check_prompt(model: Transformer, ids: Tensor, max_new_tokens: int) -> None:
+def _check_prompt(model: Decoder, ids: Tensor, max_new_tokens: int) -> None:
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"a prompt must be integers of shape (B, T), not {ids.dtype} {tuple(ids.shape)}")
     if 0 in ids.shape:
@@ -112,10 +125,10 @@ def _check_prompt(model: Transformer, ids: Tensor, max_new_tokens: int) -> None:
 
 
 @torch.no_grad()
-def _advance(model: Transformer, ids: Tensor, state: TransformerState | None) -> tuple[Tensor, TransformerState]:
+def _advance(model: Decoder, ids: Tensor, state: TransformerState | None) -> tuple[Tensor, TransformerState]:
     """Logits after the last of `ids` (B, vocabulary), and the state there. In evaluation mode."""
     training = model.training
-    model.eval()
+    model.train(False)
     try:
         for block in ids.split(_PROMPT_BLOCK, dim=1):
             logits, state = model(block, state=state, return_state=True)
@@ -126,7 +139,7 @@ def _advance(model: Transformer, ids: Tensor, state: TransformerState | None) ->
 
 
 def stream(
-    model: Transformer,
+    model: Decoder,
     ids: Tensor,
     max_new_tokens: int,
     *,
@@ -152,7 +165,7 @@ def stream(
 
 
 def _stream(
-    model: Transformer,
+    model: Decoder,
     ids: Tensor,
     max_new_tokens: int,
     sampling: Sampling,
@@ -184,7 +197,7 @@ def _stream(
 
 
 def generate(
-    model: Transformer,
+    model: Decoder,
     ids: Tensor,
     max_new_tokens: int,
     *,
@@ -204,7 +217,7 @@ def generate(
     The model is put in evaluation mode meanwhile; no gradient is recorded.
 
     Args:
-        model: a `Transformer`.
+        model: a `Transformer`, or what behaves like one.
         ids: prompts (B, T), integers, B ≥ 1 and T ≥ 1, all rows of one length.
         max_new_tokens: at most this many steps; 0 returns the prompt.
         temperature: 0 takes the likeliest token at each step.

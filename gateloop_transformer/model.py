@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gateloop_transformer.generation import generate, stream
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
@@ -237,12 +238,8 @@ class Transformer(nn.Module):
 
     def generate(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Prompt and continuation (B, T + new): see `gateloop_transformer.generation.generate`."""
-        from gateloop_transformer.generation import generate
-
         return generate(self, ids, max_new_tokens, **options)
 
     def stream(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
         """New tokens (B,) one step at a time: see `gateloop_transformer.generation.stream`."""
-        from gateloop_transformer.generation import stream
-
         return stream(self, ids, max_new_tokens, **options)

@@ -55,6 +55,54 @@ def same_device(operator: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"{operator}: all tensors must be on one device, not {devices}")
 
 
+def scan(operator: str, gates: Tensor, inputs: Tensor, initial: Tensor | None) -> None:
+    """Shapes, dtypes and devices of an elementwise recurrence.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    dims(operator, "inputs", inputs, "B T D")
+    same_shape(operator, "gates", gates, tuple(inputs.shape), "(B, T, D), that of inputs,")
+    if initial is not None:
+        same_shape(operator, "initial", initial, (inputs.shape[0], inputs.shape[2]), "(B, D)")
+    floating(operator, gates=gates, inputs=inputs, initial=initial)
+    same_device(operator, inputs=inputs, gates=gates, initial=initial)
+
+
+def gate_loop(operator: str, queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None) -> None:
+    """Shapes, dtypes and devices of a gate loop's arguments.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    dims(operator, "queries", queries, "B T H K")
+    B, T, H, K = queries.shape
+    same_shape(operator, "keys", keys, (B, T, H, K), "(B, T, H, K), that of queries,")
+    dims(operator, "values", values, "B T H V")
+    same_shape(operator, "values", values, (B, T, H, values.shape[-1]), "(B, T, H, V)")
+    for part in gates.parts():
+        if tuple(part.shape) not in ((B, T, H), (B, T, H, K)):
+            raise ValueError(
+                f"{operator}: gates must have shape (B, T, H) = {(B, T, H)} or (B, T, H, K) = {(B, T, H, K)}, "
+                f"not {tuple(part.shape)}"
+            )
+    if gates.im is not None and gates.im.shape != gates.re.shape:
+        raise ValueError(f"{operator}: the gates' real and imaginary parts must have one shape")
+    for part in [] if initial is None else initial.parts():
+        same_shape(operator, "initial", part, (B, H, K, values.shape[-1]), "(B, H, K, V)")
+    tensors: dict[str, Tensor | None] = {"queries": queries, "keys": keys, "values": values}
+    tensors |= {"gates": gates.re, "gates[1]": gates.im}
+    if initial is not None:
+        tensors |= {"initial": initial.re, "initial[1]": initial.im}
+    floating(operator, tuple(tensors), **tensors)
+    same_device(operator, **tensors)
+    if not queries.dtype == keys.dtype == values.dtype:
+        raise ValueError(
+            f"{operator}: queries, keys and values must have one dtype, "
+            f"not {queries.dtype}, {keys.dtype}, {values.dtype}"
+        )
+
+
 def fit(gradient: Pair, argument: list[Tensor]) -> list[Tensor]:
     """A gradient in the form of its argument: as many parts, their dtype; nothing aliased.
 

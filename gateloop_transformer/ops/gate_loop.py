@@ -8,8 +8,7 @@ from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import TABLE, choose
-from gateloop_transformer.ops.linear_scan import take
-from gateloop_transformer.ops.pairs import Pair, compute_dtype, split
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 RealPair = tuple[Tensor, Tensor]
 
@@ -82,7 +81,7 @@ def gate_loop(
     ([1.0, 1.5, 1.75], 1.75)
     """
     a, start = split(gates), None if initial is None else split(initial)
-    check_gate_loop("gate_loop", queries, keys, values, a, start)
+    checks.gate_loop("gate_loop", queries, keys, values, a, start)
     if isinstance(gates, tuple) != isinstance(initial, tuple) and initial is not None:
         raise ValueError("gate_loop: gates and initial must both be tensors or both be tuples (real, imaginary)")
     chosen = choose(backend, queries.device, queries.dtype)
@@ -90,42 +89,6 @@ def gate_loop(
     if isinstance(gates, tuple):
         return y, (final[0], final[1])
     return y, Pair(*final).complex()
-
-
-def check_gate_loop(
-    operator: str, queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None
-) -> None:
-    """Shapes, dtypes and devices of a gate loop's arguments.
-
-    Raises:
-        ValueError: they do not fit.
-    """
-    checks.dims(operator, "queries", queries, "B T H K")
-    B, T, H, K = queries.shape
-    checks.same_shape(operator, "keys", keys, (B, T, H, K), "(B, T, H, K), that of queries,")
-    checks.dims(operator, "values", values, "B T H V")
-    checks.same_shape(operator, "values", values, (B, T, H, values.shape[-1]), "(B, T, H, V)")
-    for part in gates.parts():
-        if tuple(part.shape) not in ((B, T, H), (B, T, H, K)):
-            raise ValueError(
-                f"{operator}: gates must have shape (B, T, H) = {(B, T, H)} or (B, T, H, K) = {(B, T, H, K)}, "
-                f"not {tuple(part.shape)}"
-            )
-    if gates.im is not None and gates.im.shape != gates.re.shape:
-        raise ValueError(f"{operator}: the gates' real and imaginary parts must have one shape")
-    for part in [] if initial is None else initial.parts():
-        checks.same_shape(operator, "initial", part, (B, H, K, values.shape[-1]), "(B, H, K, V)")
-    tensors: dict[str, Tensor | None] = {"queries": queries, "keys": keys, "values": values}
-    tensors |= {"gates": gates.re, "gates[1]": gates.im}
-    if initial is not None:
-        tensors |= {"initial": initial.re, "initial[1]": initial.im}
-    checks.floating(operator, tuple(tensors), **tensors)
-    checks.same_device(operator, **tensors)
-    if not queries.dtype == keys.dtype == values.dtype:
-        raise ValueError(
-            f"{operator}: queries, keys and values must have one dtype, "
-            f"not {queries.dtype}, {keys.dtype}, {values.dtype}"
-        )
 
 
 def _empty_results(queries: Tensor, values: Tensor, gates: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:

@@ -9,8 +9,7 @@ from torch import Tensor
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.associative_scan import Elements, associative_scan
 from gateloop_transformer.ops.dispatch import TABLE, choose
-from gateloop_transformer.ops.linear_scan import check_scan, take
-from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
 
 
 def heinsen_scan(gates: Tensor, inputs: Tensor, initial: Tensor | None = None) -> Tensor:
@@ -41,7 +40,7 @@ def heinsen_scan(gates: Tensor, inputs: Tensor, initial: Tensor | None = None) -
     >>> heinsen_scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)).flatten()
     tensor([1.0000, 1.5000, 1.7500])
     """
-    check_scan("heinsen_scan", gates, inputs, initial)
+    checks.scan("heinsen_scan", gates, inputs, initial)
     checks.floating("heinsen_scan", ("gates", "inputs", "initial"), gates=gates, inputs=inputs, initial=initial)
     result: Tensor = _forward(gates, inputs, [] if initial is None else [initial])
     return result

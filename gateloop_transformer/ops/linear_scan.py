@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import TABLE, choose
-from gateloop_transformer.ops.pairs import Pair, compute_dtype, split
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 
 def linear_scan(
@@ -41,24 +41,10 @@ def linear_scan(
     >>> linear_scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)).flatten().tolist()
     [1.0, 1.5, 1.75]
     """
-    check_scan("linear_scan", gates, inputs, initial)
+    checks.scan("linear_scan", gates, inputs, initial)
     chosen = choose(backend, inputs.device, inputs.dtype)
     h = [] if initial is None else split(initial).parts()
     return Pair(*_forward(split(gates).parts(), split(inputs).parts(), h, reverse, chosen)).complex()
-
-
-def check_scan(operator: str, gates: Tensor, inputs: Tensor, initial: Tensor | None) -> None:
-    """Shapes, dtypes and devices of an elementwise recurrence.
-
-    Raises:
-        ValueError: they do not fit.
-    """
-    checks.dims(operator, "inputs", inputs, "B T D")
-    checks.same_shape(operator, "gates", gates, tuple(inputs.shape), "(B, T, D), that of inputs,")
-    if initial is not None:
-        checks.same_shape(operator, "initial", initial, (inputs.shape[0], inputs.shape[2]), "(B, D)")
-    checks.floating(operator, gates=gates, inputs=inputs, initial=initial)
-    checks.same_device(operator, inputs=inputs, gates=gates, initial=initial)
 
 
 def _empty_states(gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:
@@ -125,12 +111,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     gates, xs, initial, ctx.reverse, ctx.backend = inputs
     ctx.lengths = len(gates), len(xs), len(output), len(initial)
     ctx.save_for_backward(*gates, *xs, *output, *initial)
-
-
-def take(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
-    """`tensors` cut into lists of these lengths."""
-    rest = iter(tensors)
-    return [[next(rest) for _ in range(length)] for length in lengths]
 
 
 def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ everywhere. An absent imaginary part means "real", and no arithmetic is spent on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,3 +85,9 @@ def split(value: Tensor | tuple[Tensor, Tensor]) -> Pair:
     if value.is_complex():
         return Pair(value.real, value.imag)
     return Pair(value)
+
+
+def take(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
+    """`tensors` cut into lists of these lengths."""
+    rest = iter(tensors)
+    return [[next(rest) for _ in range(length)] for length in lengths]

@@ -8,12 +8,10 @@ from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import TABLE, choose
-from gateloop_transformer.ops.gate_loop import RealPair, check_gate_loop
-from gateloop_transformer.ops.linear_scan import take
-from gateloop_transformer.ops.pairs import Pair, compute_dtype, split
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 
-def surrogate_attention(queries: Tensor, keys: Tensor, values: Tensor, gates: Tensor | RealPair) -> Tensor:
+def surrogate_attention(queries: Tensor, keys: Tensor, values: Tensor, gates: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """y[i] = Σ_{j ≤ i} Re(q[i] k[j] a[j+1] ··· a[i]) v[j]: the outputs of `gate_loop`, the attention way.
 
     Memory and time grow with T²: it shows what the recurrence attends to and checks the linear forms; train with
@@ -39,7 +37,7 @@ def surrogate_attention(queries: Tensor, keys: Tensor, values: Tensor, gates: Te
     tensor([1.0000, 1.5000, 1.7500])
     """
     a = split(gates)
-    check_gate_loop("surrogate_attention", queries, keys, values, a, None)
+    checks.gate_loop("surrogate_attention", queries, keys, values, a, None)
     result: Tensor = _forward(queries, keys, values, a.parts())
     return result
 
