@@ -1,0 +1,43 @@
+# Everything runs in .venv, which `make` creates; nothing is installed elsewhere.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs/demo
+STEPS ?= 400
+
+.PHONY: demo test check slow format clean
+
+demo: .venv/train
+	$(BIN)/gateloop train --preset tiny --steps $(STEPS) --out $(OUT) --overwrite
+	@echo
+	@echo "Python from the model, after the prompt 'def ':"
+	$(BIN)/gateloop generate $(OUT) --prompt "def " --tokens 400 --temperature 0.6 --seed 1
+
+test: check
+	$(BIN)/pytest
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+slow: .venv/dev
+	$(BIN)/pytest -m slow
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv runs build dist *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/train: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train]'
+	@touch $@
+
+.venv/dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,jax,dev]'
+	@touch $@

@@ -1,0 +1,58 @@
+"""The README's snippets and the examples run; importing the package is light."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(code: str | Path, cwd: Path) -> str:
+    command = [sys.executable, str(code)] if isinstance(code, Path) else [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_has_its_three_snippets() -> None:
+    assert len(SNIPPETS) == 3
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["operator", "layer", "model"])
+def test_snippets_run(snippet: str, tmp_path: Path) -> None:
+    run(snippet, tmp_path)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run_and_are_short(example: Path, tmp_path: Path) -> None:
+    assert len(example.read_text().splitlines()) <= 40
+    assert run(example, tmp_path)
+
+
+def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys, gateloop_transformer as g; assert g.__version__; "
+        "heavy = {'torch', 'numpy', 'jax', 'matplotlib', 'transformers', 'tqdm'} & set(sys.modules); assert not heavy, heavy; "
+        "g.Transformer; assert 'jax' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    run(code, tmp_path)
+
+
+def test_the_jax_side_imports_no_torch(tmp_path: Path) -> None:
+    run("import sys, gateloop_transformer.jax; assert 'torch' not in sys.modules", tmp_path)
+
+
+def test_every_public_name_loads() -> None:
+    import gateloop_transformer
+
+    for name in gateloop_transformer.__all__:
+        assert getattr(gateloop_transformer, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Absent'"):
+        gateloop_transformer.Absent  # noqa: B018
