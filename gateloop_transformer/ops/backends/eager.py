@@ -60,9 +60,9 @@ def linear_scan_backward(
     for n in range(len(steps) - 1, -1, -1):
         t = steps[n]
         g = dh[:, t] + g
-        da[t] = g * (h[:, steps[n - 1]] if n else first).conj()
+        da[t] = g * torch.conj_physical(h[:, steps[n - 1]] if n else first)
         dx[t] = g
-        g = a[:, t].conj() * g
+        g = torch.conj_physical(a[:, t]) * g
     return _parts(torch.stack(da, 1), True), _parts(torch.stack(dx, 1), True), _parts(g, True)
 
 
@@ -121,7 +121,7 @@ def gate_loop_backward(
         dq[:, t] = torch.einsum("bhkv,bhv->bhk", states[n + 1].real, dy[:, t])
         dk[:, t] = torch.einsum("bhkv,bhv->bhk", g.real, v[:, t])
         dv[:, t] = torch.einsum("bhkv,bhk->bhv", g.real, k[:, t])
-        product = g * states[n].conj()
+        product = g * torch.conj_physical(states[n])
         da[:, t] = product.sum((-2, -1)) if gates.re.ndim == 3 else product.sum(-1)
-        g = a[:, t].conj() * g
+        g = torch.conj_physical(a[:, t]) * g
     return dq, dk, dv, _parts(da, True), _parts(g.clone(), True)
