@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import json
 import os
@@ -86,6 +87,7 @@ def _generate_parser(commands: Any) -> None:
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: less repetition")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end after this text (may be repeated)")
     parser.add_argument("--seed", type=int, metavar="S", help="for the same text every time")
+    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
 
 
 def _eval_parser(commands: Any) -> None:
@@ -96,6 +98,7 @@ def _eval_parser(commands: Any) -> None:
     )
     parser.add_argument("dir", metavar="DIR", type=Path, help="folder of a run")
     parser.add_argument("data", metavar="DATA", help="a text file, a folder, a glob, or .gz or .xz files")
+    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--json", action="store_true", help='print {"bits_per_byte": ..., "bytes": ...}')
 
 
@@ -113,6 +116,8 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     """The configuration that the flags ask for; when resuming, the stored one with what may change."""
     from gateloop_transformer.training import checkpoint, config, loop
 
+    if arguments.data == "":
+        raise ValueError("DATA must not be empty; leave it out for the default corpus")
     data = None if arguments.data is None else os.path.abspath(arguments.data)
     if not arguments.resume:
         return config.resolve(given.pop("preset", "tiny"), given, data)
@@ -177,14 +182,15 @@ class _Reporter:
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
-    from gateloop_transformer.training.checkpoint import load_model
+    from gateloop_transformer.training.checkpoint import load_model, pick_device
 
+    device = pick_device(arguments.device)
     prompt = os.fsencode(arguments.prompt)
     if not prompt:
         raise ValueError("--prompt must not be empty; a newline starts from next to nothing")
-    model = load_model(arguments.dir)
+    model = load_model(arguments.dir).to(device)
     steps = model.stream(
-        torch.tensor([list(prompt)]),
+        torch.tensor([list(prompt)], device=device),
         arguments.tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -203,10 +209,27 @@ def _generate(arguments: argparse.Namespace) -> None:
     sys.stdout.flush()
 
 
+def _bar(total: int) -> Any:
+    """A progress bar in bytes where there is a terminal and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _NoBar()
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
+
+
+class _NoBar(contextlib.nullcontext["_NoBar"]):
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def update(self, _count: int) -> None:
+        """Nothing to show."""
+
+
 def _eval(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from gateloop_transformer.training.checkpoint import load_model
+    from gateloop_transformer.training.checkpoint import load_model, pick_device
     from gateloop_transformer.training.data import read_documents
     from gateloop_transformer.training.evaluation import bits_per_byte
 
@@ -214,12 +237,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     short = [document.name for document in documents if len(document.content) < 2]
     if short:
         raise ValueError(f"{short[0]!r} is too short: evaluation needs at least 2 bytes a file")
-    model = load_model(arguments.dir)
-    total, size = 0.0, 0
-    for document in documents:
-        data = np.frombuffer(document.content, dtype=np.uint8)
-        total += bits_per_byte(model, data) * (len(data) - 1)
-        size += len(data)
+    model = load_model(arguments.dir).to(pick_device(arguments.device))
+    size = sum(len(document.content) for document in documents)
+    total = 0.0
+    with _bar(size) as bar:
+        for document in documents:
+            data = np.frombuffer(document.content, dtype=np.uint8)
+            total += bits_per_byte(model, data, report=bar.update) * (len(data) - 1)
     result = {"bits_per_byte": total / (size - len(documents)), "bytes": size, "files": len(documents)}
     if skipped:
         print(f"gateloop eval: {skipped} binary or empty files left out", file=sys.stderr)
@@ -238,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     run = {"train": _train, "generate": _generate, "eval": _eval}[arguments.command]
     try:
         run(arguments)
-    except ValueError as error:
+    except (ValueError, PermissionError, FileExistsError, NotADirectoryError) as error:
         print(f"gateloop {arguments.command}: error: {error}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError, NotImplementedError) as error:

@@ -143,6 +143,22 @@ def load_model(folder: str | os.PathLike[str]) -> Transformer:
     return model.eval()
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: the device is not to be had.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not to be had: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -46,7 +47,9 @@ def validate(model: Transformer, data: Bytes, context: int, limit: int, batch: i
 
 
 @torch.no_grad()
-def bits_per_byte(model: Transformer, data: Bytes, block: int = 1024) -> float:
+def bits_per_byte(
+    model: Transformer, data: Bytes, block: int = 1024, report: Callable[[int], object] | None = None
+) -> float:
     """Bits per byte of a whole text, read once from start to end with the state carried along.
 
     The first byte has nothing to be predicted from and does not count.
@@ -55,6 +58,7 @@ def bits_per_byte(model: Transformer, data: Bytes, block: int = 1024) -> float:
         model: is put in evaluation mode meanwhile.
         data: the text's bytes, at least 2.
         block: bytes per forward pass; the result does not depend on it, save for rounding.
+        report: called after each block with the number of bytes predicted in it.
 
     Raises:
         ValueError: fewer than 2 bytes.
@@ -70,5 +74,7 @@ def bits_per_byte(model: Transformer, data: Bytes, block: int = 1024) -> float:
         piece = ids[:, start : start + block + 1].to(device)
         logits, state = model(piece[:, :-1], state=state, return_state=True)
         total += _sum_of_losses(logits, piece[:, 1:])
+        if report is not None:
+            report(piece.shape[1] - 1)
     model.train(training)
     return total / (len(data) - 1) / math.log(2)

@@ -112,7 +112,7 @@ class Trainer:
     def __init__(self, config: RunConfig, folder: Path, corpus: Corpus) -> None:
         self.config, self.folder, self.corpus = config, folder, corpus
         options = config.training
-        self.device = _device(options.device)
+        self.device = checkpoint.pick_device(options.device)
         torch.manual_seed(options.seed)
         self.model = Transformer(**config.model.arguments()).to(self.device)
         self.optimizer = torch.optim.AdamW(
@@ -259,17 +259,6 @@ class Trainer:
             seconds=self.progress.seconds,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not to be had: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _records(lines: Iterable[str]) -> list[dict[str, Any]]:
