@@ -1,0 +1,26 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from gateloop_transformer.ops.dispatch import TABLE
+
+# XLA compiles each shape for seconds; most of that is optimisation, which no law depends on.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.fixture(params=list(TABLE))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend in the dispatch table, by name. All run here: one that cannot is an error, not a skip."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """The same random numbers in every test, whatever ran before."""
+    torch.manual_seed(0)
