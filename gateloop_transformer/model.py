@@ -190,6 +190,7 @@ class Transformer(nn.Module):
         if isinstance(state, bool):
             return_loss, state = state, None
         self._check(ids, state, return_loss)
+        ids = ids.long()
         flags = {
             "ablate_complex": self.ablate_complex if ablate_complex is None else ablate_complex,
             "ablate_state_transition": (
@@ -223,7 +224,7 @@ class Transformer(nn.Module):
             raise ValueError(f"Transformer: state has {len(state.layers)} layers, the model {len(self.layers)}")
         # On other devices reading the ids would make every call wait; an index error there is the device's.
         if not torch.compiler.is_compiling() and ids.device.type == "cpu":
-            self.check_vocabulary(ids)
+            self.check_vocabulary(ids.long())
 
     def check_vocabulary(self, ids: Tensor) -> None:
         """Every id is in [0, num_tokens).
