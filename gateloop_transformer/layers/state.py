@@ -186,12 +186,14 @@ def load_state(path: str | os.PathLike[str]) -> State:
         raise ValueError(
             f"{os.fspath(path)!r} is of state format {metadata.get('version')}, this library reads {_VERSION}"
         )
-    kind = json.loads(metadata["kind"])
-    if isinstance(kind, str):
-        state: State = _build(kind, tensors, "")
-        return state
-    states = tuple(_build(name, tensors, f"layers.{n}.") for n, name in enumerate(kind))
-    return TransformerState(states)
+    try:
+        kind = json.loads(metadata["kind"])
+        if isinstance(kind, str):
+            state: State = _build(kind, tensors, "")
+            return state
+        return TransformerState(tuple(_build(name, tensors, f"layers.{n}.") for n, name in enumerate(kind)))
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is damaged: it lacks parts of a state: {error}") from error
 
 
 def _build(kind: str, tensors: dict[str, Tensor], prefix: str) -> Any:
