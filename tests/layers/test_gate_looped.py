@@ -1,0 +1,133 @@
+"""What is special to GateLoopedAttention; laws of all layers are in test_layers.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_equal
+from torch import Tensor, nn
+
+from gateloop_transformer import GateLoopedAttention
+from gateloop_transformer.layers.state import GateLoopState
+from gateloop_transformer.ops import polar
+
+
+def by_hand(layer: GateLoopedAttention, x: Tensor) -> Tensor:
+    """The contract of the default layer, step by step, in complex numbers."""
+    B, T, _ = x.shape
+    H, d = layer.heads, layer.dim_head
+    q, k, v = (part.view(B, T, H, d) for part in layer.to_qkv(x).chunk(3, -1))
+    z = torch.view_as_complex(layer.to_a(x).view(B, T, H, 2))
+    a = torch.sigmoid(z.abs()) * torch.exp(1j * z.angle())
+    S = torch.zeros(B, H, d, d, dtype=a.dtype)
+    ys = []
+    for t in range(T):
+        S = a[:, t, :, None, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        ys.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S.real).flatten(1))
+    y: Tensor = layer.to_out(torch.stack(ys, 1) * nn.functional.silu(layer.to_gates[0](x)))
+    return y
+
+
+@pytest.mark.parametrize("heads", [1, 4, None])
+def test_is_the_paper_by_hand(heads: int | None) -> None:
+    layer = GateLoopedAttention(8, heads=heads).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    assert_equal([layer(x)], [by_hand(layer, x)])
+
+
+def test_the_gradient_into_the_gate_projection_is_scaled() -> None:
+    x = torch.randn(1, 5, 6, dtype=torch.float64)
+    gradients = []
+    for fraction in (1.0, 0.25):
+        torch.manual_seed(1)
+        layer = GateLoopedAttention(6, heads=2, frac_gradient_state_transition=fraction).double()
+        layer(x).sum().backward()
+        gradients.append([layer.to_a[0].weight.grad, layer.to_a[0].bias.grad, layer.to_qkv.weight.grad])
+    (weight, bias, other), quarter = gradients
+    assert_equal(quarter, [weight / 4, bias / 4, other])
+
+
+@pytest.mark.parametrize("gate", ["polar", "paper", "ring"])
+def test_ablations_make_gates_real_and_one(gate: str) -> None:
+    layer = GateLoopedAttention(6, heads=2, gate=gate).double()
+    x = torch.randn(1, 9, 6, dtype=torch.float64)
+    real, one = layer(x, ablate_complex=True), layer(x, ablate_state_transition=True)
+    with torch.no_grad():
+        layer.to_a[0].weight[1::2] = 0
+        if gate == "ring":
+            layer.ring_phase.zero_()
+        else:
+            layer.to_a[0].bias[1::2] = 0
+    assert_equal([real], [layer(x)])
+    with torch.no_grad():
+        layer.to_a[0].weight.zero_()
+        if gate != "ring":
+            layer.to_a[0].bias[0::2] = 40
+    if gate != "ring":
+        assert_equal([one], [layer(x)])
+
+
+@pytest.mark.parametrize("arguments", [(True,), (True, False), (False, True), (True, True)])
+def test_flags_by_position_are_those_by_name(arguments: tuple[bool, ...]) -> None:
+    layer, x = GateLoopedAttention(6, heads=2), torch.randn(1, 5, 6)
+    names = dict(zip(("ablate_complex", "ablate_state_transition"), arguments, strict=False))
+    assert torch.equal(layer(x, *arguments), layer(x, **names))
+    assert not torch.equal(layer(x, *arguments), layer(x))
+
+
+def test_all_projections_zero_give_no_nan() -> None:
+    layer = GateLoopedAttention(6)
+    nn.init.zeros_(layer.to_a[0].weight)
+    nn.init.zeros_(layer.to_a[0].bias)
+    layer(torch.randn(1, 5, 6)).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_the_state_is_that_of_the_formula() -> None:
+    layer = GateLoopedAttention(6, heads=2).double()
+    x = torch.randn(1, 1, 6, dtype=torch.float64)
+    before = torch.randn(1, 2, 3, 3, dtype=torch.complex128)
+    _, after = layer(x, GateLoopState(before.real, before.imag, x[:, :0]), return_state=True)
+    k, v = (part.view(2, 3) for part in layer.to_qkv(x).chunk(3, -1)[1:])
+    a = torch.complex(*polar(*layer.to_a(x).view(2, 2).unbind(-1)))
+    expected = a[:, None, None] * before[0] + k[:, :, None] * v[:, None, :]
+    assert_equal([torch.complex(after.real, after.imaginary)[0]], [expected])
+
+
+def test_a_convolution_starts_as_the_identity_and_sees_only_its_taps() -> None:
+    layer = GateLoopedAttention(6, heads=2, conv_size=3).double()
+    x = torch.randn(1, 8, 6, dtype=torch.float64)
+    past = x.new_zeros(1, 2, 6)
+    with torch.no_grad():
+        assert torch.allclose(layer.conv(x, past)[0], x, atol=0.3)
+        layer.conv.weight.copy_(torch.randn_like(layer.conv.weight))
+        expected = nn.functional.conv1d(nn.functional.pad(x.mT, (2, 0)), layer.conv.weight, groups=6).mT
+        y, taps = layer.conv(x, past)
+    assert_equal([y, taps], [expected, x[:, -2:]])
+
+
+def test_ring_starts_with_long_memories_and_phases_free_of_the_data() -> None:
+    layer = GateLoopedAttention(64, gate="ring", max_memory=500)
+    memories = 1 / (1 - torch.sigmoid(layer.ring_logit))
+    assert memories.max() > 400
+    assert not layer.to_a[0].weight[1::2].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 6, "heads": 4}, r"heads must divide dim_inner.*heads=4, dim_inner=6"),
+        ({"dim": 6, "heads": 0}, "must be positive"),
+        ({"dim": 0}, "must be positive"),
+        ({"dim": 6, "gate": "round"}, "gate must be one of polar, paper, ring, not 'round'"),
+        ({"dim": 6, "conv_size": -1}, "conv_size"),
+        ({"dim": 6, "head_norm": True}, "heads of size 1"),
+        ({"dim": 6, "qk_norm": True}, "heads of size 1"),
+        ({"dim": 6, "gate": "ring", "max_memory": 1}, "above 1 step"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GateLoopedAttention(**options)
