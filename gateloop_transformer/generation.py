@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -124,16 +125,25 @@ def _check_prompt(model: Decoder, ids: Tensor, max_new_tokens: int) -> None:
     model.check_vocabulary(ids)
 
 
+@contextlib.contextmanager
+def _evaluating(model: Decoder) -> Iterator[None]:
+    """Evaluation mode; walking the modules to set it costs as much as a small layer, so only where needed."""
+    if not model.training:
+        yield
+        return
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(True)
+
+
 @torch.no_grad()
 def _advance(model: Decoder, ids: Tensor, state: TransformerState | None) -> tuple[Tensor, TransformerState]:
     """Logits after the last of `ids` (B, vocabulary), and the state there. In evaluation mode."""
-    training = model.training
-    model.train(False)
-    try:
+    with _evaluating(model):
         for block in ids.split(_PROMPT_BLOCK, dim=1):
             logits, state = model(block, state=state, return_state=True)
-    finally:
-        model.train(training)
     assert state is not None
     return logits[:, -1], state
 
