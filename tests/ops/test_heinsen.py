@@ -113,9 +113,11 @@ def test_strides_and_uninitialised_memory_do_not_matter() -> None:
         assert_equal(values_and_gradients(strided, args), expected, 1e-14)
 
 
-def test_compiles_into_one_graph() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiles_into_one_graph(compiler: str) -> None:
     args = arguments()
-    one_graph = compiled(heinsen_scan)
+    one_graph = compiled(heinsen_scan, compiler)
     assert_equal(*(values_and_gradients(scan, args) for scan in (one_graph, heinsen_scan)))
 
 

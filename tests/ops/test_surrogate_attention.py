@@ -86,10 +86,17 @@ def test_strides_and_uninitialised_memory_do_not_matter() -> None:
         assert_equal(values_and_gradients(strided, args), expected, 1e-14)
 
 
-def test_compiles_into_one_graph() -> None:
-    args = make_loop()[:4]
-    one_graph = compiled(surrogate_attention)
-    assert_equal(*(values_and_gradients(function, args) for function in (one_graph, surrogate_attention)))
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiles_into_one_graph(compiler: str) -> None:
+    q, k, v, a = make_loop()[:4]
+
+    def function(q: Tensor, k: Tensor, v: Tensor, re: Tensor, im: Tensor) -> Tensor:
+        return surrogate_attention(q * 2, k, v, (re, im))
+
+    args = q, k, v, a.real.clone(), a.imag.clone()
+    one_graph = compiled(function, compiler)
+    assert_equal(*(values_and_gradients(f, args) for f in (one_graph, function)))
 
 
 def test_bad_input_is_named() -> None:
