@@ -217,11 +217,11 @@ class _Layout:
         self.group = max(1, _GROUP_ELEMENTS // max(1, self.B * self.H * widest))
 
     def cut(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """(B, T, H, X) → (B, H, N, C, X), the end padded with `value`."""
+        """(B, T, H, X) → (B, H, N, C, X), the end padded with `value`, copied once for all products to come."""
         x = x.to(self.dtype)
         x = x.flip(1) if self.reverse else x
         x = _pad_time(x, self.N * self.C, value)
-        return x.reshape(self.B, self.N, self.C, self.H, x.shape[-1]).permute(0, 3, 1, 2, 4)
+        return x.reshape(self.B, self.N, self.C, self.H, x.shape[-1]).permute(0, 3, 1, 2, 4).contiguous()
 
     def cut_gates(self, gates: Pair) -> Pair:
         """(B, T, H[, K]) → (B, H, N, G, C), the end padded with 1."""
