@@ -11,6 +11,9 @@ from gateloop_transformer.ops.dispatch import TABLE
 
 # XLA compiles each shape for seconds; most of that is optimisation, which no law depends on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Tensors here are small: a second thread only waits, and on a busy machine it waits spinning.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(params=list(TABLE))
