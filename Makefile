@@ -2,12 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo
-STEPS ?= 400
 
 .PHONY: demo test check slow format clean
 
 demo: .venv/train
-	$(BIN)/gateloop train --preset tiny --steps $(STEPS) --out $(OUT) --overwrite
+	$(BIN)/gateloop train --preset tiny --out $(OUT) --overwrite
 	@echo
 	@echo "Python from the model, after the prompt 'def ':"
 	$(BIN)/gateloop generate $(OUT) --prompt "def " --tokens 400 --temperature 0.6 --seed 1

@@ -189,10 +189,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gate_loop_heads": 8,
         "head_norm": True,
         "max_memory": 256,
-        "steps": 600,
+        "steps": 500,
         "context": 256,
         "batch": 8,
         "lr": 4e-3,
+        "eval_every": 100,
     },
     "small": {
         **_GATED,

@@ -149,17 +149,13 @@ CASES = {
     "simple_heinsen_reverse": simple("layer", (2, 33), 24, {"dim": 12, "use_heinsen": True, "reverse": True}),
     "simple_large_input": simple("layer", (1, 64), 25, {"dim": 12, "prenorm": False}, scale=10.0),
     "simple_tiny_input": simple("layer", (1, 65), 26, {"dim": 12}, scale=1e-3),
-    "simple_cached_heinsen": simple(
-        "cached", (2, 41), 27, {"dim": 12, "use_heinsen": True}, pieces=(1, 16, 24)
-    ),
+    "simple_cached_heinsen": simple("cached", (2, 41), 27, {"dim": 12, "use_heinsen": True}, pieces=(1, 16, 24)),
     "simple_cached_post_ln": simple("cached", (2, 41), 28, {"dim": 12, "post_ln": True}, pieces=(20, 20, 1)),
     "simple_cache": simple("cache", (2, 7), 29, {"dim": 12}),
     "simple_cache_heinsen": simple("cache", (2, 7), 30, {"dim": 12, "use_heinsen": True}),
     "simple_cache_post_ln_length1": simple("cache", (3, 1), 31, {"dim": 12, "post_ln": True}),
     "model_attention_post_ln": model((2, 19), 41, {**ATTENTION, "post_ln_norm": True}),
-    "model_attention_rotary_rel_pos": model(
-        (2, 19), 42, {**ATTENTION, **POSITION, "rotary_emb": True}, lean=True
-    ),
+    "model_attention_rotary_rel_pos": model((2, 19), 42, {**ATTENTION, **POSITION, "rotary_emb": True}, lean=True),
     "model_attention_no_softmax_heads": model(
         (2, 19), 43, {**ATTENTION, "dim_head": 5, "heads": 3, "attn_softmax_normalize": False}
     ),

@@ -73,9 +73,8 @@ def _scan(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pai
 
 
 def _write(target: Pair, step: int, value: Pair) -> None:
-    target.re[:, :, step] = value.re
-    if target.im is not None:
-        target.im[:, :, step] = 0.0 if value.im is None else value.im
+    for part, new in zip(target.parts(), value.parts(), strict=True):
+        part[:, :, step] = new
 
 
 def _stack(values: list[Pair], dim: int) -> Pair:
