@@ -8,8 +8,8 @@ OUT ?= runs/demo
 demo: .venv/train
 	$(BIN)/gateloop train --preset tiny --out $(OUT) --overwrite
 	@echo
-	@echo "Python from the model, after the prompt 'def ':"
-	$(BIN)/gateloop generate $(OUT) --prompt "def " --tokens 400 --temperature 0.6 --seed 1
+	@echo "Python from the model, after the prompt 'class Reader':"
+	$(BIN)/gateloop generate $(OUT) --prompt "class Reader" --tokens 500 --temperature 0.9 --top-p 0.95 --seed 1
 
 test: check
 	$(BIN)/pytest

@@ -189,7 +189,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gate_loop_heads": 8,
         "head_norm": True,
         "max_memory": 256,
-        "steps": 500,
+        "steps": 700,
         "context": 256,
         "batch": 8,
         "lr": 4e-3,

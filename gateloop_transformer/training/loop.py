@@ -238,7 +238,7 @@ class Trainer:
     def _sample(self, length: int) -> str:
         """A text from the model as it is, without touching the random state that training uses."""
         prompt = torch.tensor([[ord("\n")]], device=self.device)
-        ids = self.model.generate(prompt, length, temperature=0.8, seed=self.config.training.seed)
+        ids = self.model.generate(prompt, length, temperature=1.0, top_p=0.95, seed=self.config.training.seed)
         return bytes(ids[0, 1:].tolist()).decode("utf-8", errors="replace")
 
     def _save(self) -> None:
