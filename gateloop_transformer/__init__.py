@@ -37,6 +37,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "ops":
+        return importlib.import_module("gateloop_transformer.ops")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

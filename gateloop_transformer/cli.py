@@ -41,6 +41,12 @@ def _add_fields(parser: argparse.ArgumentParser, kind: type, title: str) -> None
             group.add_argument(flag, type=convert, choices=choices, metavar=None if choices else metavar, **options)
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, not an empty text")
+    return Path(text)
+
+
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
@@ -63,7 +69,7 @@ def _train_parser(commands: Any) -> None:
         help="a text file, a folder (read recursively), a glob in quotes, or .gz or .xz files "
         "(default: the sources of this Python's standard library)",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder of the run")
+    parser.add_argument("--out", required=True, metavar="DIR", type=_folder, help="folder of the run")
     parser.add_argument("--preset", default=argparse.SUPPRESS, choices=PRESETS, help=f"{PRESET_HELP} (default: tiny)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="continue the run in DIR from its newest checkpoint")
@@ -119,6 +125,8 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     if arguments.data == "":
         raise ValueError("DATA must not be empty; leave it out for the default corpus")
     data = None if arguments.data is None else os.path.abspath(arguments.data)
+    if "minutes" in given and "steps" in given:
+        raise ValueError("give --steps or --minutes, not both")
     if not arguments.resume:
         return config.resolve(given.pop("preset", "tiny"), given, data)
     stored = checkpoint.read_config(arguments.out)
@@ -133,6 +141,8 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     if changed:
         raise ValueError(f"--resume: the run in {str(arguments.out)!r} has another configuration: {'; '.join(changed)}")
     again = {name: value for name, value in given.items() if name in loop.RESUMABLE}
+    if "steps" in again:
+        again["minutes"] = None
     return dataclasses.replace(stored, training=dataclasses.replace(stored.training, **again))
 
 
@@ -233,7 +243,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from gateloop_transformer.training.data import read_documents
     from gateloop_transformer.training.evaluation import bits_per_byte
 
-    documents, skipped = read_documents(arguments.data)
+    documents, skipped = read_documents(arguments.data, binary=True)
     short = [document.name for document in documents if len(document.content) < 2]
     if short:
         raise ValueError(f"{short[0]!r} is too short: evaluation needs at least 2 bytes a file")
@@ -246,7 +256,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             total += bits_per_byte(model, data, report=bar.update) * (len(data) - 1)
     result = {"bits_per_byte": total / (size - len(documents)), "bytes": size, "files": len(documents)}
     if skipped:
-        print(f"gateloop eval: {skipped} binary or empty files left out", file=sys.stderr)
+        print(f"gateloop eval: {skipped} empty files left out", file=sys.stderr)
     if arguments.json:
         print(json.dumps(result))
     else:

@@ -30,8 +30,16 @@ class Decoder(Protocol):
     def train(self, mode: bool = True) -> Any:
         """Training or evaluation mode."""
 
+    def modules(self) -> Iterator[Any]:
+        """All modules, each with a flag `training`."""
+
     def check_vocabulary(self, ids: Tensor) -> None:
         """Raise ValueError if an id is outside the vocabulary."""
+
+
+_TOP_K = "top_k must be an integer of at least 1"
+# Temperatures below it could only overflow on the way to the same choice.
+_GREEDY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Sampling:
     Attributes:
         repetition_penalty: logits of tokens already in the row are divided by it if positive, multiplied if negative;
             1 changes nothing.
-        temperature: logits are divided by it; 0 takes the likeliest token.
+        temperature: logits are divided by it; 0 (or below 1e-6) takes the likeliest token.
         top_k: keep the k likeliest tokens.
         top_p: keep the likeliest tokens whose probabilities sum to at least p, in (0, 1].
         min_p: keep tokens at least min_p times as likely as the likeliest, in [0, 1].
@@ -58,7 +66,7 @@ class Sampling:
         checks = (
             (self.repetition_penalty > 0, "repetition_penalty must be above 0", self.repetition_penalty),
             (0 <= self.temperature < float("inf"), "temperature must be 0 or more", self.temperature),
-            (self.top_k is None or self.top_k >= 1, "top_k must be at least 1", self.top_k),
+            (self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1), _TOP_K, self.top_k),
             (self.top_p is None or 0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p),
             (self.min_p is None or 0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p),
         )
@@ -74,7 +82,7 @@ class Sampling:
         if self.repetition_penalty != 1:
             punished = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, punished, logits)
-        if self.temperature == 0:
+        if self.temperature < _GREEDY:
             return logits.argmax(-1)
         probabilities = self._filter((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
@@ -98,7 +106,8 @@ class Sampling:
 def _stop_sequences(stop: Stop, num_tokens: int) -> list[list[int]]:
     if stop is None:
         return []
-    items = [stop] if isinstance(stop, int) else list(stop)
+    plain = stop.tolist() if isinstance(stop, Tensor) else stop
+    items = [plain] if isinstance(plain, int) else list(plain)
     sequences = [[item] if isinstance(item, int) else list(item) for item in items]
     for sequence in sequences:
         if not sequence or not all(isinstance(token, int) and 0 <= token < num_tokens for token in sequence):
@@ -113,7 +122,9 @@ def _generator(generator: torch.Generator | None, seed: int | None, device: torc
 
 
 def _check_prompt(model: Decoder, ids: Tensor, max_new_tokens: int) -> None:
-    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool):
+        raise ValueError(f"max_new_tokens must be an integer, not {max_new_tokens!r}")
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"a prompt must be integers of shape (B, T), not {ids.dtype} {tuple(ids.shape)}")
     if 0 in ids.shape:
         raise ValueError(
@@ -122,26 +133,29 @@ def _check_prompt(model: Decoder, ids: Tensor, max_new_tokens: int) -> None:
         )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-    model.check_vocabulary(ids)
+    model.check_vocabulary(ids.long())
 
 
 @contextlib.contextmanager
-def _evaluating(model: Decoder) -> Iterator[None]:
-    """Evaluation mode; walking the modules to set it costs as much as a small layer, so only where needed."""
-    if not model.training:
-        yield
-        return
-    model.train(False)
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode back afterwards.
+
+    Walking the modules costs as much as a small layer, so only where the model is training.
+    """
+    training = [module for module in model.modules() if module.training] if model.training else []
+    if training:
+        model.train(False)
     try:
         yield
     finally:
-        model.train(True)
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
 def _advance(model: Decoder, ids: Tensor, state: TransformerState | None) -> tuple[Tensor, TransformerState]:
     """Logits after the last of `ids` (B, vocabulary), and the state there. In evaluation mode."""
-    with _evaluating(model):
+    with evaluating(model):
         for block in ids.split(_PROMPT_BLOCK, dim=1):
             logits, state = model(block, state=state, return_state=True)
     assert state is not None
@@ -171,7 +185,10 @@ def stream(
     if stops and not 0 <= pad < model.num_tokens:
         raise ValueError(f"pad must be an id in [0, {model.num_tokens}), not {pad}")
     random = _generator(generator, seed, ids.device)
-    return _stream(model, ids, max_new_tokens, sampling, stops, pad, random, state)
+    # An integer type too small for the vocabulary cannot hold what is generated.
+    dtype = ids.dtype if torch.iinfo(ids.dtype).max >= model.num_tokens - 1 else torch.long
+    steps = _stream(model, ids.long(), max_new_tokens, sampling, stops, pad, random, state)
+    return (token.to(dtype) for token in steps)
 
 
 def _stream(
@@ -185,19 +202,19 @@ def _stream(
     state: TransformerState | None,
 ) -> Iterator[Tensor]:
     seen = torch.zeros(ids.shape[0], model.num_tokens, dtype=torch.bool, device=ids.device)
-    seen.scatter_(1, ids.long(), True)
+    seen.scatter_(1, ids, True)
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     longest = max(map(len, stops), default=0)
     tail = ids.new_full((ids.shape[0], longest), -1, dtype=torch.long)
     fed = ids
     for _ in range(max_new_tokens):
         logits, state = _advance(model, fed, state)
-        token = sampling.pick(logits, seen, generator).to(ids.dtype)
+        token = sampling.pick(logits, seen, generator)
         token = torch.where(done, pad, token)
-        seen.scatter_(1, token.long().unsqueeze(1), True)
+        seen.scatter_(1, token.unsqueeze(1), True)
         yield token
         if longest:
-            tail = torch.cat([tail[:, 1:], token.long().unsqueeze(1)], 1)
+            tail = torch.cat([tail[:, 1:], token.unsqueeze(1)], 1)
             for sequence in stops:
                 wanted = torch.tensor(sequence, device=ids.device)
                 done = done | (tail[:, -len(sequence) :] == wanted).all(1)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from gateloop_transformer.generation import generate, stream
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
-from gateloop_transformer.layers.gate_looped import GateLoopedAttention
+from gateloop_transformer.layers.gate_looped import GATES, GateLoopedAttention
 from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
 from gateloop_transformer.layers.state import TransformerState
+from gateloop_transformer.ops.dispatch import check_name
 
 
 def parse_pattern(pattern: str, depth: int) -> list[str]:
@@ -113,6 +114,14 @@ class Transformer(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"Transformer: dropout must be in [0, 1), not {dropout}")
+        if gate not in GATES:
+            raise ValueError(f"Transformer: gate must be one of {', '.join(GATES)}, not {gate!r}")
+        if data_dependent_rel_pos not in (False, True, "gate_loop"):
+            raise ValueError(
+                "Transformer: data_dependent_rel_pos must be False, True or 'gate_loop', "
+                f"not {data_dependent_rel_pos!r}"
+            )
+        check_name(backend)
         self.num_tokens = num_tokens
         self.ablate_complex, self.ablate_state_transition = ablate_complex, ablate_state_transition
         options: dict[str, dict[str, Any]] = {
@@ -187,8 +196,8 @@ class Transformer(nn.Module):
         Raises:
             ValueError: ids have another shape or dtype or are outside the vocabulary, or the state does not fit.
         """
-        if isinstance(state, bool):
-            return_loss, state = state, None
+        if isinstance(state, int):
+            return_loss, state = bool(state), None
         self._check(ids, state, return_loss)
         ids = ids.long()
         flags = {

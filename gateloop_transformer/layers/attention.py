@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gateloop_transformer.layers.gate_looped import check_input, scale_gradient
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.state import AttentionState, check_state
+from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import polar
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
@@ -29,14 +30,20 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if dim % 2:
             raise ValueError(f"rotary embedding needs an even head size, not {dim}")
-        freqs = 10000.0 ** (-torch.arange(0, dim, 2).float() / dim)
-        self.freqs = nn.Parameter(freqs, requires_grad=False)
+        self.dim = dim
+        self.freqs = nn.Parameter(self._frequencies(), requires_grad=False)
+
+    def _frequencies(self) -> Tensor:
+        return 10000.0 ** (-torch.arange(0, self.dim, 2).float() / self.dim)
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         """x (B, heads, T, dim), its first step at position `start`."""
         wide = compute_dtype(x.dtype)
         positions = torch.arange(start, start + x.shape[2], device=x.device, dtype=wide)
-        angles = positions[:, None] * self.freqs.to(wide)
+        # In a module of half precision the parameter has lost the digits that positions of a thousand steps need.
+        exact = self.freqs.dtype in (torch.float32, torch.float64)
+        freqs = self.freqs if exact else self._frequencies().to(x.device)
+        angles = positions[:, None] * freqs.to(wide)
         even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = angles.cos(), angles.sin()
         turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
@@ -90,6 +97,7 @@ class CausalFullAttention(nn.Module):
             )
         if data_dependent_rel_pos and dim_head % 2:
             raise ValueError(f"CausalFullAttention: data_dependent_rel_pos needs an even dim_head, not {dim_head}")
+        check_name(backend)
         inner = heads * dim_head
         self.dim, self.heads, self.dim_head, self.backend = dim, heads, dim_head, backend
         self.data_dependent_rel_pos = data_dependent_rel_pos
@@ -151,8 +159,8 @@ class CausalFullAttention(nn.Module):
         Raises:
             ValueError: x or state has another shape or kind.
         """
-        if isinstance(state, bool):
-            ablate_complex, state = state, None
+        if isinstance(state, int):
+            ablate_complex, state = bool(state), None
         check_input("CausalFullAttention", x, self.dim)
         self._check_state(x, state)
         q, k, v = self._project(x, 0 if state is None else state.keys.shape[2])
@@ -170,7 +178,8 @@ class CausalFullAttention(nn.Module):
             if self.softmax_normalize and not self.data_dependent_rel_pos:
                 y = self._softmax_attention(q, keys, values)
             else:
-                y = self._attend(q @ keys.transpose(-1, -2), values)
+                with torch.autocast(x.device.type, enabled=False):
+                    y = self._attend(q @ keys.transpose(-1, -2).to(q.dtype), values)
         y = self._output(x, y)
         return (y, AttentionState(keys, imaginary, values)) if return_state else y
 
@@ -212,7 +221,10 @@ class CausalFullAttention(nn.Module):
         return Pair(*polar(real, torch.zeros_like(imaginary) if ablate_complex else imaginary))
 
     def _channel_gates(self, x: Tensor, q: Tensor, k: Tensor, ablate_complex: bool) -> tuple[Tensor, Tensor]:
-        """As released: q times the real part of the product of gates over channel pairs, k by its inverse."""
+        """As released: q times the real part of the product of gates over channel pairs, k by its inverse.
+
+        Both in float32 or better: the inverse reaches 1e10.
+        """
         gates = self._gates(x, ablate_complex).map(lambda part: part.transpose(1, 2))
         product = gates.select(-1, 0)
         scales = [product.re]
@@ -220,7 +232,7 @@ class CausalFullAttention(nn.Module):
             product = product.times(gates.select(-1, pair))
             scales.append(product.re)
         scale = torch.stack(scales, -1).clamp(min=1e-10).repeat_interleave(2, -1)
-        return (q * scale).to(q.dtype), (k / scale).to(k.dtype)
+        return q * scale, k / scale
 
     def _time_gates(self, x: Tensor, ablate_complex: bool, ablate_state_transition: bool) -> tuple[Tensor, Tensor]:
         """Gates (B, T, heads, dim_head), both channels of a pair sharing one."""
@@ -261,10 +273,10 @@ class CausalFullAttention(nn.Module):
         """Weights from scores (B, heads, T, past + T), causally, times values."""
         past = scores.shape[-1] - scores.shape[-2]
         if not self.softmax_normalize:
-            return scores.tril(past) @ values
+            return (scores.tril(past) @ values.to(scores.dtype)).to(values.dtype)
         future = torch.ones_like(scores, dtype=torch.bool).triu(past + 1)
         weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        return weights.to(values.dtype) @ values
+        return (weights @ values.to(weights.dtype)).to(values.dtype)
 
     def _softmax_attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         past = keys.shape[2] - q.shape[2]

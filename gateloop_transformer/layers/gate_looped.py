@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.short_conv import ShortConv
 from gateloop_transformer.layers.state import GateLoopState, check_state
+from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale, ring_start
 from gateloop_transformer.ops.pairs import compute_dtype
@@ -92,6 +93,7 @@ class GateLoopedAttention(nn.Module):
             raise ValueError(f"GateLoopedAttention: gate must be one of {', '.join(GATES)}, not {gate!r}")
         if conv_size < 0:
             raise ValueError(f"GateLoopedAttention: conv_size must be 0 or more taps, not {conv_size}")
+        check_name(backend)
         self.dim, self.heads, self.gate, self.backend = dim, heads, gate, backend
         self.dim_head = dim_inner // heads
         self.checkpoint_gate_looped_attn = checkpoint_gate_looped_attn
@@ -163,8 +165,8 @@ class GateLoopedAttention(nn.Module):
         Raises:
             ValueError: x or state has another shape or kind.
         """
-        if isinstance(state, bool):
-            ablate_complex, state = state, None
+        if isinstance(state, int):
+            ablate_complex, state = bool(state), None
         check_input("GateLoopedAttention", x, self.dim)
         past = self._past(x, state)
         mixed = x

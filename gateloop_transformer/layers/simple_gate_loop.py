@@ -12,6 +12,7 @@ from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import RMSNorm
 from gateloop_transformer.layers.state import SimpleGateLoopState, check_state
 from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
+from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.heinsen import heinsen_scan
 from gateloop_transformer.ops.linear_scan import linear_scan
 from gateloop_transformer.ops.pairs import compute_dtype
@@ -52,8 +53,11 @@ class SimpleGateLoopLayer(nn.Module):
             raise ValueError(f"SimpleGateLoopLayer: dim must be positive, not {dim}")
         if use_heinsen and use_jax_associative_scan:
             raise ValueError("SimpleGateLoopLayer: use_heinsen and use_jax_associative_scan exclude each other")
+        if use_jax_associative_scan and backend not in ("auto", "jax"):
+            raise ValueError(f"SimpleGateLoopLayer: use_jax_associative_scan excludes backend={backend!r}")
         if use_jax_associative_scan and not installed():
             raise ImportError(f"SimpleGateLoopLayer(use_jax_associative_scan=True): {INSTALL_HINT}")
+        check_name(backend)
         self.dim, self.reverse = dim, reverse
         self.use_heinsen, self.use_jax = use_heinsen, use_jax_associative_scan
         self.backend = "jax" if use_jax_associative_scan else backend
@@ -115,8 +119,9 @@ class SimpleGateLoopLayer(nn.Module):
         if cache is None:
             return None
         expected = (x.shape[0] * self.dim, 1)
-        if len(cache) != 2 or any(tuple(part.shape) != expected for part in cache):
-            shapes = [tuple(part.shape) for part in cache]
+        parts = list(cache) if isinstance(cache, Sequence) else [cache]
+        if len(parts) != 2 or any(not isinstance(part, Tensor) or tuple(part.shape) != expected for part in parts):
+            shapes = [tuple(part.shape) if isinstance(part, Tensor) else part for part in parts]
             raise ValueError(
                 f"SimpleGateLoopLayer: cache must be two tensors of shape (B·dim, 1) = {expected}, not {shapes}"
             )

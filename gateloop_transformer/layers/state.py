@@ -6,6 +6,7 @@ safetensors file with `save_state` and `load_state`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -47,7 +48,8 @@ class State:
             ValueError: an index is outside the batch, or the mask has another length.
         """
         size = self.batch_size
-        rows = torch.as_tensor(index, dtype=None if len(index) else torch.long).cpu()
+        rows = torch.as_tensor(index).cpu()
+        rows = rows.long() if rows.numel() == 0 else rows
         if rows.dtype == torch.bool:
             if rows.shape != (size,):
                 raise ValueError(f"a boolean index must have shape ({size},), not {tuple(rows.shape)}")
@@ -150,14 +152,26 @@ def save_state(state: State, path: str | os.PathLike[str]) -> None:
     Args:
         state: any state of this library.
         path: of the file; an existing one is replaced.
+
+    Raises:
+        ValueError: not a state.
+        OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if not isinstance(state, State):
+        raise ValueError(f"save_state takes a state of this library, not {type(state).__name__}")
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _leaves(state, "")}
     aside = f"{os.fspath(path)}.partial"
     metadata = {"format": _FORMAT, "version": _VERSION, "kind": json.dumps(_describe(state))}
-    save_file(tensors, aside, metadata)
-    os.replace(aside, path)
+    try:
+        save_file(tensors, aside, metadata)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
 def load_state(path: str | os.PathLike[str]) -> State:
@@ -172,7 +186,7 @@ def load_state(path: str | os.PathLike[str]) -> State:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no state file {os.fspath(path)!r}")
     try:
         with safe_open(path, "pt") as file:

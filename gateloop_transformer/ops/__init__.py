@@ -1,7 +1,4 @@
-"""Pure functions of tensors: the recurrences of GateLoop and their gates.
-
-The names below load on first use; `gateloop_transformer.ops.NAME` is the function NAME.
-"""
+"""Pure functions of tensors: the recurrences of GateLoop and their gates."""
 
 from gateloop_transformer.ops.associative_scan import associative_scan
 from gateloop_transformer.ops.dispatch import available_backends

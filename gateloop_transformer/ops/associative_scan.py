@@ -31,6 +31,8 @@ def associative_scan(operator: Callable[[Elements, Elements], Elements], elems: 
     >>> total.tolist()
     [[1.0, 2.0, 3.0, 4.0]]
     """
+    if isinstance(elems, Tensor):
+        raise ValueError("associative_scan: elems must be a tuple or list of tensors, not one tensor")
     elems = tuple(elems)
     if not elems or any(elem.ndim < 2 for elem in elems):
         raise ValueError("associative_scan: elems must be one or more tensors of shape (B, T, ...)")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -101,6 +105,21 @@ def gate_loop(operator: str, queries: Tensor, keys: Tensor, values: Tensor, gate
             f"{operator}: queries, keys and values must have one dtype, "
             f"not {queries.dtype}, {keys.dtype}, {values.dtype}"
         )
+
+
+Body = TypeVar("Body", bound=Callable[..., Any])
+
+
+def full_precision(body: Body) -> Body:
+    """The body of a custom operator with autocast off: inside, torch would narrow its matrix products."""
+
+    @functools.wraps(body)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        with torch.autocast(first.device.type, enabled=False):
+            return body(*arguments, **options)
+
+    return wrapped  # type: ignore[return-value]
 
 
 def fit(gradient: Pair, argument: list[Tensor]) -> list[Tensor]:

@@ -57,6 +57,16 @@ def reasons_against(device: torch.device, dtype: torch.dtype) -> dict[str, str |
     return {name: backend.unsupported(device, dtype) for name, backend in TABLE.items()}
 
 
+def check_name(backend: str) -> None:
+    """`backend` is "auto" or in the table.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if backend != "auto" and backend not in TABLE:
+        raise ValueError(f"unknown backend {backend!r}; there are 'auto', {', '.join(map(repr, TABLE))}")
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend that will compute.
 
@@ -64,9 +74,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         ValueError: no backend has that name.
         NotImplementedError: the backend asked for cannot run these tensors.
     """
+    check_name(backend)
     if backend != "auto":
-        if backend not in TABLE:
-            raise ValueError(f"unknown backend {backend!r}; there are 'auto', {', '.join(map(repr, TABLE))}")
         reason = TABLE[backend].unsupported(device, dtype)
         if reason:
             raise NotImplementedError(f"backend {backend!r} cannot run {dtype} on {device}: {reason}")

@@ -99,6 +99,7 @@ def _empty_results(queries: Tensor, values: Tensor, gates: Sequence[Tensor], ini
 
 
 @torch.library.custom_op("gateloop::gate_loop", mutates_args=())
+@checks.full_precision
 def _forward(
     queries: Tensor,
     keys: Tensor,
@@ -131,6 +132,7 @@ def _(
 
 
 @torch.library.custom_op("gateloop::gate_loop_backward", mutates_args=())
+@checks.full_precision
 def _backward(
     grad: Sequence[Tensor],
     queries: Tensor,

@@ -6,6 +6,8 @@ complex tensor; `gate_loop` takes the pair as it is.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,8 +131,9 @@ def ring_start(heads: int, max_memory: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: max_memory is not above 1.
     """
-    if not max_memory > 1:
-        raise ValueError(f"max_memory must be above 1 step, not {max_memory}")
-    memories = torch.as_tensor(float(max_memory)) ** ((torch.arange(heads) + 0.5) / heads)
+    if not 1 < max_memory < math.inf:
+        raise ValueError(f"max_memory must be finite and above 1 step, not {max_memory}")
+    exponents = math.log(max_memory) * (torch.arange(heads) + 0.5) / heads
+    memories = torch.exp(exponents)
     phases = (2 * torch.rand(heads) - 1) * torch.pi / memories
-    return torch.log(memories - 1), phases
+    return torch.log(torch.expm1(exponents)), phases

@@ -54,6 +54,7 @@ def _combine(left: Elements, right: Elements) -> Elements:
 
 
 @torch.library.custom_op("gateloop::heinsen_scan", mutates_args=())
+@checks.full_precision
 def _forward(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor]) -> Tensor:
     dtype = compute_dtype(gates.dtype, inputs.dtype)
     out_dtype = torch.promote_types(gates.dtype, inputs.dtype)
@@ -74,6 +75,7 @@ def _(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor]) -> Tensor:
 
 
 @torch.library.custom_op("gateloop::heinsen_scan_backward", mutates_args=())
+@checks.full_precision
 def _backward(grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor]) -> list[Tensor]:
     if inputs.numel() == 0:
         return checks.no_gradient(gates, inputs, *initial)

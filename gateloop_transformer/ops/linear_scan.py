@@ -56,6 +56,7 @@ def _empty_states(gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Se
 
 
 @torch.library.custom_op("gateloop::linear_scan", mutates_args=())
+@checks.full_precision
 def _forward(
     gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor], reverse: bool, backend: str
 ) -> list[Tensor]:
@@ -75,6 +76,7 @@ def _(
 
 
 @torch.library.custom_op("gateloop::linear_scan_backward", mutates_args=())
+@checks.full_precision
 def _backward(
     grad: Sequence[Tensor],
     gates: Sequence[Tensor],

@@ -80,8 +80,10 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def split(value: Tensor | tuple[Tensor, Tensor]) -> Pair:
     """A real tensor, a complex tensor or a tuple (real, imaginary) as a Pair."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
         return Pair(*value)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"expected a tensor or a tuple (real, imaginary) of tensors, not {type(value).__name__}")
     if value.is_complex():
         return Pair(value.real, value.imag)
     return Pair(value)

@@ -62,6 +62,7 @@ def _decay(gates: Tensor, imaginary: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("gateloop::surrogate_attention", mutates_args=())
+@checks.full_precision
 def _forward(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> Tensor:
     if queries.numel() == 0 or values.numel() == 0:
         return torch.zeros_like(values, memory_format=torch.contiguous_format)
@@ -84,6 +85,7 @@ def _(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) ->
 
 
 @torch.library.custom_op("gateloop::surrogate_attention_backward", mutates_args=())
+@checks.full_precision
 def _backward(grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
     if queries.numel() == 0 or values.numel() == 0:
         return checks.no_gradient(queries, keys, values, *gates)

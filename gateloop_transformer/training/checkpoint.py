@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gateloop_transformer.model import Transformer
@@ -28,23 +28,26 @@ CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done, seconds of training so far, hash of its data."""
+    """Where a run stands: steps done, seconds of training so far."""
 
     step: int
     seconds: float
-    data_sha256: str
 
 
 def holds_run(folder: Path) -> bool:
     """Whether anything of a run is in the folder."""
-    return any((folder / name).exists() for name in (CONFIG, MODEL, METRICS, CHECKPOINTS))
+    return any((folder / name).exists() for name in (CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS))
 
 
 def clear_run(folder: Path) -> None:
     """Delete a run's files, and nothing else, from a folder."""
     for name in (CONFIG, MODEL, METRICS, CURVE):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    checkpoints = folder / CHECKPOINTS
+    for old in checkpoints.glob("step-*"):
+        shutil.rmtree(old)
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
 
 
 def _sync(path: Path) -> None:
@@ -63,20 +66,35 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     aside = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside)
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+    except SafetensorError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {str(path)!r}: {error}") from error
     _sync(aside)
     os.replace(aside, path)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, config: RunConfig | None = None) -> dict[str, Tensor]:
+    """The tensors of a file; with `config`, refused if they were written for another model."""
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is missing")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    if config is not None and metadata.get("model", _describe(config)) != _describe(config):
+        raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {metadata['model']}")
+    return tensors
+
+
+def _describe(config: RunConfig) -> str:
+    """The model's configuration, kept with its weights: other models may have the same shapes."""
+    return json.dumps(vars(config.model), sort_keys=True)
 
 
 def _read_json(path: Path) -> Any:
@@ -136,10 +154,11 @@ def load_model(folder: str | os.PathLike[str]) -> Transformer:
         ValueError: the folder holds no run, has no weights yet, or a file is damaged or does not fit.
     """
     path = Path(folder)
-    model = Transformer(**read_config(path).model.arguments())
+    config = read_config(path)
+    model = Transformer(**config.model.arguments())
     if not (path / MODEL).is_file():
         raise ValueError(f"{str(path)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
-    load_weights(model, _read_tensors(path / MODEL), path / MODEL)
+    load_weights(model, _read_tensors(path / MODEL, config), path / MODEL)
     return model.eval()
 
 
@@ -153,7 +172,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not to be had: {str(error).splitlines()[0]}") from error
     return device
@@ -171,14 +190,17 @@ def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> 
 def _load_optimizer(
     model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], where: Path
 ) -> None:
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        name, _, kind = key.partition("|")
-        if name not in parameters:
-            raise ValueError(f"{str(where)!r} does not fit {CONFIG}: unknown {name}")
-        # Adam counts its steps on the CPU, whatever the device of the parameter.
-        place = value if kind == "step" else value.to(parameters[name].device)
-        optimizer.state[parameters[name]][kind] = place
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kinds = ("exp_avg", "exp_avg_sq", "step")
+    expected = {f"{name}|{kind}": parameters[name].shape for name in parameters for kind in kinds}
+    expected.update({f"{name}|step": torch.Size([]) for name in parameters})
+    if {key: value.shape for key, value in tensors.items()} != expected:
+        raise ValueError(
+            f"{str(where)!r} is damaged or does not fit {CONFIG}: it is not the optimizer state of its model"
+        )
+    for name, parameter in parameters.items():
+        for kind in kinds:
+            optimizer.state[parameter][kind] = tensors[f"{name}|{kind}"].to(parameter.device)
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -191,10 +213,15 @@ def newest_step(folder: Path) -> int | None:
     return int(steps[-1].name.removeprefix("step-")) if steps else None
 
 
+def publish(folder: Path, model: Transformer, config: RunConfig) -> None:
+    """Write the run's model.safetensors."""
+    _write_tensors(folder / MODEL, model.state_dict(), {"model": _describe(config)})
+
+
 def save_checkpoint(
-    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress, keep: int
+    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress, config: RunConfig
 ) -> None:
-    """Write checkpoints/step-N and the run's model.safetensors; forget checkpoints beyond the last `keep`.
+    """Write checkpoints/step-N and the run's model.safetensors; forget all but the last few checkpoints.
 
     A checkpoint appears under its name only when all of it is on disk.
     """
@@ -202,7 +229,7 @@ def save_checkpoint(
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    _write_tensors(aside / MODEL, model.state_dict())
+    _write_tensors(aside / MODEL, model.state_dict(), {"model": _describe(config)})
     _write_tensors(aside / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -212,12 +239,14 @@ def save_checkpoint(
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
     _sync(target.parent)
-    _write_tensors(folder / MODEL, model.state_dict())
-    for old in _steps(folder)[:-keep]:
+    publish(folder, model, config)
+    for old in _steps(folder)[: -config.training.keep]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress | None:
+def load_checkpoint(
+    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, config: RunConfig
+) -> Progress | None:
     """Restore model, optimizer and random state from the newest checkpoint; None where there is none yet.
 
     Raises:
@@ -228,14 +257,15 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
         return None
     newest = steps[-1]
     values = _read_json(newest / "progress.json")
-    try:
-        progress = Progress(**values)
-    except TypeError as error:
-        raise ValueError(f"{str(newest / 'progress.json')!r} is damaged: {error}") from error
-    load_weights(model, _read_tensors(newest / MODEL), newest / MODEL)
+    if not isinstance(values, dict) or [type(values.get(key)) for key in ("step", "seconds")] != [int, float]:
+        raise ValueError(f"{str(newest / 'progress.json')!r} is damaged: it holds no step and seconds")
+    progress = Progress(values["step"], values["seconds"])
+    load_weights(model, _read_tensors(newest / MODEL, config), newest / MODEL)
     where = newest / "optimizer.safetensors"
     _load_optimizer(model, optimizer, _read_tensors(where), where)
     random = _read_tensors(newest / "random.safetensors")
+    if "cpu" not in random:
+        raise ValueError(f"{str(newest / 'random.safetensors')!r} is damaged: it holds no random state")
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])

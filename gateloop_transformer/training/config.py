@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -90,12 +91,16 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         rules = (
-            (self.lr > 0, "lr must be above 0", self.lr),
-            (self.minutes is None or self.minutes > 0, "minutes must be above 0", self.minutes),
+            (0 < self.lr < math.inf, "lr must be finite and above 0", self.lr),
+            (
+                self.minutes is None or 0 < self.minutes < math.inf,
+                "minutes must be finite and above 0",
+                self.minutes,
+            ),
             (0 <= self.min_lr <= 1, "min_lr must be in [0, 1]", self.min_lr),
             (0 < self.gate_lr <= 1, "gate_lr must be in (0, 1]", self.gate_lr),
             (0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup),
-            (self.weight_decay >= 0, "weight_decay must be 0 or more", self.weight_decay),
+            (0 <= self.weight_decay < math.inf, "weight_decay must be finite, 0 or more", self.weight_decay),
             (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "betas must be in [0, 1)", (self.beta1, self.beta2)),
             (self.clip > 0, "clip must be above 0", self.clip),
             (self.seed >= 0, "seed must be 0 or more", self.seed),
@@ -110,11 +115,12 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: what is trained, on which data (None: the Python standard library's sources), and how."""
+    """One run: what is trained, how, and on which data (None: the Python standard library's sources; with its hash)."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: str | None = None
+    data_sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary with the format's number."""
@@ -137,10 +143,12 @@ class RunConfig:
         if values.get("tokenizer") != "bytes":
             raise ValueError(f"{where}: unknown tokenizer {values.get('tokenizer')!r}; there is only 'bytes'")
         data = values.get("data")
-        if not (data is None or isinstance(data, str)):
-            raise ValueError(f"{where}: data must be a path or null, not {data!r}")
+        digest = values.get("data_sha256")
+        for entry in (data, digest):
+            if not (entry is None or isinstance(entry, str)):
+                raise ValueError(f"{where}: data and data_sha256 must be texts or null, not {entry!r}")
         model = build(ModelConfig, values.get("model"), f"{where}, model")
-        return cls(model, build(TrainingConfig, values.get("training"), f"{where}, training"), data)
+        return cls(model, build(TrainingConfig, values.get("training"), f"{where}, training"), data, digest)
 
 
 Config = typing.TypeVar("Config", ModelConfig, TrainingConfig)

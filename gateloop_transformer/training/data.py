@@ -63,13 +63,17 @@ def read_file(path: Path) -> bytes:
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
-def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, hidden ones left out, in a fixed order."""
+def _walk(folder: Path, exclude: Path | None = None) -> list[Path]:
+    """All regular files below a folder in a fixed order; hidden ones, and those below `exclude`, left out."""
     found = []
     for base, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and (exclude is None or (Path(base) / name).resolve() != exclude)
+        )
         found += [Path(base) / name for name in sorted(names) if not name.startswith(".")]
-    return found
+    return [path for path in found if path.is_file()]
 
 
 def standard_library() -> list[Document]:
@@ -89,12 +93,14 @@ def standard_library() -> list[Document]:
     return [Document(str(path.relative_to(root)), read_file(path)) for path in files]
 
 
-def read_documents(source: str | None) -> tuple[list[Document], int]:
-    """All text documents of a source, and how many binary or empty files were left out.
+def read_documents(source: str | None, exclude: Path | None = None, binary: bool = False) -> tuple[list[Document], int]:
+    """All documents of a source, and how many binary or empty files were left out.
 
     Args:
         source: a file, a folder (read recursively), a glob pattern, any of them with .gz or .xz files in it; or None
             for the standard library's sources.
+        exclude: a folder below the source that is not part of it.
+        binary: keep files with zero bytes in them too.
 
     Raises:
         ValueError: nothing is there, a file cannot be read, or nothing in it is text.
@@ -103,7 +109,9 @@ def read_documents(source: str | None) -> tuple[list[Document], int]:
         return standard_library(), 0
     path = Path(source)
     if path.is_dir():
-        files, root = _walk(path), path
+        files, root = _walk(path, None if exclude is None else exclude.resolve()), path
+    elif path.exists() and not path.is_file():
+        raise ValueError(f"{source!r} is neither a regular file nor a folder")
     elif path.exists():
         files, root = [path], path.parent
     else:
@@ -112,7 +120,7 @@ def read_documents(source: str | None) -> tuple[list[Document], int]:
     if not files:
         raise ValueError(f"no file, folder or glob match at {source!r}")
     documents = [Document(str(file.relative_to(root)), read_file(file)) for file in files]
-    texts = [document for document in documents if document.content and not _is_binary(document.content)]
+    texts = [document for document in documents if document.content and (binary or not _is_binary(document.content))]
     if not texts:
         kind = "is empty" if not any(document.content for document in documents) else "holds no text, only binary data"
         raise ValueError(f"{source!r} {kind}")
@@ -124,36 +132,43 @@ def _join(documents: list[Document]) -> Bytes:
 
 
 def _split(documents: list[Document], valid_fraction: float) -> tuple[Bytes, Bytes, str]:
-    """One document is cut near its end; several are held out whole, in the order of a hash of their names."""
+    """Whole documents are held out, in the order of a hash of their names, as many as make up the share.
+
+    Documents much larger than the share are passed over; where those left do not make up half of it (a single file, a
+    few books), the end of all bytes is held out instead.
+    """
     total = sum(len(document.content) for document in documents)
-    if len(documents) == 1:
+    share = total * valid_fraction
+    ordered = sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest())
+    held: set[str] = set()
+    size = 0
+    for document in ordered:
+        if size < share and size + len(document.content) <= 2 * share:
+            held.add(document.name)
+            size += len(document.content)
+    if size < share / 2:
         everything = _join(documents)
-        cut = round(total * (1 - valid_fraction))
-        return everything[:cut], everything[cut:], "1 file, its end held out"
-    ordered = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
-    held, size = 0, 0
-    while held < len(ordered) - 1 and size < total * valid_fraction:
-        size += len(ordered[held].content)
-        held += 1
-    names = {document.name for document in ordered[:held]}
-    train = [document for document in documents if document.name not in names]
-    valid = [document for document in documents if document.name in names]
-    return _join(train), _join(valid), f"{len(documents)} files, {held} held out"
+        cut = round(total - share)
+        return everything[:cut], everything[cut:], f"{len(documents)} file(s), the end held out"
+    train = [document for document in documents if document.name not in held]
+    valid = [document for document in documents if document.name in held]
+    return _join(train), _join(valid), f"{len(documents)} files, {len(held)} held out"
 
 
-def load_corpus(source: str | None, valid_fraction: float, context: int) -> Corpus:
+def load_corpus(source: str | None, valid_fraction: float, context: int, exclude: Path | None = None) -> Corpus:
     """Read a source and split it into training and validation bytes.
 
     Args:
         source: as in `read_documents`.
-        valid_fraction: share of the bytes held out: the end of a single file, or whole files chosen by a hash of
-            their names.
+        valid_fraction: share of the bytes held out: whole files chosen by a hash of their names, or the end where
+            the files are too few or too large for that.
         context: bytes in a training window; the training part must hold one window and a byte.
+        exclude: a folder below the source that is not part of it: that of the run.
 
     Raises:
         ValueError: unreadable, empty or too short data.
     """
-    documents, skipped = read_documents(source)
+    documents, skipped = read_documents(source, exclude)
     train, valid, description = _split(documents, valid_fraction)
     name = "the Python standard library" if source is None else repr(source)
     if len(train) < context + 1 or len(valid) < 2:

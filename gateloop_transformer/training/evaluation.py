@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gateloop_transformer.generation import evaluating
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.ops.pairs import compute_dtype
 from gateloop_transformer.training.data import Bytes
@@ -36,13 +37,11 @@ def validate(model: Transformer, data: Bytes, context: int, limit: int, batch: i
     count = max(1, min(limit // context, (len(data) - 1) // context))
     starts = np.linspace(0, len(data) - 1 - context, count).astype(np.int64)
     windows = np.stack([data[start : start + context + 1] for start in starts]).astype(np.int64)
-    training = model.training
-    model.eval()
     total = 0.0
-    for rows in torch.from_numpy(windows).split(batch):
-        ids = rows.to(device)
-        total += _sum_of_losses(model(ids[:, :-1]), ids[:, 1:])
-    model.train(training)
+    with evaluating(model):
+        for rows in torch.from_numpy(windows).split(batch):
+            ids = rows.to(device)
+            total += _sum_of_losses(model(ids[:, :-1]), ids[:, 1:])
     return total / (count * context) / math.log(2)
 
 
@@ -62,19 +61,20 @@ def bits_per_byte(
 
     Raises:
         ValueError: fewer than 2 bytes.
+        RuntimeError: the loss is not finite.
     """
     if len(data) < 2:
         raise ValueError(f"evaluation needs at least 2 bytes of text, got {len(data)}")
     device = next(model.parameters()).device
     ids = torch.from_numpy(data.astype(np.int64)).unsqueeze(0)
-    training = model.training
-    model.eval()
     total, state = 0.0, None
-    for start in range(0, len(data) - 1, block):
-        piece = ids[:, start : start + block + 1].to(device)
-        logits, state = model(piece[:, :-1], state=state, return_state=True)
-        total += _sum_of_losses(logits, piece[:, 1:])
-        if report is not None:
-            report(piece.shape[1] - 1)
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(data) - 1, block):
+            piece = ids[:, start : start + block + 1].to(device)
+            logits, state = model(piece[:, :-1], state=state, return_state=True)
+            total += _sum_of_losses(logits, piece[:, 1:])
+            if report is not None:
+                report(piece.shape[1] - 1)
+    if not math.isfinite(total):
+        raise RuntimeError("the model's loss is not finite; its weights may be damaged")
     return total / (len(data) - 1) / math.log(2)

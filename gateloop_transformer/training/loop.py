@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +51,17 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         if isinstance(module, GateLoopedAttention | CausalFullAttention)
         for parameter in module.gate_parameters()
     }
-    embedding_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrix_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     matrices, others, gates = [], [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in gate_ids:
             gates.append(parameter)
-        elif parameter.ndim < 2 or id(parameter) in embedding_ids:
-            others.append(parameter)
-        else:
+        elif id(parameter) in matrix_ids:
             matrices.append(parameter)
+        else:
+            others.append(parameter)
     groups = (
         {"params": matrices, "weight_decay": config.weight_decay, "factor": 1.0},
         {"params": others, "weight_decay": 0.0, "factor": 1.0},
@@ -118,7 +118,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, options), lr=options.lr, betas=(options.beta1, options.beta2), fused=True
         )
-        self.progress = Progress(0, 0.0, corpus.sha256)
+        self.progress = Progress(0, 0.0)
         self.bits_per_byte = math.nan
 
     @property
@@ -135,12 +135,11 @@ class Trainer:
 
     def restore(self) -> None:
         """Go back to the newest checkpoint, or to step 0 where there is none, and forget later metrics."""
-        progress = checkpoint.load_checkpoint(self.folder, self.model, self.optimizer)
+        progress = checkpoint.load_checkpoint(self.folder, self.model, self.optimizer, self.config)
         if progress is not None:
-            if progress.data_sha256 != self.corpus.sha256:
-                where, now = repr(str(self.folder)), self.corpus.description
-                raise ValueError(f"the data of {where} has changed since its last checkpoint; it is now {now}")
             self.progress = progress
+            # A kill between a checkpoint and this file leaves the file of an earlier step.
+            checkpoint.publish(self.folder, self.model, self.config)
         metrics = self.folder / checkpoint.METRICS
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         kept = [record for record in _records(lines) if record["step"] <= self.progress.step]
@@ -151,7 +150,6 @@ class Trainer:
     def run(self, bar: Any) -> None:
         """Train to the end. `bar` has update(), set_postfix() and write(), as a tqdm bar has."""
         self.model.train()
-        last_checkpoint = self.progress.step
         with (self.folder / checkpoint.METRICS).open("a") as log:
             while not self.finished:
                 started = time.perf_counter()
@@ -166,9 +164,8 @@ class Trainer:
                     self._validate(log, bar)
                 if step % options.checkpoint_every == 0 or self.finished:
                     self._save()
-                    last_checkpoint = step
-        if last_checkpoint != self.progress.step or not (self.folder / checkpoint.MODEL).exists():
-            self._save()
+        if math.isnan(self.bits_per_byte):
+            self.bits_per_byte = self._bits_per_byte()
 
     def _step(self) -> dict[str, Any]:
         """One optimizer step; what there is to log of it."""
@@ -213,19 +210,17 @@ class Trainer:
             return
         with self._autocast():
             where = first_not_finite(self.model, ids)
+        self._fail(f"the {what} is not finite at step {step}: first in the {where}")
+
+    def _fail(self, what: str) -> NoReturn:
         saved = checkpoint.newest_step(self.folder)
         kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-        raise TrainingError(
-            f"the {what} is not finite at step {step}: first in the {where}; {kept}. "
-            "A lower --lr or --clip, or --precision float32, may help"
-        )
+        raise TrainingError(f"{what}; {kept}. A lower --lr or --clip, or --precision float32, may help")
 
     def _validate(self, log: Any, bar: Any) -> None:
         options, step = self.config.training, self.progress.step
-        with self._autocast():
-            self.bits_per_byte = validate(
-                self.model, self.corpus.valid, options.context, options.eval_bytes, options.batch
-            )
+        self._guard_weights()
+        self.bits_per_byte = self._bits_per_byte()
         record: dict[str, Any] = {"step": step, "bits_per_byte": self.bits_per_byte}
         if options.sample_bytes:
             record["sample"] = self._sample(options.sample_bytes)
@@ -235,6 +230,21 @@ class Trainer:
         if options.sample_bytes:
             bar.write("\n".join("    " + line for line in record["sample"].splitlines()))
 
+    def _bits_per_byte(self) -> float:
+        options = self.config.training
+        with self._autocast():
+            return validate(self.model, self.corpus.valid, options.context, options.eval_bytes, options.batch)
+
+    def _guard_weights(self) -> None:
+        """Nothing that is not finite is validated or saved.
+
+        Raises:
+            TrainingError: naming the step and the first parameter at fault.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                self._fail(f"the weights are not finite after step {self.progress.step}: first in {name}")
+
     def _sample(self, length: int) -> str:
         """A text from the model as it is, without touching the random state that training uses."""
         prompt = torch.tensor([[ord("\n")]], device=self.device)
@@ -242,7 +252,8 @@ class Trainer:
         return bytes(ids[0, 1:].tolist()).decode("utf-8", errors="replace")
 
     def _save(self) -> None:
-        checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, self.progress, self.config.training.keep)
+        self._guard_weights()
+        checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, self.progress, self.config)
 
     def _show(self, bar: Any, record: dict[str, Any]) -> None:
         rate = record["tokens"] / max(self.progress.seconds, 1e-9)
@@ -262,11 +273,13 @@ class Trainer:
 
 
 def _records(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """Whole lines only: a killed run may have left half of one."""
+    """Whole records only: a killed run may have left half of one."""
     records = []
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -293,13 +306,20 @@ def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> T
         raise ValueError(
             f"{str(folder)!r} already holds a run: continue it with --resume or replace it with --overwrite"
         )
+    if overwrite and checkpoint.holds_run(folder) and not (folder / checkpoint.CONFIG).is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds files named like a run's but no {checkpoint.CONFIG}: delete it yourself"
+        )
     options = config.training
-    corpus = load_corpus(config.data, options.valid_fraction, options.context)
-    trainer = Trainer(config, folder, corpus)
+    corpus = load_corpus(config.data, options.valid_fraction, options.context, folder)
+    if resume and config.data_sha256 not in (None, corpus.sha256):
+        where = repr(str(folder))
+        raise ValueError(f"the data of {where} has changed since it was started; it is now {corpus.description}")
+    trainer = Trainer(replace(config, data_sha256=corpus.sha256), folder, corpus)
     if resume:
         trainer.restore()
     else:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.clear_run(folder)
-    checkpoint.write_config(folder, config)
+    checkpoint.write_config(folder, trainer.config)
     return trainer

@@ -132,8 +132,9 @@ def test_resume_may_go_on_for_longer(text: Path, tmp_path: Path) -> None:
 
 def test_minutes_end_a_run(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert train(text, out, "--minutes", "0.02", steps=1) == 0
-    assert metrics(out)[-1]["step"] > 1
+    assert main(["train", str(text), "--out", str(out), *TINY, "--minutes", "0.02"]) == 0
+    assert 1 < metrics(out)[-1]["step"] < 100_000
+    assert train(text, tmp_path / "both", "--minutes", "1") == 2
 
 
 def test_json_is_one_object(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

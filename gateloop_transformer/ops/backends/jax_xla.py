@@ -98,8 +98,11 @@ def _compiled(function: Callable[..., Any], reverse: bool, backward: bool) -> Ca
 def _run(function: Callable[..., Any], reverse: bool, *arguments: Any, backward: bool = False) -> Any:
     """The jitted function (or its vjp) on torch tensors. Waits: torch may write to shared memory afterwards."""
     import jax
+    import jax.experimental
 
-    with jax.enable_x64(True):
+    # JAX before 0.8 has it among its experimental names only.
+    home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+    with home.enable_x64(True):
         results = _compiled(function, reverse, backward)(*_to_jax(arguments))
         return _to_torch(jax.block_until_ready(results))
 
