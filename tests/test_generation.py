@@ -83,6 +83,23 @@ def test_the_mode_of_the_model_is_restored() -> None:
     assert model.training
 
 
+def test_each_module_keeps_its_own_mode() -> None:
+    model = build("post_norm_dropout").train()
+    model.layers[0].eval()
+    model.generate(torch.zeros(1, 1, dtype=torch.long), 2)
+    assert [model.layers[0].training, model.layers[1].training] == [False, True]
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.int8, torch.long), (torch.uint8, torch.uint8)])
+def test_small_integers_are_kept_where_they_hold_the_vocabulary(dtype: torch.dtype, expected: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Transformer(16, num_tokens=200, depth=1)
+    ids = torch.tensor([[1, 2, 3]])
+    out = model.generate(ids.to(dtype), 30, seed=1)
+    assert out.dtype == expected
+    assert torch.equal(out.long(), model.generate(ids, 30, seed=1))
+
+
 def test_stop_ends_each_row_and_pads_it() -> None:
     model, ids = build(), torch.randint(0, 31, (4, 3))
     free = model.generate(ids, 12, temperature=0)
@@ -114,6 +131,7 @@ def draw(logits: list[float], **options: Any) -> set[int]:
     [
         ({}, {0, 1, 2, 3}),
         ({"temperature": 0}, {0}),
+        ({"temperature": 1e-300}, {0}),
         ({"top_k": 2}, {0, 1}),
         ({"top_k": 99}, {0, 1, 2, 3}),
         ({"top_p": 0.4}, {0}),

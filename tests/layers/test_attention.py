@@ -157,3 +157,18 @@ def test_a_state_of_unequal_lengths_is_refused() -> None:
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CausalFullAttention(**options)
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_released_positions_stay_finite_in_half_precision(softmax: bool) -> None:
+    layer = CausalFullAttention(32, dim_head=16, heads=2, data_dependent_rel_pos=True, softmax_normalize=softmax)
+    x = torch.randn(2, 20, 32)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert layer(x).isfinite().all() or not softmax
+    y = layer.half()(x.half())
+    assert y.dtype == torch.float16
+    if softmax:
+        y.float().sum().backward()
+        assert y.isfinite().all()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())

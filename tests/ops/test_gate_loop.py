@@ -434,3 +434,12 @@ def test_bad_input_is_named() -> None:
     for message, arguments in bad.items():
         with pytest.raises(ValueError, match=f"gate_loop: .*{message}"):
             gate_loop(*arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_narrows_nothing_inside(backend: str, kind: str) -> None:
+    args = [x.to(torch.complex64 if x.is_complex() else torch.float32) for x in make_loop(T=40, **KINDS[kind])]
+    expected = values_and_gradients(run(backend), args)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = values_and_gradients(run(backend), args)
+    assert_equal(results, expected, 0)

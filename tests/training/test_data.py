@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,25 @@ def test_a_folder_is_split_by_file_whatever_the_machine(tmp_path: Path) -> None:
     assert not train & valid
     assert len(corpora[0].valid) == 200
     assert len(corpora[0].train) == 1800
+
+
+@pytest.mark.parametrize("names", [("book.txt", "note.md"), ("a.txt", "z.md"), ("1", "2")])
+def test_a_large_file_is_never_held_out_whole(tmp_path: Path, names: tuple[str, str]) -> None:
+    (tmp_path / names[0]).write_bytes(b"x" * 6000)
+    (tmp_path / names[1]).write_bytes(b"y" * 30)
+    corpus = load_corpus(str(tmp_path), 0.1, 8)
+    assert len(corpus.train) > 5000
+    assert 300 < len(corpus.valid) < 1300
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    os.mkfifo(tmp_path / "pipe")
+    documents, _ = read_documents(str(tmp_path))
+    assert [document.name for document in documents] == ["a.txt"]
+    with pytest.raises(ValueError, match="regular file"):
+        read_documents(str(tmp_path / "pipe"))
 
 
 def test_compressed_files_are_read(tmp_path: Path) -> None:

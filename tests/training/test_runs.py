@@ -196,7 +196,9 @@ def test_a_run_is_not_overwritten_unasked(text: Path, tmp_path: Path, capsys: py
     ("flags", "message"),
     [
         (["--steps", "0"], "steps must be at least 1"),
-        (["--lr", "-1"], "lr must be above 0"),
+        (["--lr", "-1"], "lr must be finite and above 0"),
+        (["--lr", "inf"], "lr must be finite and above 0"),
+        (["--device", "meta"], "device"),
         (["--lr", "fast"], "invalid float"),
         (["--gate", "square"], "invalid choice"),
         (["--preset", "huge"], "invalid choice"),
@@ -309,6 +311,104 @@ def test_unreadable_runs_are_refused(text: Path, tmp_path: Path, capsys: pytest.
     for command in (["generate", str(out), "--prompt", "a"], ["eval", str(out), str(text)]):
         assert main(command) == 2
         assert message in error_of(capsys)
+
+
+def test_resume_publishes_the_checkpoint_that_a_kill_left_unpublished(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=6) == 0
+    newest = (out / "checkpoints" / "step-000000006" / "model.safetensors").read_bytes()
+    older = (out / "checkpoints" / "step-000000003" / "model.safetensors").read_bytes()
+    assert newest != older
+    (out / "model.safetensors").write_bytes(older)
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert (out / "model.safetensors").read_bytes() == newest
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--lr", "1e38", "--warmup", "0", steps=1) == 1
+    assert "not finite after step 1: first in" in capsys.readouterr().err
+    assert not (out / "model.safetensors").exists()
+
+
+def test_overwrite_spares_what_is_not_the_runs(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=1) == 0
+    precious = out / "checkpoints" / "mine" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    assert train(text, out, "--overwrite", steps=1) == 0
+    assert precious.read_text() == "mine"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "loss.png").write_text("my picture")
+    capsys.readouterr()
+    for flags in ([], ["--overwrite"]):
+        assert train(text, other, *flags) == 2
+        error_of(capsys)
+    assert (other / "loss.png").read_text() == "my picture"
+
+
+def test_a_run_inside_its_own_data_can_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    out = tmp_path / "run"
+    assert train(tmp_path, out, steps=3) == 0
+    assert main(["train", "--out", str(out), "--resume", "--steps", "4"]) == 0
+
+
+def test_data_that_changes_before_the_first_checkpoint_is_noticed(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert train(text, whole, steps=1) == 0
+    out.mkdir()
+    (out / "config.json").write_text((whole / "config.json").read_text())
+    text.write_text(TEXT + "more")
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume"]) == 2
+    assert "has changed" in error_of(capsys)
+
+
+def test_another_model_of_the_same_shapes_is_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--gate", "polar", steps=3) == 0
+    values = json.loads((out / "config.json").read_text())
+    values["model"]["gate"] = "paper"
+    (out / "config.json").write_text(json.dumps(values))
+    capsys.readouterr()
+    assert main(["eval", str(out), str(text)]) == 2
+    assert "was written for" in error_of(capsys)
+    assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 2
+    assert "was written for" in error_of(capsys)
+
+
+@pytest.mark.parametrize("how", ["lacks an entry", "is empty"])
+def test_optimizer_state_with_missing_parts_is_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "run"
+    assert train(text, out, steps=3) == 0
+    path = out / "checkpoints" / "step-000000003" / "optimizer.safetensors"
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[1:]) if how == "lacks an entry" else {}, path)
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 2
+    assert "optimizer state" in error_of(capsys)
+
+
+def test_eval_reads_any_bytes(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=1) == 0
+    (tmp_path / "binary").write_bytes(bytes(range(256)) * 2)
+    capsys.readouterr()
+    assert main(["eval", str(out), str(tmp_path / "binary"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 512
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "progress.json"])
