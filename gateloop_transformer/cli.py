@@ -265,8 +265,9 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 (it failed) or 2 (something wrong was passed)."""
-    # See docs/decisions/0005: read when torch is first imported, and whoever has set it decides.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # See docs/decisions/0005: read when torch is first imported, and whoever has set either decides.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
             output.reconfigure(errors="replace")
