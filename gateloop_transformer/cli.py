@@ -263,6 +263,16 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(f"{result['bits_per_byte']:.4f} bits per byte over {size:,} bytes in {len(documents)} files")
 
 
+def _message(error: Exception) -> str:
+    """What went wrong, in one line and without an error number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}" if str(error) else "not enough memory"
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 (it failed) or 2 (something wrong was passed)."""
     # See docs/decisions/0005: read when torch is first imported, and whoever has set either decides.
@@ -271,19 +281,25 @@ def main(argv: list[str] | None = None) -> int:
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
             output.reconfigure(errors="replace")
+    if sys.stderr is None:
+        # Closed by the caller: nothing can be said to it, and it must not go to standard output instead.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     arguments = _parser().parse_args(argv)
+    if sys.stdout is None:
+        print(f"gateloop {arguments.command}: error: standard output is closed; send it to /dev/null", file=sys.stderr)
+        return 2
     run = {"train": _train, "generate": _generate, "eval": _eval}[arguments.command]
     try:
         run(arguments)
     except (ValueError, PermissionError, FileExistsError, NotADirectoryError) as error:
-        print(f"gateloop {arguments.command}: error: {error}", file=sys.stderr)
+        print(f"gateloop {arguments.command}: error: {_message(error)}", file=sys.stderr)
         return 2
-    except (OSError, RuntimeError, NotImplementedError) as error:
+    except (OSError, RuntimeError, MemoryError, OverflowError) as error:
         if isinstance(error, BrokenPipeError):
             # The reader went away; nothing more can be said to it, not even at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"gateloop {arguments.command}: failed: {error}", file=sys.stderr)
+        print(f"gateloop {arguments.command}: failed: {_message(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = "; continue with --resume" if arguments.command == "train" else ""

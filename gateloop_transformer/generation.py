@@ -118,6 +118,8 @@ def _stop_sequences(stop: Stop, num_tokens: int) -> list[list[int]]:
 def _generator(generator: torch.Generator | None, seed: int | None, device: torch.device) -> torch.Generator | None:
     if generator is not None and seed is not None:
         raise ValueError("give a generator or a seed, not both")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in [-2**63, 2**64), not {seed}")
     return generator if seed is None else torch.Generator(device).manual_seed(seed)
 
 

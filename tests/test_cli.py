@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +26,35 @@ def test_threads_wait_quietly_unless_told_otherwise(
         with pytest.raises(SystemExit):
             main(["--version"])
     assert environment.get("GOMP_SPINCOUNT") == spins
+
+
+def gateloop(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command line of a shell, so that streams can be closed."""
+    line = f"{sys.executable} -m gateloop_transformer.cli {command}"
+    return subprocess.run(line, shell=True, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_a_closed_standard_output_is_one_line(tmp_path: Path) -> None:
+    done = gateloop("generate run --prompt a >&-", tmp_path)
+    assert done.returncode == 2
+    assert "standard output is closed" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_with_a_closed_standard_error_nothing_is_said_on_standard_output(tmp_path: Path) -> None:
+    done = gateloop("generate run --prompt a 2>&-", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(MemoryError(), "not enough memory"), (OverflowError("too big"), "too big")]
+)
+def test_too_little_memory_is_a_failure_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, message: str
+) -> None:
+    def fail(_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("gateloop_transformer.cli._generate", fail)
+    assert main(["generate", "run", "--prompt", "a"]) == 1
+    assert capsys.readouterr().err == f"gateloop generate: failed: {message}\n"

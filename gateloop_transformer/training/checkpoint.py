@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.config import RunConfig
+from gateloop_transformer.training.config import ModelConfig, RunConfig
 
 CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
     "config.json",
@@ -124,6 +124,20 @@ def read_config(folder: Path) -> RunConfig:
     return RunConfig.from_json(_read_json(folder / CONFIG), repr(str(folder / CONFIG)))
 
 
+def new_model(config: ModelConfig) -> Transformer:
+    """A model with fresh weights, on the CPU.
+
+    Raises:
+        ValueError: a value without a meaning, or sizes that no memory holds.
+    """
+    try:
+        return Transformer(**config.arguments())
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        # torch says the same in all of these, depending on how far beyond the memory a size is.
+        detail = "" if isinstance(error, TypeError) else f": {str(error).splitlines()[0]}"
+        raise ValueError(f"a model of these sizes does not fit into memory{detail}") from error
+
+
 def load_weights(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
     """Copy tensors into a model, all of them and no others.
 
@@ -155,7 +169,7 @@ def load_model(folder: str | os.PathLike[str]) -> Transformer:
     """
     path = Path(folder)
     config = read_config(path)
-    model = Transformer(**config.model.arguments())
+    model = new_model(config.model)
     if not (path / MODEL).is_file():
         raise ValueError(f"{str(path)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
     load_weights(model, _read_tensors(path / MODEL, config), path / MODEL)

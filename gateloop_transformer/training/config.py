@@ -103,7 +103,7 @@ class TrainingConfig:
             (0 <= self.weight_decay < math.inf, "weight_decay must be finite, 0 or more", self.weight_decay),
             (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "betas must be in [0, 1)", (self.beta1, self.beta2)),
             (self.clip > 0, "clip must be above 0", self.clip),
-            (self.seed >= 0, "seed must be 0 or more", self.seed),
+            (0 <= self.seed < 2**64, "seed must be in [0, 2**64)", self.seed),
             (0 < self.valid_fraction < 1, "valid_fraction must be in (0, 1)", self.valid_fraction),
             (self.eval_bytes >= 2, "eval_bytes must be at least 2", self.eval_bytes),
             (self.sample_bytes >= 0, "sample_bytes must be 0 or more", self.sample_bytes),

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
-from gateloop_transformer.model import Transformer
 from gateloop_transformer.training import checkpoint
 from gateloop_transformer.training.checkpoint import Progress
 from gateloop_transformer.training.config import RunConfig, TrainingConfig
@@ -114,7 +113,7 @@ class Trainer:
         options = config.training
         self.device = checkpoint.pick_device(options.device)
         torch.manual_seed(options.seed)
-        self.model = Transformer(**config.model.arguments()).to(self.device)
+        self.model = checkpoint.new_model(config.model).to(self.device)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, options), lr=options.lr, betas=(options.beta1, options.beta2), fused=True
         )
@@ -272,6 +271,18 @@ class Trainer:
         )
 
 
+def _check_batch(corpus: Corpus, options: TrainingConfig) -> None:
+    """A batch fits into memory.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        batch_at(corpus.train, 1, 0, options.batch, options.context, options.seed)
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise ValueError(f"{options.batch} windows (--batch) do not fit into memory: {error}") from error
+
+
 def _records(lines: Iterable[str]) -> list[dict[str, Any]]:
     """Whole records only: a killed run may have left half of one."""
     records = []
@@ -315,6 +326,7 @@ def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> T
     if resume and config.data_sha256 not in (None, corpus.sha256):
         where = repr(str(folder))
         raise ValueError(f"the data of {where} has changed since it was started; it is now {corpus.description}")
+    _check_batch(corpus, options)
     trainer = Trainer(replace(config, data_sha256=corpus.sha256), folder, corpus)
     if resume:
         trainer.restore()
