@@ -30,7 +30,7 @@ def test_threads_wait_quietly_unless_told_otherwise(
 
 def gateloop(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A command line of a shell, so that streams can be closed."""
-    line = f"{sys.executable} -m gateloop_transformer.cli {command}"
+    line = f"{sys.executable} -m gateloop_transformer {command}"
     return subprocess.run(line, shell=True, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
@@ -58,3 +58,9 @@ def test_too_little_memory_is_a_failure_in_one_line(
     monkeypatch.setattr("gateloop_transformer.cli._generate", fail)
     assert main(["generate", "run", "--prompt", "a"]) == 1
     assert capsys.readouterr().err == f"gateloop generate: failed: {message}\n"
+
+
+def test_the_package_runs_as_the_command(tmp_path: Path) -> None:
+    done = gateloop("--version", tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("gateloop ")
