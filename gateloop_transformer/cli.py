@@ -83,7 +83,7 @@ def _generate_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "generate", help="continue a text with a trained model", description="Continue a text, as it is drawn."
     )
-    parser.add_argument("dir", metavar="DIR", type=Path, help="folder of a run")
+    parser.add_argument("dir", metavar="DIR", type=_folder, help="folder of a run")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue, not empty")
     parser.add_argument("--tokens", type=int, default=400, metavar="N", help="bytes to add (default: 400)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: likeliest (default: 0.8)")
@@ -102,7 +102,7 @@ def _eval_parser(commands: Any) -> None:
         help="bits per byte of a trained model on any text",
         description="Bits per byte, each file read once from start to end with the state carried along.",
     )
-    parser.add_argument("dir", metavar="DIR", type=Path, help="folder of a run")
+    parser.add_argument("dir", metavar="DIR", type=_folder, help="folder of a run")
     parser.add_argument("data", metavar="DATA", help="a text file, a folder, a glob, or .gz or .xz files")
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--json", action="store_true", help='print {"bits_per_byte": ..., "bytes": ...}')

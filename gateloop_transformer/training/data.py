@@ -107,6 +107,8 @@ def read_documents(source: str | None, exclude: Path | None = None, binary: bool
     """
     if source is None:
         return standard_library(), 0
+    if not source:
+        raise ValueError("DATA must not be empty: name a file, a folder or a glob")
     path = Path(source)
     if path.is_dir():
         files, root = _walk(path, None if exclude is None else exclude.resolve()), path

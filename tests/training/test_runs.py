@@ -441,6 +441,7 @@ def test_a_damaged_checkpoint_is_refused(
         (["generate", "RUN", "--prompt", "a", "--seed", str(2**64)], "seed must be in"),
         (["generate", "absent", "--prompt", "a"], "no folder"),
         (["eval", "RUN", "absent"], "no file"),
+        (["eval", "RUN", ""], "must not be empty"),
         (["eval", "RUN", "EMPTY"], "is empty"),
         (["eval", "RUN", "ONE"], "at least 2 bytes"),
         (["eval", "absent", "EMPTY"], "is empty"),
@@ -457,6 +458,14 @@ def test_wrong_arguments_of_generate_and_eval(
     capsys.readouterr()
     assert main([places.get(word, word) for word in command]) == 2
     assert message in error_of(capsys)
+
+
+@pytest.mark.parametrize("command", [["generate", "", "--prompt", "a"], ["eval", "", "data"], ["train", "--out", ""]])
+def test_an_empty_folder_name_is_not_the_current_folder(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(command)
+    assert exit.value.code == 2
+    assert "expected a folder, not an empty text" in error_of(capsys)
 
 
 def test_evaluation_carries_state_whatever_the_block() -> None:
