@@ -34,9 +34,26 @@ class Progress:
     seconds: float
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether anything of a run is in the folder."""
-    return any((folder / name).exists() for name in (CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS))
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """The flags allow training in the folder. Nothing in it is touched.
+
+    Raises:
+        ValueError: they do not, or what is there is not a run's.
+    """
+    where = repr(str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{where} is a file, not a folder")
+    present = [name for name in (CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS) if (folder / name).exists()]
+    if resume or not present:
+        return
+    try:
+        read_config(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} holds {present[0]}, but not a run's; nothing was deleted, choose another folder ({error})"
+        ) from error
+    if not overwrite:
+        raise ValueError(f"{where} already holds a run: continue it with --resume or replace it with --overwrite")
 
 
 def clear_run(folder: Path) -> None:

@@ -311,16 +311,7 @@ def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> T
     Raises:
         ValueError: the data or the configuration cannot be used, or the folder holds a run and neither flag is set.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file, not a folder")
-    if not resume and not overwrite and checkpoint.holds_run(folder):
-        raise ValueError(
-            f"{str(folder)!r} already holds a run: continue it with --resume or replace it with --overwrite"
-        )
-    if overwrite and checkpoint.holds_run(folder) and not (folder / checkpoint.CONFIG).is_file():
-        raise ValueError(
-            f"{str(folder)!r} holds files named like a run's but no {checkpoint.CONFIG}: delete it yourself"
-        )
+    checkpoint.check_folder(folder, resume, overwrite)
     options = config.training
     corpus = load_corpus(config.data, options.valid_fraction, options.context, folder)
     if resume and config.data_sha256 not in (None, corpus.sha256):

@@ -358,6 +358,18 @@ def test_overwrite_spares_what_is_not_the_runs(text: Path, tmp_path: Path, capsy
     assert (other / "loss.png").read_text() == "my picture"
 
 
+@pytest.mark.parametrize("content", ['{"model_type": "bert"}', '{"format": 1, "editor": "mine"}', "[1, 2", ""])
+def test_a_config_that_is_not_a_runs_is_never_deleted(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text(content)
+    for flags in ([], ["--overwrite"]):
+        assert train(text, tmp_path, *flags) == 2
+        assert "holds config.json, but not a run's" in error_of(capsys)
+    assert [(tmp_path / name).read_text() for name in ("config.json", "model.safetensors")] == [content] * 2
+
+
 def test_a_run_inside_its_own_data_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     out = tmp_path / "run"
