@@ -157,16 +157,16 @@ def _train(arguments: argparse.Namespace) -> None:
     own = {"command", "data", "out", "resume", "overwrite", "json"}
     given = {name: value for name, value in vars(arguments).items() if name not in own}
     config = _run_config(arguments, given)
-    trainer = prepare(config, arguments.out, arguments.resume, arguments.overwrite)
-    say = sys.stderr if arguments.json else sys.stdout
-    result = trainer.result()
-    print(f"{trainer.corpus.description}\n{result.parameters:,} parameters on {trainer.device}", file=say, flush=True)
-    if trainer.progress.step:
-        print(f"resumed at step {trainer.progress.step}", file=say, flush=True)
-    total = None if config.training.minutes else config.training.steps
-    with tqdm(total=total, initial=trainer.progress.step, unit="step", disable=None, dynamic_ncols=True) as bar:
-        trainer.run(_Reporter(bar, say))
-    result = trainer.result()
+    with prepare(config, arguments.out, arguments.resume, arguments.overwrite) as trainer:
+        say = sys.stderr if arguments.json else sys.stdout
+        parameters = trainer.result().parameters
+        print(f"{trainer.corpus.description}\n{parameters:,} parameters on {trainer.device}", file=say, flush=True)
+        if trainer.progress.step:
+            print(f"resumed at step {trainer.progress.step}", file=say, flush=True)
+        total = None if config.training.minutes else config.training.steps
+        with tqdm(total=total, initial=trainer.progress.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+            trainer.run(_Reporter(bar, say))
+        result = trainer.result()
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "out": str(arguments.out)}))
         return

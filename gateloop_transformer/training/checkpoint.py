@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
     "loss.png",
     "checkpoints",
 )
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,60 @@ class Progress:
     seconds: float
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder; the system lets go when this one ends, however it does.
+
+    The file `.lock` stays: once it were deleted, two processes could each lock a file of that name. Where Python has
+    no fcntl (Windows) nothing is locked.
+
+    Raises:
+        ValueError: another process is training there.
+    """
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process is training in {str(folder)!r}") from error
+    except OSError as error:
+        warnings.warn(
+            f"{str(folder)!r} cannot be locked: let one process at a time train there ({error})", stacklevel=4
+        )
+
+
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """The flags allow training in the folder. Nothing in it is touched.
+    """The flags allow training in the folder, as far as can be said before it is locked. Nothing in it is touched.
+
+    Raises:
+        ValueError: they do not, another process is training there, or what is there is not a run's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file, not a folder")
+    if (folder / LOCK).exists():
+        with locked(folder):
+            pass
+    check_contents(folder, resume, overwrite)
+
+
+def check_contents(folder: Path, resume: bool, overwrite: bool) -> None:
+    """The flags allow training with what is in the folder.
 
     Raises:
         ValueError: they do not, or what is there is not a run's.
     """
     where = repr(str(folder))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{where} is a file, not a folder")
     present = [name for name in (CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS) if (folder / name).exists()]
     if resume or not present:
         return

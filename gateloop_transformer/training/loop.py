@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -299,8 +299,11 @@ def _log(log: Any, record: dict[str, Any]) -> None:
     log.flush()
 
 
-def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> Trainer:
-    """Everything that can be refused is refused here, before anything in the folder is touched.
+@contextlib.contextmanager
+def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> Iterator[Trainer]:
+    """A trainer whose folder is locked meanwhile.
+
+    Everything that can be refused is refused here, before anything in the folder is touched.
 
     Args:
         config: of the run; when resuming, the stored one.
@@ -309,7 +312,8 @@ def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> T
         overwrite: delete the run that the folder holds.
 
     Raises:
-        ValueError: the data or the configuration cannot be used, or the folder holds a run and neither flag is set.
+        ValueError: the data or the configuration cannot be used, the folder holds a run and neither flag is set, or
+            another process is training in it.
     """
     checkpoint.check_folder(folder, resume, overwrite)
     options = config.training
@@ -319,10 +323,13 @@ def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> T
         raise ValueError(f"the data of {where} has changed since it was started; it is now {corpus.description}")
     _check_batch(corpus, options)
     trainer = Trainer(replace(config, data_sha256=corpus.sha256), folder, corpus)
-    if resume:
-        trainer.restore()
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.clear_run(folder)
-    checkpoint.write_config(folder, trainer.config)
-    return trainer
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.locked(folder):
+        # Another process may have trained here since the first look.
+        checkpoint.check_contents(folder, resume, overwrite)
+        if resume:
+            trainer.restore()
+        else:
+            checkpoint.clear_run(folder)
+        checkpoint.write_config(folder, trainer.config)
+        yield trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import torch
 
 from gateloop_transformer import Transformer
 from gateloop_transformer.cli import main
+from gateloop_transformer.training import checkpoint
 from gateloop_transformer.training.checkpoint import load_model
 from gateloop_transformer.training.config import PRESETS, ModelConfig, RunConfig, TrainingConfig, resolve
 from gateloop_transformer.training.evaluation import bits_per_byte, validate
@@ -64,6 +66,7 @@ def test_a_run_leaves_model_config_metrics_curve_and_checkpoints(text: Path, tmp
         "metrics.jsonl",
         "loss.png",
         "checkpoints",
+        ".lock",
     }
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-000000006", "step-000000008"]
     records = metrics(out)
@@ -82,10 +85,10 @@ def test_a_resumed_run_equals_one_never_stopped(text: Path, tmp_path: Path, flag
     assert train(text, whole, *flags, steps=10) == 0
     assert train(text, halves, *flags, steps=10) == 0
     for name in ("step-000000010", "step-000000009"):
-        checkpoint = halves / "checkpoints" / name
-        for file in checkpoint.iterdir():
+        saved = halves / "checkpoints" / name
+        for file in saved.iterdir():
             file.unlink()
-        checkpoint.rmdir()
+        saved.rmdir()
     # Both kept checkpoints are gone: the run starts again from step 0 and must end in the same place.
     assert main(["train", "--out", str(halves), "--resume"]) == 0
     assert metrics(halves) == metrics(whole)
@@ -93,9 +96,12 @@ def test_a_resumed_run_equals_one_never_stopped(text: Path, tmp_path: Path, flag
 
 
 @pytest.mark.parametrize("flags", [[], ["--dropout", "0.3"], ["--precision", "bf16"]])
-def test_a_killed_run_continues_to_the_last_digit(text: Path, tmp_path: Path, flags: list[str]) -> None:
+def test_a_killed_run_continues_to_the_last_digit(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert train(text, whole, *flags, steps=40) == 0
+    capsys.readouterr()
     command = [sys.executable, "-m", "gateloop_transformer.cli", "train", str(text), "--out", str(killed)]
     command += [*TINY, *flags, "--steps", "40"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -105,11 +111,41 @@ def test_a_killed_run_continues_to_the_last_digit(text: Path, tmp_path: Path, fl
         assert time.monotonic() < deadline, "the run wrote no metrics"
         assert process.poll() is None or log.exists()
         time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    for how in ([], ["--overwrite"], ["--resume"]):
+        assert main(["train", "--out", str(killed), *how]) == 2
+        assert "another process is training in" in error_of(capsys)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert main(["train", "--out", str(killed), "--resume"]) == 0
     assert metrics(killed) == metrics(whole)
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_file_system_without_locks_is_said(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_file: int, _how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        assert train(text, tmp_path / "run", steps=1) == 0
+
+
+def test_two_runs_that_start_together_do_not_replace_each_other(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, look = tmp_path / "run", checkpoint.check_folder
+
+    def look_then_lose(*arguments: Any) -> None:
+        look(*arguments)
+        monkeypatch.undo()
+        assert train(text, out, steps=1) == 0
+        capsys.readouterr()
+
+    monkeypatch.setattr(checkpoint, "check_folder", look_then_lose)
+    assert train(text, out, steps=3) == 2
+    assert "already holds a run" in error_of(capsys)
+    assert metrics(out)[-1]["step"] == 1
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(text: Path, tmp_path: Path) -> None:
