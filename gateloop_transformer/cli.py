@@ -163,6 +163,8 @@ def _train(arguments: argparse.Namespace) -> None:
         print(f"{trainer.corpus.description}\n{parameters:,} parameters on {trainer.device}", file=say, flush=True)
         if trainer.progress.step:
             print(f"resumed at step {trainer.progress.step}", file=say, flush=True)
+        elif arguments.resume:
+            print("no checkpoint yet: starting from step 0", file=say, flush=True)
         total = None if config.training.minutes else config.training.steps
         with tqdm(total=total, initial=trainer.progress.step, unit="step", disable=None, dynamic_ncols=True) as bar:
             trainer.run(_Reporter(bar, say))

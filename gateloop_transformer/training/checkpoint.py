@@ -93,6 +93,12 @@ def check_contents(folder: Path, resume: bool, overwrite: bool) -> None:
         ValueError: they do not, or what is there is not a run's.
     """
     where = repr(str(folder))
+    _check_kinds(folder)
+    saved = newest_step(folder) is not None
+    if resume and not saved and (folder / MODEL).exists():
+        raise ValueError(
+            f"{where} has {MODEL} but no checkpoint to continue from: use the model as it is, or --overwrite it"
+        )
     present = [name for name in (CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS) if (folder / name).exists()]
     if resume or not present:
         return
@@ -102,8 +108,18 @@ def check_contents(folder: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(
             f"{where} holds {present[0]}, but not a run's; nothing was deleted, choose another folder ({error})"
         ) from error
+    if not overwrite and not saved and MODEL not in present:
+        raise ValueError(f"{where} holds a run that ended before its first checkpoint: replace it with --overwrite")
     if not overwrite:
         raise ValueError(f"{where} already holds a run: continue it with --resume or replace it with --overwrite")
+
+
+def _check_kinds(folder: Path) -> None:
+    for name in (CONFIG, MODEL, METRICS, CURVE, LOCK):
+        if (folder / name).is_dir():
+            raise ValueError(f"{str(folder / name)!r} is a folder, not a file: choose another folder for the run")
+    if (folder / CHECKPOINTS).exists() and not (folder / CHECKPOINTS).is_dir():
+        raise ValueError(f"{str(folder / CHECKPOINTS)!r} is a file, not a folder: choose another folder for the run")
 
 
 def clear_run(folder: Path) -> None:

@@ -213,7 +213,11 @@ class Trainer:
 
     def _fail(self, what: str) -> NoReturn:
         saved = checkpoint.newest_step(self.folder)
-        kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+        kept = (
+            f"the checkpoint of step {saved} is kept"
+            if saved
+            else "there is no checkpoint yet (start again with --overwrite)"
+        )
         raise TrainingError(f"{what}; {kept}. A lower --lr or --clip, or --precision float32, may help")
 
     def _validate(self, log: Any, bar: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def test_a_resumed_run_equals_one_never_stopped(text: Path, tmp_path: Path, flag
         for file in saved.iterdir():
             file.unlink()
         saved.rmdir()
+    (halves / "model.safetensors").unlink()
     # Both kept checkpoints are gone: the run starts again from step 0 and must end in the same place.
     assert main(["train", "--out", str(halves), "--resume"]) == 0
     assert metrics(halves) == metrics(whole)
@@ -148,14 +150,54 @@ def test_two_runs_that_start_together_do_not_replace_each_other(
     assert metrics(out)[-1]["step"] == 1
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(text: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert train(text, whole) == 0
     killed.mkdir()
     (killed / "config.json").write_text((whole / "config.json").read_text())
     (killed / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo')
+    capsys.readouterr()
+    assert train(text, killed) == 2
+    assert "ended before its first checkpoint: replace it with --overwrite" in error_of(capsys)
     assert main(["train", "--out", str(killed), "--resume"]) == 0
+    assert "starting from step 0" in capsys.readouterr().out
     assert metrics(killed) == metrics(whole)
+
+
+def test_a_model_without_checkpoints_is_not_trained_from_step_0(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=1) == 0
+    shutil.rmtree(out / "checkpoints")
+    model = (out / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume"]) == 2
+    assert "no checkpoint to continue from" in error_of(capsys)
+    assert (out / "model.safetensors").read_bytes() == model
+    assert train(text, out, "--overwrite", steps=1) == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model.safetensors"])
+def test_files_and_folders_in_each_others_place_are_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=1) == 0
+    if name == "checkpoints":
+        shutil.rmtree(out / name)
+        (out / name).write_text("")
+    else:
+        (out / name).unlink()
+        (out / name).mkdir()
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    for flags in (["--resume"], ["--overwrite"]):
+        assert main(["train", "--out", str(out), *flags]) == 2
+        assert f"{name}' is a f" in error_of(capsys)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_resume_may_go_on_for_longer(text: Path, tmp_path: Path) -> None:
