@@ -31,6 +31,10 @@ CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
 LOCK = ".lock"
 
 
+class DamageError(ValueError):
+    """A file of a run is missing or cannot be read."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands: steps done, seconds of training so far."""
@@ -163,13 +167,13 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
 def _read_tensors(path: Path, config: RunConfig | None = None) -> dict[str, Tensor]:
     """The tensors of a file; with `config`, refused if they were written for another model."""
     if not path.is_file():
-        raise ValueError(f"{str(path)!r} is missing")
+        raise DamageError(f"{str(path)!r} is missing")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+        raise DamageError(f"{str(path)!r} is damaged: {error}") from error
     if config is not None and metadata.get("model", _describe(config)) != _describe(config):
         raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {metadata['model']}")
     return tensors
@@ -184,9 +188,9 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{str(path)!r} is missing") from error
+        raise DamageError(f"{str(path)!r} is missing") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+        raise DamageError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -292,7 +296,7 @@ def _load_optimizer(
     expected = {f"{name}|{kind}": parameters[name].shape for name in parameters for kind in kinds}
     expected.update({f"{name}|step": torch.Size([]) for name in parameters})
     if {key: value.shape for key, value in tensors.items()} != expected:
-        raise ValueError(
+        raise DamageError(
             f"{str(where)!r} is damaged or does not fit {CONFIG}: it is not the optimizer state of its model"
         )
     for name, parameter in parameters.items():
@@ -352,17 +356,26 @@ def load_checkpoint(
     steps = _steps(folder)
     if not steps:
         return None
-    newest = steps[-1]
+    try:
+        return _load_checkpoint(steps[-1], model, optimizer, config)
+    except DamageError as error:
+        hint = "it is the only checkpoint: start again with --overwrite"
+        if len(steps) > 1:
+            hint = f"delete {str(steps[-1])!r} to go back to {steps[-2].name}"
+        raise ValueError(f"{error}; {hint}") from error
+
+
+def _load_checkpoint(newest: Path, model: Transformer, optimizer: torch.optim.Optimizer, config: RunConfig) -> Progress:
     values = _read_json(newest / "progress.json")
     if not isinstance(values, dict) or [type(values.get(key)) for key in ("step", "seconds")] != [int, float]:
-        raise ValueError(f"{str(newest / 'progress.json')!r} is damaged: it holds no step and seconds")
+        raise DamageError(f"{str(newest / 'progress.json')!r} is damaged: it holds no step and seconds")
     progress = Progress(values["step"], values["seconds"])
     load_weights(model, _read_tensors(newest / MODEL, config), newest / MODEL)
     where = newest / "optimizer.safetensors"
     _load_optimizer(model, optimizer, _read_tensors(where), where)
     random = _read_tensors(newest / "random.safetensors")
     if "cpu" not in random:
-        raise ValueError(f"{str(newest / 'random.safetensors')!r} is damaged: it holds no random state")
+        raise DamageError(f"{str(newest / 'random.safetensors')!r} is damaged: it holds no random state")
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])

@@ -518,7 +518,25 @@ def test_a_damaged_checkpoint_is_refused(
     path.write_bytes(path.read_bytes()[:-10])
     capsys.readouterr()
     assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 2
-    assert "damaged" in error_of(capsys)
+    error = error_of(capsys)
+    assert "damaged" in error
+    assert "only checkpoint: start again with --overwrite" in error
+
+
+def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    for folder in (whole, out):
+        assert train(text, folder, steps=6) == 0
+    newest = out / "checkpoints" / "step-000000006"
+    (newest / "progress.json").unlink()
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume"]) == 2
+    assert f"delete {str(newest)!r} to go back to step-000000003" in error_of(capsys)
+    shutil.rmtree(newest)
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert metrics(out) == metrics(whole)
 
 
 @pytest.mark.parametrize(
