@@ -132,7 +132,8 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     stored = checkpoint.read_config(arguments.out)
     now = {**dataclasses.asdict(stored.model), **dataclasses.asdict(stored.training), "data": stored.data}
     wanted = {**config.PRESETS.get(given.pop("preset", ""), {}), **given}
-    wanted.update({"data": data} if data is not None else {})
+    if data is not None and stored.data_sha256 is None:
+        wanted["data"] = data
     changed = [
         f"{name} is {now[name]!r}, not {value!r}"
         for name, value in wanted.items()
@@ -143,7 +144,9 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     again = {name: value for name, value in given.items() if name in loop.RESUMABLE}
     if "steps" in again:
         again["minutes"] = None
-    return dataclasses.replace(stored, training=dataclasses.replace(stored.training, **again))
+    training = dataclasses.replace(stored.training, **again)
+    # Data may have moved; `prepare` compares its hash.
+    return dataclasses.replace(stored, training=training, data=stored.data if data is None else data)
 
 
 def _train(arguments: argparse.Namespace) -> None:

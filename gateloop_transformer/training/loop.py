@@ -323,8 +323,9 @@ def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> I
     options = config.training
     corpus = load_corpus(config.data, options.valid_fraction, options.context, folder)
     if resume and config.data_sha256 not in (None, corpus.sha256):
-        where = repr(str(folder))
-        raise ValueError(f"the data of {where} has changed since it was started; it is now {corpus.description}")
+        raise ValueError(
+            f"the data has changed since the run in {str(folder)!r} was started; it is now {corpus.description}"
+        )
     _check_batch(corpus, options)
     trainer = Trainer(replace(config, data_sha256=corpus.sha256), folder, corpus)
     folder.mkdir(parents=True, exist_ok=True)

@@ -448,6 +448,19 @@ def test_a_config_that_is_not_a_runs_is_never_deleted(
     assert [(tmp_path / name).read_text() for name in ("config.json", "model.safetensors")] == [content] * 2
 
 
+def test_data_may_move_but_not_change(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, moved, other = tmp_path / "run", tmp_path / "moved.txt", tmp_path / "other.txt"
+    assert train(text, out, steps=3) == 0
+    text.rename(moved)
+    other.write_text(TEXT + "more")
+    capsys.readouterr()
+    assert main(["train", str(other), "--out", str(out), "--resume", "--steps", "4"]) == 2
+    assert "has changed" in error_of(capsys)
+    assert main(["train", str(moved), "--out", str(out), "--resume", "--steps", "4"]) == 0
+    assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 0
+    assert metrics(out)[-2]["step"] == 5
+
+
 def test_a_run_inside_its_own_data_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     out = tmp_path / "run"
