@@ -44,6 +44,10 @@ def _add_fields(parser: argparse.ArgumentParser, kind: type, title: str) -> None
 def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, not an empty text")
+    try:
+        Path(text).exists()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(_message(error)) from error
     return Path(text)
 
 
@@ -170,7 +174,10 @@ def _train(arguments: argparse.Namespace) -> None:
             print("no checkpoint yet: starting from step 0", file=say, flush=True)
         total = None if config.training.minutes else config.training.steps
         with tqdm(total=total, initial=trainer.progress.step, unit="step", disable=None, dynamic_ncols=True) as bar:
-            trainer.run(_Reporter(bar, say))
+            try:
+                trainer.run(_Reporter(bar, say))
+            except KeyboardInterrupt as interrupt:
+                raise KeyboardInterrupt("continue with --resume") from interrupt
         result = trainer.result()
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "out": str(arguments.out)}))
@@ -199,6 +206,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from gateloop_transformer.training.checkpoint import load_model, pick_device
 
+    if arguments.tokens < 0:
+        raise ValueError(f"--tokens must be 0 or more, not {arguments.tokens}")
     device = pick_device(arguments.device)
     prompt = os.fsencode(arguments.prompt)
     if not prompt:
@@ -306,9 +315,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         print(f"gateloop {arguments.command}: failed: {_message(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        hint = "; continue with --resume" if arguments.command == "train" else ""
-        print(f"\ngateloop {arguments.command}: interrupted{hint}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        hint = "; ".join(["interrupted", *interrupt.args])
+        print(f"\ngateloop {arguments.command}: {hint}", file=sys.stderr)
         return 1
     return 0
 

@@ -60,6 +60,13 @@ def test_too_little_memory_is_a_failure_in_one_line(
     assert capsys.readouterr().err == f"gateloop generate: failed: {message}\n"
 
 
+def test_a_name_too_long_is_one_line_without_an_error_number(tmp_path: Path) -> None:
+    done = gateloop(f"generate {'x' * 300} --prompt a", tmp_path)
+    assert done.returncode == 2
+    assert "Errno" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_the_package_runs_as_the_command(tmp_path: Path) -> None:
     done = gateloop("--version", tmp_path)
     assert done.returncode == 0

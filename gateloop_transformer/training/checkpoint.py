@@ -204,6 +204,8 @@ def read_config(folder: Path) -> RunConfig:
     Raises:
         ValueError: the folder holds no run, or the file is damaged or of a newer format.
     """
+    if folder.is_file():
+        raise ValueError(f"{str(folder)!r} is a file, not the folder of a run")
     if not folder.is_dir():
         raise ValueError(f"no folder {str(folder)!r}")
     if not (folder / CONFIG).is_file():
@@ -211,8 +213,12 @@ def read_config(folder: Path) -> RunConfig:
     return RunConfig.from_json(_read_json(folder / CONFIG), repr(str(folder / CONFIG)))
 
 
-def new_model(config: ModelConfig) -> Transformer:
+def new_model(config: ModelConfig, source: Path | None = None) -> Transformer:
     """A model with fresh weights, on the CPU.
+
+    Args:
+        config: its arguments.
+        source: the file that they were read from, for the error.
 
     Raises:
         ValueError: a value without a meaning, or sizes that no memory holds.
@@ -222,7 +228,12 @@ def new_model(config: ModelConfig) -> Transformer:
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         # torch says the same in all of these, depending on how far beyond the memory a size is.
         detail = "" if isinstance(error, TypeError) else f": {str(error).splitlines()[0]}"
-        raise ValueError(f"a model of these sizes does not fit into memory{detail}") from error
+        problem = f"a model of these sizes does not fit into memory{detail}"
+        raise ValueError(problem if source is None else f"{str(source)!r}: {problem}") from error
+    except ValueError as error:
+        if source is None:
+            raise
+        raise ValueError(f"{str(source)!r}: {error}") from error
 
 
 def load_weights(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
@@ -256,7 +267,7 @@ def load_model(folder: str | os.PathLike[str]) -> Transformer:
     """
     path = Path(folder)
     config = read_config(path)
-    model = new_model(config.model)
+    model = new_model(config.model, path / CONFIG)
     if not (path / MODEL).is_file():
         raise ValueError(f"{str(path)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
     load_weights(model, _read_tensors(path / MODEL, config), path / MODEL)

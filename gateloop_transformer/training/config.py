@@ -184,7 +184,10 @@ def build(kind: type[Config], values: Any, where: str) -> Config:
         if not fits or (choices and value not in choices):
             names = choices or [getattr(each, "__name__", "none") for each in allowed]
             raise ValueError(f"{where}: {item.name} must be one of {', '.join(names)}, not {value!r}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 _GATED = {"gate": "ring", "conv_size": 4}

@@ -119,6 +119,8 @@ def read_documents(source: str | None, exclude: Path | None = None, binary: bool
     else:
         files = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if os.path.isfile(name)]
         root = Path(os.path.commonpath([file.parent for file in files])) if files else path
+    if not files and path.is_dir():
+        raise ValueError(f"the folder {source!r} holds no files (hidden ones do not count)")
     if not files:
         raise ValueError(f"no file, folder or glob match at {source!r}")
     documents = [Document(str(file.relative_to(root)), read_file(file)) for file in files]

@@ -108,12 +108,13 @@ def first_not_finite(model: nn.Module, ids: Tensor) -> str:
 class Trainer:
     """One run in one folder: model, optimizer, data, and where it stands."""
 
-    def __init__(self, config: RunConfig, folder: Path, corpus: Corpus) -> None:
+    def __init__(self, config: RunConfig, folder: Path, corpus: Corpus, source: Path | None = None) -> None:
+        """`source`: the file that the configuration was read from, if any, for errors."""
         self.config, self.folder, self.corpus = config, folder, corpus
         options = config.training
         self.device = checkpoint.pick_device(options.device)
         torch.manual_seed(options.seed)
-        self.model = checkpoint.new_model(config.model).to(self.device)
+        self.model = checkpoint.new_model(config.model, source).to(self.device)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, options), lr=options.lr, betas=(options.beta1, options.beta2), fused=True
         )
@@ -327,8 +328,12 @@ def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> I
             f"the data has changed since the run in {str(folder)!r} was started; it is now {corpus.description}"
         )
     _check_batch(corpus, options)
-    trainer = Trainer(replace(config, data_sha256=corpus.sha256), folder, corpus)
-    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / checkpoint.CONFIG if resume else None
+    trainer = Trainer(replace(config, data_sha256=corpus.sha256), folder, corpus, source)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from error
     with checkpoint.locked(folder):
         # Another process may have trained here since the first look.
         checkpoint.check_contents(folder, resume, overwrite)

@@ -108,6 +108,12 @@ def test_unusable_data_is_refused(tmp_path: Path, content: bytes | None, suffix:
         load_corpus(str(path), 0.1, 64)
 
 
+def test_a_folder_without_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").write_text("text")
+    with pytest.raises(ValueError, match="holds no files"):
+        load_corpus(str(tmp_path), 0.1, 64)
+
+
 def test_batches_depend_on_the_step_alone() -> None:
     train = np.arange(1000, dtype=np.uint8)
     later = batch_at(train, 7, 0, 4, 16, seed=1)

@@ -364,6 +364,10 @@ def damage(out: Path, name: str) -> str:
         del values["training"]["lr"]
     elif name == "wrong type":
         values["model"]["dim"] = "wide"
+    elif name == "wrong size":
+        values["model"]["dim"] = -1
+    elif name == "wrong rate":
+        values["training"]["lr"] = -1
     config.write_text(json.dumps(values))
     return {
         "other configuration": "does not fit",
@@ -371,6 +375,8 @@ def damage(out: Path, name: str) -> str:
         "unknown field": "wings",
         "missing field": "missing: lr",
         "wrong type": "dim must be",
+        "wrong size": "config.json': Transformer: dim",
+        "wrong rate": "config.json', training: lr must be",
     }[name]
 
 
@@ -386,6 +392,8 @@ def damage(out: Path, name: str) -> str:
         "unknown field",
         "missing field",
         "wrong type",
+        "wrong size",
+        "wrong rate",
     ],
 )
 def test_unreadable_runs_are_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
@@ -393,7 +401,10 @@ def test_unreadable_runs_are_refused(text: Path, tmp_path: Path, capsys: pytest.
     assert train(text, out, steps=1) == 0
     message = damage(out, name)
     capsys.readouterr()
-    for command in (["generate", str(out), "--prompt", "a"], ["eval", str(out), str(text)]):
+    commands = [["generate", str(out), "--prompt", "a"], ["eval", str(out), str(text)]]
+    if name.startswith("wrong"):
+        commands.append(["train", "--out", str(out), "--resume"])
+    for command in commands:
         assert main(command) == 2
         assert message in error_of(capsys)
 
@@ -556,11 +567,16 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(
     ("command", "message"),
     [
         (["generate", "RUN", "--prompt", ""], "must not be empty"),
-        (["generate", "RUN", "--prompt", "a", "--tokens", "-1"], "max_new_tokens"),
+        (["generate", "RUN", "--prompt", "a", "--tokens", "-1"], "--tokens must be 0 or more, not -1"),
         (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature"),
         (["generate", "RUN", "--prompt", "a", "--stop", ""], "stop"),
         (["generate", "RUN", "--prompt", "a", "--seed", str(2**64)], "seed must be in"),
         (["generate", "absent", "--prompt", "a"], "no folder"),
+        (["generate", "ONE", "--prompt", "a"], "is a file, not the folder of a run"),
+        (["eval", "ONE", "ONE"], "at least 2 bytes"),
+        (["eval", "ONE", "DATA"], "is a file, not the folder of a run"),
+        (["train", "--out", "ONE"], "is a file, not a folder"),
+        (["train", "DATA", "--out", "BELOW"], "cannot make the folder"),
         (["eval", "RUN", "absent"], "no file"),
         (["eval", "RUN", ""], "must not be empty"),
         (["eval", "RUN", "EMPTY"], "is empty"),
@@ -575,7 +591,8 @@ def test_wrong_arguments_of_generate_and_eval(
     assert train(text, out, steps=1) == 0
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "one").write_bytes(b"x")
-    places = {"RUN": str(out), "EMPTY": str(tmp_path / "empty"), "ONE": str(tmp_path / "one")}
+    places = {"RUN": str(out), "EMPTY": str(tmp_path / "empty"), "ONE": str(tmp_path / "one"), "DATA": str(text)}
+    places["BELOW"] = str(tmp_path / "one" / "run")
     capsys.readouterr()
     assert main([places.get(word, word) for word in command]) == 2
     assert message in error_of(capsys)
@@ -610,6 +627,24 @@ def test_every_parameter_is_in_one_group_and_gates_in_their_own() -> None:
     assert gates == {name for name in names.values() if ".to_a." in name or ".ring_" in name}
     assert groups[-1]["weight_decay"] == 0
     assert groups[-1]["factor"] == 0.25
+
+
+@pytest.mark.parametrize(("place", "hint"), [("load_corpus", ""), ("Trainer.run", "; continue with --resume")])
+def test_an_interrupt_hints_at_resume_once_there_is_a_run(
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    hint: str,
+) -> None:
+    def interrupt(*_arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"gateloop_transformer.training.loop.{place}", interrupt)
+    assert train(text, tmp_path / "run") == 1
+    assert f"interrupted{hint}\n" in capsys.readouterr().err
+    assert (tmp_path / "run").exists() == bool(hint)
 
 
 def test_the_learning_rate_rises_then_falls() -> None:
