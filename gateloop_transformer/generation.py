@@ -126,6 +126,8 @@ def _generator(generator: torch.Generator | None, seed: int | None, device: torc
 def _check_prompt(model: Decoder, ids: Tensor, max_new_tokens: int) -> None:
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool):
         raise ValueError(f"max_new_tokens must be an integer, not {max_new_tokens!r}")
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"a prompt must be a torch tensor, not {type(ids).__name__}")
     if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"a prompt must be integers of shape (B, T), not {ids.dtype} {tuple(ids.shape)}")
     if 0 in ids.shape:

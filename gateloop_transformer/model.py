@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gateloop_transformer.generation import generate, stream
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
-from gateloop_transformer.layers.gate_looped import GATES, GateLoopedAttention
+from gateloop_transformer.layers.gate_looped import GATES, GateLoopedAttention, check_fraction
 from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
 from gateloop_transformer.layers.state import TransformerState
 from gateloop_transformer.ops.dispatch import check_name
@@ -55,7 +55,7 @@ class Transformer(nn.Module):
         dim_gate_looped_attn: inner width of the gate loop layers; None: dim.
         attn_softmax_normalize: softmax in attention; None: unless data_dependent_rel_pos.
         data_dependent_rel_pos: of the attention layers: False, True (as released) or "gate_loop" (over time).
-        frac_gradient_state_transition: gradient into the gate projections is scaled by this.
+        frac_gradient_state_transition: gradient into the gate projections is scaled by this, in [0, 1].
         ablate_complex: gates are real, unless a call says otherwise.
         ablate_state_transition: gates are 1, unless a call says otherwise.
         rotary_emb: rotary position embedding in attention.
@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         backend: of all operators: "auto", or a backend's name.
 
     Raises:
-        ValueError: a size is not positive, heads do not divide, or an option is unknown.
+        ValueError: a number is out of its range, heads do not divide, or an option is unknown.
     """
 
     def __init__(
@@ -107,11 +107,16 @@ class Transformer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if min(dim, num_tokens, depth, ff_mult) < 1:
-            raise ValueError(
-                "Transformer: dim, num_tokens, depth and ff_mult must be positive, got "
-                f"dim={dim}, num_tokens={num_tokens}, depth={depth}, ff_mult={ff_mult}"
-            )
+        sizes = {"dim": dim, "num_tokens": num_tokens, "depth": depth, "ff_mult": ff_mult}
+        sizes |= {"dim_head": dim_head, "heads": heads}
+        optional = {"gate_loop_heads": gate_loop_heads, "dim_gate_looped_attn": dim_gate_looped_attn}
+        sizes |= {name: size for name, size in optional.items() if size is not None}
+        wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
+        if wrong:
+            raise ValueError(f"Transformer: sizes must be at least 1, not {', '.join(wrong)}")
+        if not max_memory >= 1:
+            raise ValueError(f"Transformer: max_memory must be at least 1 step, not {max_memory}")
+        check_fraction("Transformer", "frac_gradient_state_transition", frac_gradient_state_transition)
         if not 0 <= dropout < 1:
             raise ValueError(f"Transformer: dropout must be in [0, 1), not {dropout}")
         if gate not in GATES:
@@ -223,6 +228,8 @@ class Transformer(nn.Module):
         return (result, TransformerState(tuple(states))) if return_state else result
 
     def _check(self, ids: Tensor, state: TransformerState | None, return_loss: bool) -> None:
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"Transformer: ids must be a torch tensor, not {type(ids).__name__}")
         if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"Transformer: ids must be integers of shape (B, T), not {ids.dtype} {tuple(ids.shape)}")
         if return_loss and (ids.shape[1] < 2 or ids.shape[0] < 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -115,6 +117,9 @@ def test_bad_ids_are_named() -> None:
     for wrong in (ids[0], ids[None], ids.double(), ids > 3):
         with pytest.raises(ValueError, match=r"ids must be integers of shape \(B, T\), not "):
             model(wrong)
+    for method in (model, partial(model.generate, max_new_tokens=1)):
+        with pytest.raises(ValueError, match="must be a torch tensor, not ndarray"):
+            method(ids.numpy())
     for short in (ids[:, :1], ids[:0], ids[:, :0]):
         with pytest.raises(ValueError, match="a loss needs B ≥ 1 and T ≥ 2"):
             model(short, return_loss=True)
@@ -139,6 +144,13 @@ def test_a_state_of_another_model_is_refused() -> None:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
         ({"gate_loop_heads": 3}, "heads must divide"),
         ({"gate": "square"}, "gate must be one of"),
+        ({"heads": 0}, "heads=0"),
+        ({"dim_head": -1}, "dim_head=-1"),
+        ({"use_gate_looped_attn": False, "gate_loop_heads": 0}, "gate_loop_heads=0"),
+        ({"max_memory": 0}, "max_memory must be at least 1 step, not 0"),
+        ({"max_memory": math.nan}, "max_memory must be at least 1 step, not nan"),
+        ({"frac_gradient_state_transition": math.nan}, r"must be in \[0, 1\], not nan"),
+        ({"frac_gradient_state_transition": 1.5}, r"must be in \[0, 1\], not 1.5"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gateloop_transformer.layers.gate_looped import check_input, scale_gradient
+from gateloop_transformer.layers.gate_looped import check_fraction, check_input, scale_gradient
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.state import AttentionState, check_state
 from gateloop_transformer.ops.dispatch import check_name
@@ -62,7 +62,7 @@ class CausalFullAttention(nn.Module):
         data_dependent_rel_pos: False; True: as released by the original, a product of gates over channel pairs; or
             "gate_loop": as the paper means it, scores Re(q[i] k[j] Π_{j<m≤i} a[m]) with the product over time and one
             gate per channel pair.
-        frac_gradient_data_dependent_rel_pos: the gradient into that gate's projection is scaled by this.
+        frac_gradient_data_dependent_rel_pos: the gradient into that gate's projection is scaled by this, in [0, 1].
         softmax_normalize: softmax over the scores, or the bare scores; None: softmax unless data_dependent_rel_pos.
         qk_norm: RMS norm of each head's queries and keys, before the rotary embedding.
         backend: of the gate loop in data_dependent_rel_pos="gate_loop".
@@ -97,6 +97,9 @@ class CausalFullAttention(nn.Module):
             )
         if data_dependent_rel_pos and dim_head % 2:
             raise ValueError(f"CausalFullAttention: data_dependent_rel_pos needs an even dim_head, not {dim_head}")
+        check_fraction(
+            "CausalFullAttention", "frac_gradient_data_dependent_rel_pos", frac_gradient_data_dependent_rel_pos
+        )
         check_name(backend)
         inner = heads * dim_head
         self.dim, self.heads, self.dim_head, self.backend = dim, heads, dim_head, backend
@@ -161,7 +164,7 @@ class CausalFullAttention(nn.Module):
         """
         if isinstance(state, int):
             ablate_complex, state = bool(state), None
-        check_input("CausalFullAttention", x, self.dim)
+        check_input("CausalFullAttention", x, self.dim, self)
         self._check_state(x, state)
         q, k, v = self._project(x, 0 if state is None else state.keys.shape[2])
         values = v if state is None else torch.cat([state.values, v], 2)

@@ -18,16 +18,32 @@ from gateloop_transformer.ops.pairs import compute_dtype
 GATES = ("polar", "paper", "ring")
 
 
-def check_input(layer: str, x: Tensor, dim: int) -> None:
-    """x is (B, T, dim) and floating point.
+def check_input(layer: str, x: Tensor, dim: int, module: nn.Module) -> None:
+    """x is (B, T, dim) and floating point, float64 only where the module's parameters are.
 
     Raises:
         ValueError: it is not.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{layer}: input must be a torch tensor, not {type(x).__name__}")
     if x.ndim != 3 or x.shape[-1] != dim:
         raise ValueError(f"{layer}: input must have shape (B, T, {dim}), not {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{layer}: input must be floating point, not {x.dtype}")
+    # Autocast narrows no float64, so this fits nowhere; mixtures of the others are torch's to judge.
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    if x.dtype == torch.float64 and (own := next(module.parameters()).dtype) in narrow:
+        raise ValueError(f"{layer}: input is {x.dtype} but the layer {own}: convert one of them")
+
+
+def check_fraction(layer: str, name: str, fraction: float) -> None:
+    """A factor on a gradient is in [0, 1].
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"{layer}: {name} must be in [0, 1], not {fraction}")
 
 
 def scale_gradient(x: Tensor, fraction: float) -> Tensor:
@@ -49,7 +65,7 @@ class GateLoopedAttention(nn.Module):
         checkpoint_gate_looped_attn: accepted for compatibility; memory is linear either way.
         add_swish_gating: multiply by SiLU(Linear(x)) before the output projection.
         sub_ln: LayerNorm over the merged heads.
-        frac_gradient_state_transition: the gradient into the gate projection is scaled by this.
+        frac_gradient_state_transition: the gradient into the gate projection is scaled by this, in [0, 1].
         gate: "polar" (the original's, |a| ≥ ½), "paper" (|a| in (0, 1), free phase) or "ring" (starts with memories
             spread up to `max_memory`, inputs scaled by √(1-|a|²)).
         head_norm: RMS norm of each head's output, before the swish gate. Head size above 1.
@@ -59,7 +75,8 @@ class GateLoopedAttention(nn.Module):
         backend: "auto", or a backend's name.
 
     Raises:
-        ValueError: heads do not divide dim_inner, an unknown gate, or an option that head size 1 rules out.
+        ValueError: heads do not divide dim_inner, an unknown gate, an option that head size 1 rules out, or a number
+            out of its range.
 
     Source: T. Katsch, GateLoop (2023), arXiv 2311.01927.
     """
@@ -93,6 +110,9 @@ class GateLoopedAttention(nn.Module):
             raise ValueError(f"GateLoopedAttention: gate must be one of {', '.join(GATES)}, not {gate!r}")
         if conv_size < 0:
             raise ValueError(f"GateLoopedAttention: conv_size must be 0 or more taps, not {conv_size}")
+        if not max_memory >= 1:
+            raise ValueError(f"GateLoopedAttention: max_memory must be at least 1 step, not {max_memory}")
+        check_fraction("GateLoopedAttention", "frac_gradient_state_transition", frac_gradient_state_transition)
         check_name(backend)
         self.dim, self.heads, self.gate, self.backend = dim, heads, gate, backend
         self.dim_head = dim_inner // heads
@@ -167,7 +187,7 @@ class GateLoopedAttention(nn.Module):
         """
         if isinstance(state, int):
             ablate_complex, state = bool(state), None
-        check_input("GateLoopedAttention", x, self.dim)
+        check_input("GateLoopedAttention", x, self.dim, self)
         past = self._past(x, state)
         mixed = x
         if self.conv is not None:

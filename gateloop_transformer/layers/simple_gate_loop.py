@@ -91,7 +91,7 @@ class SimpleGateLoopLayer(nn.Module):
         Raises:
             ValueError: wrong shapes, both a cache and a state, or either to return with reverse=True.
         """
-        check_input("SimpleGateLoopLayer", x, self.dim)
+        check_input("SimpleGateLoopLayer", x, self.dim, self)
         if isinstance(cache, SimpleGateLoopState):
             cache, state = None, cache
         if (cache is not None and state is not None) or (return_cache and return_state):

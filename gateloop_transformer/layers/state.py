@@ -48,13 +48,16 @@ class State:
             ValueError: an index is outside the batch, or the mask has another length.
         """
         size = self.batch_size
-        rows = torch.as_tensor(index).cpu()
+        try:
+            rows = torch.as_tensor(index).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"select takes row numbers (N,) or a boolean mask (B,), not {index!r}") from error
         rows = rows.long() if rows.numel() == 0 else rows
         if rows.dtype == torch.bool:
             if rows.shape != (size,):
                 raise ValueError(f"a boolean index must have shape ({size},), not {tuple(rows.shape)}")
             rows = rows.nonzero().flatten()
-        if rows.ndim != 1 or rows.is_floating_point():
+        if rows.ndim != 1 or rows.is_floating_point() or rows.is_complex():
             raise ValueError("select takes row numbers (N,) or a boolean mask (B,)")
         if rows.numel() and not (-size <= int(rows.min()) and int(rows.max()) < size):
             raise ValueError(f"select: rows {rows.tolist()} of a batch of {size}")

@@ -12,6 +12,17 @@ from torch import Tensor
 from gateloop_transformer.ops.pairs import Pair
 
 
+def tensors(operator: str, **arguments: object) -> None:
+    """All arguments are torch tensors.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{operator}: {name} must be a torch tensor, not {type(value).__name__}")
+
+
 def dims(operator: str, name: str, tensor: Tensor, names: str) -> None:
     """`tensor` has as many dimensions as `names` has words.
 
@@ -65,6 +76,7 @@ def scan(operator: str, gates: Tensor, inputs: Tensor, initial: Tensor | None) -
     Raises:
         ValueError: they do not fit.
     """
+    tensors(operator, gates=gates, inputs=inputs, **({} if initial is None else {"initial": initial}))
     dims(operator, "inputs", inputs, "B T D")
     same_shape(operator, "gates", gates, tuple(inputs.shape), "(B, T, D), that of inputs,")
     if initial is not None:
@@ -79,6 +91,7 @@ def gate_loop(operator: str, queries: Tensor, keys: Tensor, values: Tensor, gate
     Raises:
         ValueError: they do not fit.
     """
+    tensors(operator, queries=queries, keys=keys, values=values)
     dims(operator, "queries", queries, "B T H K")
     B, T, H, K = queries.shape
     same_shape(operator, "keys", keys, (B, T, H, K), "(B, T, H, K), that of queries,")
@@ -94,12 +107,12 @@ def gate_loop(operator: str, queries: Tensor, keys: Tensor, values: Tensor, gate
         raise ValueError(f"{operator}: the gates' real and imaginary parts must have one shape")
     for part in [] if initial is None else initial.parts():
         same_shape(operator, "initial", part, (B, H, K, values.shape[-1]), "(B, H, K, V)")
-    tensors: dict[str, Tensor | None] = {"queries": queries, "keys": keys, "values": values}
-    tensors |= {"gates": gates.re, "gates[1]": gates.im}
+    named: dict[str, Tensor | None] = {"queries": queries, "keys": keys, "values": values}
+    named |= {"gates": gates.re, "gates[1]": gates.im}
     if initial is not None:
-        tensors |= {"initial": initial.re, "initial[1]": initial.im}
-    floating(operator, tuple(tensors), **tensors)
-    same_device(operator, **tensors)
+        named |= {"initial": initial.re, "initial[1]": initial.im}
+    floating(operator, tuple(named), **named)
+    same_device(operator, **named)
     if not queries.dtype == keys.dtype == values.dtype:
         raise ValueError(
             f"{operator}: queries, keys and values must have one dtype, "

@@ -282,6 +282,21 @@ def test_inputs_of_another_shape_are_refused(name: str) -> None:
             layer(torch.ones(shape, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"floating point, not torch.int64"):
         layer(torch.ones(2, 5, DIM, dtype=torch.int64))
+    with pytest.raises(ValueError, match="input must be a torch tensor, not ndarray"):
+        layer(torch.ones(2, 5, DIM).numpy())
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("model")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_wider_than_the_layer_is_refused(name: str, dtype: torch.dtype) -> None:
+    layer, x = build(name).to(dtype), torch.ones(2, 5, DIM, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"input is torch\.float64 but the layer {dtype}"):
+        layer(x)
+    assert layer(x.to(dtype)).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x.float())
+        with pytest.raises(ValueError, match=r"input is torch\.float64"):
+            layer(x)
 
 
 @pytest.mark.parametrize("name", EVERY)

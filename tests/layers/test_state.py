@@ -79,7 +79,7 @@ def test_select_reorders_repeats_and_picks(state: Any, index: Any, rows: list[in
         assert torch.equal(new, torch.stack([old[n] for n in rows]) if rows else old[:0])
 
 
-@pytest.mark.parametrize("index", [[3], [-4], [True, False], [[0]], [0.5]], ids=str)
+@pytest.mark.parametrize("index", [[3], [-4], [True, False], [[0]], [0.5], [1j], None, "all", [None]], ids=str)
 def test_select_refuses_rows_that_are_not_there(state: Any, index: Any) -> None:
     with pytest.raises(ValueError, match=r"select|boolean index"):
         state.select(index)

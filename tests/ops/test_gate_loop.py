@@ -419,6 +419,8 @@ def test_bad_input_is_named() -> None:
         r"must have one dtype, not torch.float64, torch.float32, torch.float64": (q, k.float(), v, a, s),
         r"one device.*'keys': 'meta'": (q, k.to("meta"), v, a, s),
         r"one device.*'initial': 'meta'": (q, k, v, a, s.to("meta")),
+        r"queries must be a torch tensor, not ndarray": (q.numpy(), k, v, a, s),
+        r"values must be a torch tensor, not NoneType": (q, k, None, a, s),
         r"both be tensors or both be tuples": (q, k, v, (a.real, a.imag), s.real),
         r"gates.* one shape": (q, k, v, (a.real, k), None),
         r"gates must be real, not torch.complex128": (q, k, v, (a, a), None),

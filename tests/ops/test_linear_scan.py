@@ -229,6 +229,9 @@ def test_bad_input_is_named() -> None:
         r"initial must have shape \(B, D\) = \(2, 3\), not \(2, 1, 3\)": (a, x, h[:, None]),
         r"inputs must be a floating-point tensor, not torch.int64": (a, x.real.long(), h),
         r"gates must be a floating-point tensor, not torch.bool": (a.real > 0, x, h),
+        r"inputs must be a torch tensor, not ndarray": (a, x.numpy(), h),
+        r"gates must be a torch tensor, not NoneType": (None, x, h),
+        r"initial must be a torch tensor, not list": (a, x, [0.0]),
         r"one device.*'gates': 'meta'": (a.to("meta"), x, h),
     }
     for message, arguments in bad.items():
