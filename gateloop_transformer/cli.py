@@ -23,13 +23,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_fields(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
     """One flag per field; a flag not given is absent from the namespace."""
-    from gateloop_transformer.training.config import value_types
+    from gateloop_transformer.training.config import PRESETS, value_types
 
+    preset = {name for values in PRESETS.values() for name in values}
     group = parser.add_argument_group(title)
     accepted = value_types(kind)
     for item in dataclasses.fields(kind):
         flag = "--" + item.name.replace("_", "-")
-        text = f"{item.metadata['help']} (default: {'none' if item.default is None else item.default})"
+        default = PRESETS["tiny"].get(item.name, item.default)
+        whose = "the preset's; tiny: " if item.name in preset else ""
+        text = f"{item.metadata['help']} (default: {whose}{'none' if default is None else default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         kinds = [each for each in accepted[item.name] if each is not type(None)]
         if kinds == [bool]:
@@ -79,8 +82,8 @@ def _train_parser(commands: Any) -> None:
     how.add_argument("--resume", action="store_true", help="continue the run in DIR from its newest checkpoint")
     how.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    _add_fields(parser, TrainingConfig, "training (defaults before the preset's)")
-    _add_fields(parser, ModelConfig, "model (defaults before the preset's)")
+    _add_fields(parser, TrainingConfig, "training")
+    _add_fields(parser, ModelConfig, "model")
 
 
 def _generate_parser(commands: Any) -> None:

@@ -230,7 +230,8 @@ class Trainer:
             record["sample"] = self._sample(options.sample_bytes)
         _log(log, record)
         draw_curve(self.folder / checkpoint.METRICS, self.folder / checkpoint.CURVE)
-        bar.write(f"step {step}: {self.bits_per_byte:.4f} bits per byte on validation data")
+        of = "" if options.minutes else f"/{options.steps}"
+        bar.write(f"step {step}{of}: {self.bits_per_byte:.4f} bits per byte on validation data")
         if options.sample_bytes:
             bar.write("\n".join("    " + line for line in record["sample"].splitlines()))
 

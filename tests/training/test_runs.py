@@ -39,9 +39,10 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def train(text: Path | None, out: Path, *flags: str, steps: int = 8) -> int:
+def train(text: Path | None, out: Path, *flags: str, steps: int | None = 8) -> int:
     data = [] if text is None else [str(text)]
-    return main(["train", *data, "--out", str(out), *TINY, "--steps", str(steps), *flags])
+    length = [] if steps is None else ["--steps", str(steps)]
+    return main(["train", *data, "--out", str(out), *TINY, *length, *flags])
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -56,6 +57,30 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     assert "Traceback" not in captured.err
     assert len(captured.err.strip().splitlines()) == 1, captured.err
     return captured.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "default"),
+    [
+        ("--dim N", "default: the preset's; tiny: 128"),
+        ("--lr X", "default: the preset's; tiny: 0.004"),
+        ("--dropout X", "default: the preset's; tiny: 0.0"),
+        ("--clip X", "default: 1.0"),
+    ],
+)
+def test_help_says_which_defaults_are_the_presets(capsys: pytest.CaptureFixture[str], flag: str, default: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    of_flag = text[text.rindex(f" {flag} ") + len(flag) + 2 :].split(" --")[0]
+    assert of_flag.endswith(f"({default})")
+
+
+def test_progress_is_said_with_the_end_in_sight(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(text, tmp_path / "run", steps=4) == 0
+    assert "\nstep 4/4: " in capsys.readouterr().out
+    assert train(text, tmp_path / "other", "--eval-every", "1", "--minutes", "0.001", steps=None) == 0
+    assert "\nstep 1: " in capsys.readouterr().out
 
 
 def test_a_run_leaves_model_config_metrics_curve_and_checkpoints(text: Path, tmp_path: Path) -> None:
