@@ -10,9 +10,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import gateloop_transformer
+
+if TYPE_CHECKING:
+    from gateloop_transformer.training.loop import Trainer
 
 
 class _Parser(argparse.ArgumentParser):
@@ -159,36 +162,44 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
 def _train(arguments: argparse.Namespace) -> None:
     try:
         import matplotlib  # noqa: F401
-        from tqdm import tqdm
+        import tqdm  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed; `pip install gateloop-transformer[train]`") from error
+    from gateloop_transformer.training.data import count
     from gateloop_transformer.training.loop import prepare
 
     own = {"command", "data", "out", "resume", "overwrite", "json"}
     given = {name: value for name, value in vars(arguments).items() if name not in own}
     config = _run_config(arguments, given)
     with prepare(config, arguments.out, arguments.resume, arguments.overwrite) as trainer:
-        say = sys.stderr if arguments.json else sys.stdout
-        parameters = trainer.result().parameters
-        print(f"{trainer.corpus.description}\n{parameters:,} parameters on {trainer.device}", file=say, flush=True)
-        if trainer.progress.step:
-            print(f"resumed at step {trainer.progress.step}", file=say, flush=True)
-        elif arguments.resume:
-            print("no checkpoint yet: starting from step 0", file=say, flush=True)
-        total = None if config.training.minutes else config.training.steps
-        with tqdm(total=total, initial=trainer.progress.step, unit="step", disable=None, dynamic_ncols=True) as bar:
-            try:
-                trainer.run(_Reporter(bar, say))
-            except KeyboardInterrupt as interrupt:
-                raise KeyboardInterrupt("continue with --resume") from interrupt
+        try:
+            _report(trainer, arguments.resume, sys.stderr if arguments.json else sys.stdout)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt("continue with --resume") from interrupt
         result = trainer.result()
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "out": str(arguments.out)}))
         return
     print(
-        f"validation: {result.bits_per_byte:.4f} bits per byte after {result.steps} steps, {result.tokens:,} bytes, "
-        f"{result.seconds:.0f} s\nmodel: {arguments.out / 'model.safetensors'}\ncurve: {arguments.out / 'loss.png'}"
+        f"validation: {result.bits_per_byte:.4f} bits per byte after {count(result.steps, 'step')}, "
+        f"{result.tokens:,} bytes, {result.seconds:.0f} s\n"
+        f"model: {arguments.out / 'model.safetensors'}\ncurve: {arguments.out / 'loss.png'}"
     )
+
+
+def _report(trainer: Trainer, resumed: bool, say: TextIO) -> None:
+    """Train, saying on `say` what and from where, with a bar on a terminal."""
+    from tqdm import tqdm
+
+    parameters = trainer.result().parameters
+    print(f"{trainer.corpus.description}\n{parameters:,} parameters on {trainer.device}", file=say, flush=True)
+    step, options = trainer.progress.step, trainer.config.training
+    if resumed:
+        where = f"resumed at step {step}" if step else "no checkpoint yet: starting from step 0"
+        print(where, file=say, flush=True)
+    total = None if options.minutes else options.steps
+    with tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True) as bar:
+        trainer.run(_Reporter(bar, say))
 
 
 class _Reporter:
@@ -257,7 +268,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from gateloop_transformer.training.checkpoint import load_model, pick_device
-    from gateloop_transformer.training.data import read_documents
+    from gateloop_transformer.training.data import count, read_documents
     from gateloop_transformer.training.evaluation import bits_per_byte
 
     documents, skipped = read_documents(arguments.data, binary=True)
@@ -273,11 +284,11 @@ def _eval(arguments: argparse.Namespace) -> None:
             total += bits_per_byte(model, data, report=bar.update) * (len(data) - 1)
     result = {"bits_per_byte": total / (size - len(documents)), "bytes": size, "files": len(documents)}
     if skipped:
-        print(f"gateloop eval: {skipped} empty files left out", file=sys.stderr)
+        print(f"gateloop eval: {count(skipped, 'empty file')} left out", file=sys.stderr)
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(f"{result['bits_per_byte']:.4f} bits per byte over {size:,} bytes in {len(documents)} files")
+        print(f"{result['bits_per_byte']:.4f} bits per byte over {size:,} bytes in {count(len(documents), 'file')}")
 
 
 def _message(error: Exception) -> str:

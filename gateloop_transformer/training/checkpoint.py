@@ -155,11 +155,16 @@ def write_text(path: Path, text: str) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     aside = path.with_name(path.name + ".partial")
+    aside.unlink(missing_ok=True)
+    aside.touch()
+    mode = aside.stat().st_mode
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside, metadata)
     except SafetensorError as error:
         aside.unlink(missing_ok=True)
         raise OSError(f"cannot write {str(path)!r}: {error}") from error
+    # safetensors makes files that only their owner may read; this one is to be as readable as the others.
+    aside.chmod(mode)
     _sync(aside)
     os.replace(aside, path)
 

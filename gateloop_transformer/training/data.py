@@ -42,6 +42,11 @@ class Corpus:
     sha256: str
 
 
+def count(number: int, things: str) -> str:
+    """A number of things, whose plural ends in s: "1 file", "2,000 files"."""
+    return f"{number:,} {things}{'' if number == 1 else 's'}"
+
+
 def _is_binary(content: bytes) -> bool:
     return b"\0" in content[:_LOOK_FOR_ZEROS]
 
@@ -153,10 +158,10 @@ def _split(documents: list[Document], valid_fraction: float) -> tuple[Bytes, Byt
     if size < share / 2:
         everything = _join(documents)
         cut = round(total - share)
-        return everything[:cut], everything[cut:], f"{len(documents)} file(s), the end held out"
+        return everything[:cut], everything[cut:], f"{count(len(documents), 'file')}, the end held out"
     train = [document for document in documents if document.name not in held]
     valid = [document for document in documents if document.name in held]
-    return _join(train), _join(valid), f"{len(documents)} files, {len(held)} held out"
+    return _join(train), _join(valid), f"{count(len(documents), 'file')}, {len(held)} held out"
 
 
 def load_corpus(source: str | None, valid_fraction: float, context: int, exclude: Path | None = None) -> Corpus:
@@ -182,7 +187,7 @@ def load_corpus(source: str | None, valid_fraction: float, context: int, exclude
         )
     description = f"{name}: {description}, {len(train):,} training and {len(valid):,} validation bytes"
     if skipped:
-        description += f" ({skipped} binary or empty files left out)"
+        description += f" ({count(skipped, 'binary or empty file')} left out)"
     digest = hashlib.sha256(train.tobytes())
     digest.update(b"|" + valid.tobytes())
     return Corpus(train, valid, description, digest.hexdigest())

@@ -548,6 +548,32 @@ def test_optimizer_state_with_missing_parts_is_refused(
     assert "optimizer state" in error_of(capsys)
 
 
+def test_everyone_may_read_a_model_whom_the_umask_lets(text: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        assert train(text, tmp_path / "run", steps=1) == 0
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert modes == {0o640}
+
+
+def test_one_file_is_not_called_files(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, folder = tmp_path / "run", tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "b.txt").write_text("")
+    assert train(folder, out, steps=1) == 0
+    said = capsys.readouterr().out
+    assert ": 1 file, the end held out" in said
+    assert "(1 binary or empty file left out)" in said
+    assert "after 1 step, " in said
+    assert main(["eval", str(out), str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith(" bytes in 1 file\n")
+    assert captured.err == "gateloop eval: 1 empty file left out\n"
+
+
 def test_eval_reads_any_bytes(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert train(text, out, steps=1) == 0
