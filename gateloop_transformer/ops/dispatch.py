@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gateloop_transformer.ops.backends import chunkwise, eager, jax_xla
-from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.backends import chunkwise, eager, jax_xla, numba_cpu
+from gateloop_transformer.ops.pairs import ChannelLoop, Pair
 
 
 class Backend(Protocol):
@@ -48,8 +48,31 @@ class Backend(Protocol):
         """Gradients of queries, keys, values, gates and the initial state."""
 
 
+class FusedBackend(Backend, Protocol):
+    """A backend that also runs in one pass what surrounds the recurrences."""
+
+    def loop_kept(self, loop: ChannelLoop) -> Tensor:
+        """An empty tensor for what the forward pass keeps for the backward pass."""
+
+    def loop_forward(self, loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair, Tensor]:
+        """y (B, T, D), the last state (B, D), and what is kept."""
+
+    def loop_backward(
+        self, loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, packed: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
+        """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of bias and initial state."""
+
+    def norm_forward(self, x: Tensor, gamma: Tensor) -> Tensor:
+        """The RMS norm of x (..., D) times gamma (D,) or (G, D)."""
+
+    def norm_backward(self, grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and gamma."""
+
+
 # In order of preference: "auto" takes the first that has no reason against.
-TABLE: dict[str, Backend] = {"chunkwise": chunkwise, "jax": jax_xla, "eager": eager}
+TABLE: dict[str, Backend] = {"numba": numba_cpu, "chunkwise": chunkwise, "jax": jax_xla, "eager": eager}
+
+FUSED: dict[str, FusedBackend] = {"numba": numba_cpu}
 
 
 def reasons_against(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -87,10 +110,24 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     raise NotImplementedError(f"no backend can run {dtype} on {device}: {reasons}")
 
 
+def direct(example: Tensor) -> bool:
+    """Whether a backend may be called past torch's dispatcher, which takes longer than a decoding step.
+
+    So it is where no gradient can be asked for and nothing watches: no compiler, no tracer, no transformation.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or type(example) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def available_backends(example: Tensor) -> list[str]:
     """The backends that can run on tensors of `example`'s device and dtype, the preferred one first.
 
     >>> available_backends(torch.zeros(1))[0]
-    'chunkwise'
+    'numba'
     """
     return [name for name, reason in reasons_against(example.device, example.dtype).items() if reason is None]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
-from gateloop_transformer.ops.dispatch import TABLE, choose
+from gateloop_transformer.ops.dispatch import TABLE, choose, direct
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 RealPair = tuple[Tensor, Tensor]
@@ -85,7 +85,8 @@ def gate_loop(
     if isinstance(gates, tuple) != isinstance(initial, tuple) and initial is not None:
         raise ValueError("gate_loop: gates and initial must both be tensors or both be tuples (real, imaginary)")
     chosen = choose(backend, queries.device, queries.dtype)
-    y, *final = _forward(queries, keys, values, a.parts(), [] if start is None else start.parts(), reverse, chosen)
+    forward = _compute if direct(queries) else _forward
+    y, *final = forward(queries, keys, values, a.parts(), [] if start is None else start.parts(), reverse, chosen)
     if isinstance(gates, tuple):
         return y, (final[0], final[1])
     return y, Pair(*final).complex()
@@ -98,9 +99,8 @@ def _empty_results(queries: Tensor, values: Tensor, gates: Sequence[Tensor], ini
     return [queries.new_empty(values.shape), *final]
 
 
-@torch.library.custom_op("gateloop::gate_loop", mutates_args=())
 @checks.full_precision
-def _forward(
+def _compute(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -116,6 +116,9 @@ def _forward(
         return [y.zero_(), *(part.clone() for part in checks.fit(state, final))]
     outputs, state = TABLE[backend].gate_loop_forward(queries, keys, values, Pair(*gates), start, reverse)
     return [outputs, *checks.fit(state, final)]
+
+
+_forward = torch.library.custom_op("gateloop::gate_loop", mutates_args=())(_compute)
 
 
 @_forward.register_fake

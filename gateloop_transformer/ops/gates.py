@@ -137,3 +137,9 @@ def ring_start(heads: int, max_memory: float) -> tuple[Tensor, Tensor]:
     memories = torch.exp(exponents)
     phases = (2 * torch.rand(heads) - 1) * torch.pi / memories
     return torch.log(torch.expm1(exponents)), phases
+
+
+def scale_gradient(x: Tensor, fraction: float) -> Tensor:
+    """x itself, with its gradient multiplied by `fraction`."""
+    held = x.detach()
+    return x if fraction == 1 else held + (x - held) * fraction

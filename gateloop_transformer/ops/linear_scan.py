@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
-from gateloop_transformer.ops.dispatch import TABLE, choose
+from gateloop_transformer.ops.dispatch import TABLE, choose, direct
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 
@@ -44,7 +44,8 @@ def linear_scan(
     checks.scan("linear_scan", gates, inputs, initial)
     chosen = choose(backend, inputs.device, inputs.dtype)
     h = [] if initial is None else split(initial).parts()
-    return Pair(*_forward(split(gates).parts(), split(inputs).parts(), h, reverse, chosen)).complex()
+    forward = _compute if direct(inputs) else _forward
+    return Pair(*forward(split(gates).parts(), split(inputs).parts(), h, reverse, chosen)).complex()
 
 
 def _empty_states(gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:
@@ -55,9 +56,8 @@ def _empty_states(gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Se
     return [inputs[0].new_empty(inputs[0].shape, dtype=dtype) for _ in range(parts)]
 
 
-@torch.library.custom_op("gateloop::linear_scan", mutates_args=())
 @checks.full_precision
-def _forward(
+def _compute(
     gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor], reverse: bool, backend: str
 ) -> list[Tensor]:
     empty = _empty_states(gates, inputs, initial)
@@ -66,6 +66,9 @@ def _forward(
     start = Pair(*initial) if initial else None
     states = TABLE[backend].linear_scan_forward(Pair(*gates), Pair(*inputs), start, reverse)
     return checks.fit(states, empty)
+
+
+_forward = torch.library.custom_op("gateloop::linear_scan", mutates_args=())(_compute)
 
 
 @_forward.register_fake

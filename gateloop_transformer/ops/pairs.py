@@ -72,6 +72,24 @@ class Pair(NamedTuple):
         return self.re if self.im is None else torch.complex(self.re, self.im)
 
 
+class ChannelLoop(NamedTuple):
+    """What the gate loop at head size 1 is given: all (B, T, D), but projections that are pairs (B, T, 2·D).
+
+    `gate` names what becomes of the projections in `gates`; "given": they are gates. With "sigmoid" there are no keys.
+    `bias` (D,) is added to the projections of "ring"; the projections' gradient is multiplied by `fraction`.
+    """
+
+    queries: Tensor
+    keys: Tensor | None
+    values: Tensor
+    gates: Pair
+    swish: Tensor | None
+    bias: Pair | None
+    gate: str
+    fraction: float
+    reverse: bool
+
+
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The precision of state and gate arithmetic: float64 where any of `dtypes` has it, else float32."""
     wide = (torch.float64, torch.complex128)

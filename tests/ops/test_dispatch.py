@@ -31,13 +31,13 @@ def test_every_backend_is_available_on_the_cpu(dtype: torch.dtype) -> None:
 
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", CPU, torch.float32) == next(iter(TABLE))
-    monkeypatch.setattr(TABLE["chunkwise"], "unsupported", lambda device, dtype: "away today")
-    assert choose("auto", CPU, torch.float32) == "jax"
-    assert available_backends(torch.ones(1)) == ["jax", "eager"]
+    monkeypatch.setattr(TABLE["numba"], "unsupported", lambda device, dtype: "away today")
+    assert choose("auto", CPU, torch.float32) == "chunkwise"
+    assert available_backends(torch.ones(1)) == ["chunkwise", "jax", "eager"]
 
 
 def test_nobody_can_says_why_each_cannot() -> None:
-    with pytest.raises(NotImplementedError, match=r"torch.int32 on cpu: chunkwise: .*; jax: .*; eager: "):
+    with pytest.raises(NotImplementedError, match=r"torch.int32 on cpu: numba: .*; chunkwise: .*; jax: .*; eager: "):
         choose("auto", CPU, torch.int32)
 
 
@@ -48,7 +48,7 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known(operator: str) -> N
         "gate_loop": partial(gate_loop, x, x, x, x[..., 0]),
         "linear_scan": partial(linear_scan, x[0], x[0]),
     }
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*'auto', 'chunkwise', 'jax', 'eager'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*'auto', 'numba', 'chunkwise', 'jax', 'eager'"):
         calls[operator](backend="cuda")
 
 

@@ -52,7 +52,8 @@ def comparisons() -> list[Any]:
             for d, direction in enumerate(DIRECTIONS):
                 for n, kind in enumerate(KINDS):
                     id = f"{T}-{size}-{direction}-{kind}"
-                    cases.append(pytest.param("chunkwise", T, size, direction, kind, id=f"chunkwise-{id}"))
+                    fast = ("numba", "chunkwise")
+                    cases += [pytest.param(name, T, size, direction, kind, id=f"{name}-{id}") for name in fast]
                     if n == (LENGTHS.index(T) + 2 * d + s) % 4 and (d + s) % 2 == LENGTHS.index(T) % 2:
                         cases.append(pytest.param("jax", T, size, direction, kind, id=f"jax-{id}"))
     return cases
@@ -80,9 +81,10 @@ def test_backends_equal_eager(backend: str, T: int, size: str, direction: str, k
 
 
 @pytest.mark.parametrize(("K", "V", "per_channel"), [(64, 64, False), (70, 2, False), (17, 33, True)])
-def test_chunkwise_equals_eager_at_the_sizes_that_change_its_chunks(K: int, V: int, per_channel: bool) -> None:
+@pytest.mark.parametrize("backend", ["chunkwise", "numba"])
+def test_equals_eager_at_the_sizes_that_change_chunks(backend: str, K: int, V: int, per_channel: bool) -> None:
     args = make_loop(1, 150, 2, K, V, per_channel=per_channel)
-    assert_equal(*(values_and_gradients(run(name), args) for name in ("chunkwise", "eager")))
+    assert_equal(*(values_and_gradients(run(name), args) for name in (backend, "eager")))
 
 
 def test_chunkwise_in_groups_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,13 +162,14 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
-def test_opcheck(size: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "size"), [("eager", "K1V1"), ("chunkwise", "K3V5"), ("numba", "K1V1"), ("numba", "K3V5")]
+)
+def test_opcheck(backend: str, size: str, kind: str) -> None:
     def split(x: Tensor) -> list[Tensor]:
         return [x.real.clone(), x.imag.clone()] if x.is_complex() else [x]
 
     q, k, v, a, s = make_loop(T=9, **SIZES[size], **KINDS[kind])
-    backend = "eager" if size == "K1V1" else "chunkwise"
     args = [q, k, v, split(a), split(s), False, backend]
     tensors = [*args[:3], *args[3], *args[4]]
     grad = [torch.randn_like(v), *(torch.randn_like(x) for x in args[4])]
@@ -192,7 +195,7 @@ def test_nothing_in_is_nothing_out_and_the_state_stays(backend: str, B: int, T: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["eager", "chunkwise"])
+@pytest.mark.parametrize("backend", ["eager", "chunkwise", "numba"])
 @settings(max_examples=8, deadline=None)
 @given(cuts=st.lists(st.integers(0, 70), max_size=5))
 def test_a_split_sequence_carries_its_state(backend: str, kind: str, cuts: list[int]) -> None:

@@ -40,7 +40,8 @@ def comparisons() -> list[Any]:
     """Everything with everything; for JAX, which compiles each case for seconds, every option somewhere."""
     every = list(product(LENGTHS, (False, True), KINDS))
     chosen = [case for n, case in enumerate(every) if n % 8 == (n // 8 * 3) % 8]
-    return [("chunkwise", *case) for case in every] + [("jax", *case) for case in chosen]
+    fast = [(name, *case) for name in ("numba", "chunkwise") for case in every]
+    return fast + [("jax", *case) for case in chosen]
 
 
 @pytest.mark.parametrize(("backend", "T", "reverse", "kinds"), comparisons())
@@ -83,7 +84,7 @@ def test_opcheck(kinds: str) -> None:
     args = [split(x) for x in make_scan(T=9, kinds=kinds)]
     states = _forward(*args, False, "chunkwise")
     grad = [torch.randn_like(x) for x in states]
-    for backend in ("eager", "chunkwise"):
+    for backend in ("eager", "chunkwise", "numba"):
         torch.library.opcheck(_backward, (grad, *args[:2], states, args[2], True, backend))
     leaves = [[x.requires_grad_() for x in pair] for pair in args]
     torch.library.opcheck(_forward, (*leaves, False, "eager"))
@@ -99,7 +100,7 @@ def test_nothing_in_is_nothing_out(backend: str, B: int, T: int, D: int) -> None
     assert not any(x.grad.any() for x in args)
 
 
-@pytest.mark.parametrize("backend", ["eager", "chunkwise"])
+@pytest.mark.parametrize("backend", ["eager", "chunkwise", "numba"])
 @settings(max_examples=10, deadline=None)
 @given(cuts=st.lists(st.integers(0, 70), max_size=5), reverse=st.booleans())
 def test_a_split_sequence_carries_its_state(backend: str, cuts: list[int], reverse: bool) -> None:

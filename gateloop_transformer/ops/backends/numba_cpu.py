@@ -1,0 +1,615 @@
+"""Numba on the CPU: fills in the kernels' arguments. Elementwise recurrences here, matrix states in `numba_matrix.py`.
+
+B batch, T time, H heads, K key size, V value size, D channels. Nothing is copied on the way in: kernels read any
+strides. Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import struct
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gateloop_transformer.ops.backends import chunkwise
+from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype
+
+if TYPE_CHECKING:
+    from gateloop_transformer.ops.backends.numba_launch import Kernel
+
+INSTALL_HINT = "needs Numba: pip install numba"
+_INSTALLED = importlib.util.find_spec("numba") is not None
+# Channels that a row of the batch is cut into, at most: their state and a chunk of them stay in the cache.
+_BLOCK = 1024
+# So many numbers one thread works through alone.
+_ALONE = 1 << 14
+# Above this size fresh memory is asked for in huge pages, where the system has them: mapping small ones costs more
+# than filling them.
+_HUGE = 1 << 22
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Real and complex floating point on the CPU."""
+    if device.type != "cpu":
+        return "runs on the CPU only"
+    if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
+        return "needs floating point of 16, 32 or 64 bits, or complex tensors"
+    return None if _INSTALLED else INSTALL_HINT
+
+
+@functools.cache
+def _advise() -> Callable[[int, int, int], int] | None:
+    """Linux's call to ask for huge pages."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return call
+
+
+def _new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Fresh memory."""
+    return _huge(like.new_empty(shape, dtype=dtype))
+
+
+def _huge(x: Tensor) -> Tensor:
+    """x, its memory asked for in huge pages if there is much of it. A wish: refused, the memory is as good."""
+    advise = _advise() if x.nbytes >= _HUGE else None
+    if advise is not None:
+        start = -(-x.data_ptr() // 4096) * 4096
+        advise(start, (x.data_ptr() + x.nbytes - start) // 4096 * 4096, 14)
+    return x
+
+
+def _kind(dtype: torch.dtype) -> int:
+    from gateloop_transformer.ops.backends import numba_simd as simd
+
+    kinds = {torch.float64: simd.F64, torch.bfloat16: simd.BF16, torch.float16: simd.F16}
+    return kinds.get(dtype, simd.F32)
+
+
+class _Channels(NamedTuple):
+    """How D channels are shared out: in vectors of `lanes`, the last overlapping where lanes do not divide D."""
+
+    B: int
+    T: int
+    D: int
+    lanes: int
+    threads: int
+
+    @property
+    def vectors(self) -> int:
+        return -(-self.D // self.lanes)
+
+    @property
+    def width(self) -> int:
+        """Vectors in a block: a whole row where there are rows for all threads, for memory is best read in order."""
+        blocks = 1 if self.B % self.threads == 0 or 4 * self.threads <= self.B else -(-self.threads // self.B)
+        blocks = max(blocks, -(-self.vectors * self.lanes // _BLOCK))
+        return -(-self.vectors // min(blocks, self.vectors))
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.vectors // self.width)
+
+    def order(self) -> Tensor | None:
+        """The channel of every lane; None when that is the channels in turn."""
+        if self.vectors * self.lanes == self.D:
+            return None
+        whole = torch.arange((self.vectors - 1) * self.lanes)
+        return torch.cat([whole, torch.arange(self.D - self.lanes, self.D)])
+
+    def spread(self, x: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(B, D) → (B, lanes of all vectors), always fresh; zero for None."""
+        if x is None:
+            return torch.zeros(self.B, self.vectors * self.lanes, dtype=dtype)
+        order = self.order()
+        x = x.reshape(-1, self.D)
+        return x.to(dtype, copy=True).contiguous() if order is None else x[:, order].to(dtype)
+
+    def gathered(self, lanes: Tensor) -> Tensor:
+        """The opposite of `spread`."""
+        order = self.order()
+        if order is None:
+            return lanes
+        x = lanes.new_empty(lanes.shape[0], self.D)
+        x[:, order] = lanes
+        return x
+
+
+def _lanes(D: int, double: bool) -> int:
+    lanes = 8 if double else 16
+    return lanes if lanes <= D else 1
+
+
+def _channels(shape: torch.Size, double: bool) -> _Channels:
+    B, T, D = shape
+    # Waking a thread costs more than the few steps of a decoded token.
+    threads = torch.get_num_threads() if B * T * D > _ALONE else 1
+    return _Channels(B, T, D, _lanes(D, double), threads)
+
+
+def _operand(x: Tensor | None, reverse: bool = False) -> list[int]:
+    """Address, strides of batch and time in bytes, stride of channels in numbers."""
+    if x is None:
+        return [0, 0, 0, 0]
+    size = x.element_size()
+    if x.ndim == 2:
+        return [x.data_ptr(), x.stride(0) * size, 0, x.stride(1)]
+    batch, time, channel = x.stride()
+    if reverse:
+        return [x.data_ptr() + (x.shape[1] - 1) * time * size, batch * size, -time * size, channel]
+    return [x.data_ptr(), batch * size, time * size, channel]
+
+
+def _strided(*tensors: Tensor | None) -> bool:
+    """Whether neighbouring channels of one are apart in memory."""
+    return any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors)
+
+
+def _run(kernel: Kernel, channels: _Channels, operands: list[list[int]], slots: int, double: bool, *more: int) -> None:
+    """Launch a kernel over all blocks of all rows; `slots` vectors of scratch per step of a chunk and vector."""
+    from gateloop_transformer.ops.backends.numba_launch import launch, threads_for
+    from gateloop_transformer.ops.backends.numba_scans import CHUNK
+
+    c = channels
+    items = c.B * c.blocks
+    room = (CHUNK + 1) * c.width * c.lanes * slots * (8 if double else 4)
+    scratch = torch.empty(room * threads_for(items), dtype=torch.uint8)
+    head = [c.blocks, c.vectors, c.width, c.T, c.D, scratch.data_ptr(), room]
+    launch(kernel, items, [*head, *(number for operand in operands for number in operand), *more])
+
+
+def _one_width(*pairs: Pair) -> tuple[Pair, ...]:
+    """All in float64 if one is: a kernel computes in one precision."""
+    if not any(pair.re.dtype == torch.float64 for pair in pairs):
+        return pairs
+    return tuple(pair.to(torch.float64) for pair in pairs)
+
+
+# ---- h[t] = a[t] h[t-1] + x[t] ----------------------------------------------------------------------------
+
+
+def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
+    """h[t] = a[t] h[t-1] + x[t]."""
+    from gateloop_transformer.ops.backends.numba_scans import scan_forward
+
+    if initial is not None and initial.im is not None and gates.im is None:
+        inputs = inputs.as_complex()
+    gates, inputs = _one_width(gates, inputs)
+    parts = 2 if gates.im is not None or inputs.im is not None else 1
+    dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
+    wide = compute_dtype(dtype)
+    dtype = wide if parts == 2 else dtype
+    c = _channels(inputs.re.shape, wide == torch.float64)
+    start = Pair(None, None) if initial is None else initial  # type: ignore[arg-type]
+    states = [_new(inputs.re, *inputs.re.shape, dtype=dtype) for _ in range(parts)]
+    carry = [c.spread(part, wide) for part in (start.re, start.im)[:parts]]
+    tensors = [gates.re, gates.im, inputs.re, inputs.im]
+    kernel = scan_forward(
+        _kind(gates.re.dtype),
+        _kind(inputs.re.dtype),
+        _kind(dtype),
+        gates.im is not None,
+        inputs.im is not None,
+        _strided(*tensors),
+        c.lanes,
+    )
+    operands = [_operand(x, reverse) for x in (*tensors, states[0], states[1] if parts == 2 else None)]
+    operands += [_operand(x) for x in (carry[0], carry[1] if parts == 2 else None)]
+    _run(kernel, c, operands, 0, wide == torch.float64)
+    return Pair(*states)
+
+
+def _materialized(x: Tensor) -> Tensor:
+    """A gradient that is one number for all channels, written out: kernels for it would be kernels of their own."""
+    return x.contiguous() if x.stride(-1) == 0 and x.shape[-1] > 1 else x
+
+
+def linear_scan_backward(
+    grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
+) -> tuple[Pair, Pair, Pair]:
+    """One pass against the order of the first."""
+    from gateloop_transformer.ops.backends.numba_scans import scan_backward
+
+    gates, inputs, grad, states = _one_width(gates, inputs, grad, states)
+    wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
+    c = _channels(inputs.re.shape, wide == torch.float64)
+    parts = len(states.parts())
+    start = Pair(None, None) if initial is None else initial  # type: ignore[arg-type]
+    before = [c.spread(part, wide) for part in (start.re, start.im)[:parts]]
+    carry = [c.spread(None, wide) for _ in range(parts)]
+    grad = grad.map(_materialized)
+    tensors = [grad.re, grad.im, gates.re, gates.im, states.re, states.im]
+    kernel = scan_backward(
+        _kind(grad.re.dtype),
+        _kind(gates.re.dtype),
+        _kind(states.re.dtype),
+        _kind(inputs.re.dtype),
+        gates.im is not None,
+        inputs.im is not None,
+        parts == 2,
+        _strided(*tensors),
+        c.lanes,
+    )
+    d_gates = gates.map(lambda x: _new(x, *x.shape))
+    d_inputs = inputs.map(lambda x: _new(x, *x.shape))
+    operands = [_operand(x, not reverse) for x in tensors]
+    operands += [_operand(before[0]), _operand(before[1] if parts == 2 else None)]
+    operands += [_operand(x, not reverse) for x in (d_gates.re, d_gates.im, d_inputs.re, d_inputs.im)]
+    operands += [_operand(carry[0]), _operand(carry[1] if parts == 2 else None)]
+    _run(kernel, c, operands, 0, wide == torch.float64)
+    return d_gates, d_inputs, Pair(*(c.gathered(part) for part in carry))
+
+
+# ---- the gate loop at head size 1 -------------------------------------------------------------------------
+
+
+def _wide(loop: ChannelLoop) -> torch.dtype:
+    """The precision of the arithmetic."""
+    return compute_dtype(loop.queries.dtype, loop.gates.re.dtype)
+
+
+def _parts(loop: ChannelLoop) -> int:
+    """1: real states, 2: complex ones."""
+    return 1 if loop.gate == "sigmoid" or (loop.gate == "given" and loop.gates.im is None) else 2
+
+
+def _shares(loop: ChannelLoop) -> _Channels:
+    return _channels(loop.queries.shape, _wide(loop) == torch.float64)
+
+
+def _gate_code(loop: ChannelLoop) -> int:
+    """The kernels' number of the gate."""
+    from gateloop_transformer.ops.backends import numba_loops as loops
+
+    if loop.gate == "given":
+        return loops.GIVEN_REAL if loop.gates.im is None else loops.GIVEN_COMPLEX
+    return {"polar": loops.POLAR, "paper": loops.PAPER, "ring": loops.RING, "sigmoid": loops.SIGMOID}[loop.gate]
+
+
+def _inputs(loop: ChannelLoop) -> list[Tensor | None]:
+    return [loop.queries, loop.keys, loop.values, loop.gates.re, loop.gates.im, loop.swish]
+
+
+def _operands(loop: ChannelLoop, biases: list[Tensor], carry: list[Tensor], kept: Tensor) -> list[list[int]]:
+    """Those that forward and backward share."""
+    states = _states(loop, kept)
+    operands = [_operand(x, loop.reverse) for x in _inputs(loop)]
+    operands += [_operand(x) for x in biases] if biases else [_operand(None)] * 2
+    return [*operands, *(_operand(x) for x in (carry[0], carry[-1], states[0], states[-1]))]
+
+
+def _biases(loop: ChannelLoop) -> list[Tensor]:
+    """Each vector's own bias."""
+    one = _shares(loop)._replace(B=1)
+    return [] if loop.bias is None else [one.spread(part, _wide(loop)) for part in loop.bias.parts()]
+
+
+def loop_kept(loop: ChannelLoop) -> Tensor:
+    """Room for the state before each chunk. Its size may be symbolic: no decision here may depend on B or T."""
+    from gateloop_transformer.ops.backends.numba_scans import CHUNK
+
+    B, T, D = loop.queries.shape
+    lanes = _lanes(D, _wide(loop) == torch.float64)
+    # Flat: a dimension that may be 1 would tie a traced program to it.
+    size = _parts(loop) * B * ((T + CHUNK - 1) // CHUNK) * (-(-D // lanes) * lanes)
+    return loop.queries.new_empty(size, dtype=_wide(loop))
+
+
+def _states(loop: ChannelLoop, kept: Tensor) -> Tensor:
+    """What is kept as (parts, B, chunks, lanes of all vectors)."""
+    c = _shares(loop)
+    return kept.view(_parts(loop), c.B, -1, c.vectors * c.lanes)
+
+
+def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair, Tensor]:
+    """y (B, T, D), the last state (B, D), and the states before each chunk, for `loop_backward`."""
+    from gateloop_transformer.ops.backends.numba_loops import loop_forward as build
+
+    c, wide, parts = _shares(loop), _wide(loop), _parts(loop)
+    start = [None] * parts if initial is None else [initial.re, initial.im][:parts]
+    carry = [c.spread(part, wide) for part in start]
+    kept, y = _huge(loop_kept(loop)), _new(loop.queries, *loop.queries.shape)
+    biases = _biases(loop)
+    kernel = build(
+        _kind(loop.queries.dtype),
+        _kind(loop.gates.re.dtype),
+        _gate_code(loop),
+        loop.swish is not None,
+        _strided(*_inputs(loop)),
+        c.lanes,
+    )
+    operands = [*_operands(loop, biases, carry, kept), _operand(y, loop.reverse)]
+    _run(kernel, c, operands, 0, wide == torch.float64)
+    return y, Pair(*(c.gathered(part) for part in carry)), kept
+
+
+def _loop_backward(
+    loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, results: list[Tensor | None]
+) -> tuple[Pair | None, Pair]:
+    """Fills `results` with the gradients of `_inputs(loop)`; returns those of the bias and the initial state."""
+    from gateloop_transformer.ops.backends.numba_loops import loop_backward as build
+
+    c, wide, parts = _shares(loop), _wide(loop), _parts(loop)
+    carry = [c.spread(part, wide) for part in grad_final.parts()[:parts]]
+    sums = [] if loop.bias is None else [torch.zeros_like(_states(loop, kept)[0]) for _ in range(2)]
+    biases, grad = _biases(loop), _materialized(grad)
+    kernel = build(
+        _kind(loop.queries.dtype),
+        _kind(loop.gates.re.dtype),
+        _gate_code(loop),
+        loop.swish is not None,
+        _strided(*_inputs(loop), grad),
+        c.lanes,
+    )
+    operands = [*_operands(loop, biases, carry, kept), *(_operand(x, loop.reverse) for x in (grad, *results))]
+    operands += [_operand(x) for x in sums] if sums else [_operand(None)] * 2
+    fraction = struct.unpack("<q", struct.pack("<d", loop.fraction))[0]
+    _run(kernel, c, operands, 3 * parts, wide == torch.float64, fraction)
+    d_bias = Pair(*(c.gathered(x.sum((0, 1))[None])[0] for x in sums)) if sums else None
+    return d_bias, Pair(*(c.gathered(part) for part in carry))
+
+
+def loop_backward(
+    loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, packed: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
+    """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of the bias and the initial state."""
+    d_packed = _new(packed, *packed.shape)
+    first, second, third = d_packed.chunk(3, -1)
+    d_swish = None if loop.swish is None else _new(loop.swish, *loop.swish.shape)
+    if loop.gate == "sigmoid":
+        d_gates, results = third, [first, None, second, third, None, d_swish]
+    else:
+        d_gates = _new(loop.gates.re, *loop.gates.re.shape)
+        results = [first, second, third, d_gates, None, d_swish]
+    d_bias, d_initial = _loop_backward(loop, grad, grad_final, kept, results)
+    return (d_packed, d_gates, d_swish), d_bias, d_initial
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, T, H[, 1]) → (B, T, H), as a view."""
+    return x.squeeze(-1) if x.ndim == 4 else x
+
+
+def _given(
+    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+) -> ChannelLoop:
+    gates = gates.map(_flat)
+    if torch.float64 in (queries.dtype, gates.re.dtype):
+        queries, keys, values, gates = (*(x.double() for x in (queries, keys, values)), gates.to(torch.float64))
+    if initial is not None and initial.im is not None:
+        gates = gates.as_complex()
+    return ChannelLoop(_flat(queries), _flat(keys), _flat(values), gates, None, None, "given", 1.0, reverse)
+
+
+def _flat_state(state: Pair) -> Pair:
+    return state.map(lambda x: x.reshape(x.shape[:2]))
+
+
+class _Tiles(NamedTuple):
+    """Sizes of a gate loop with a matrix state, and the operands of its kernels."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    wide: torch.dtype
+    parts: int
+
+    @property
+    def lanes(self) -> int:
+        return 8 if self.wide == torch.float64 else 16
+
+    def padded(self, size: int) -> int:
+        """Filled up to whole vectors."""
+        return -(-size // self.lanes) * self.lanes
+
+    @property
+    def C(self) -> int:
+        """Steps per chunk: near the size of a head, for the work per step is proportional to both."""
+        return min(64, max(16, self.padded(max(self.K, self.V))), max(16, 1 << (self.T - 1).bit_length()))
+
+    def new_state(self, state: Pair | None) -> Tensor:
+        """(B, H, parts, K, V) filled up to whole vectors, zero for None."""
+        shape = self.B, self.H, self.parts, self.padded(self.K), self.padded(self.V)
+        result = torch.zeros(shape, dtype=self.wide)
+        for n, part in enumerate([] if state is None else state.parts()[: self.parts]):
+            result[:, :, n, : self.K, : self.V] = part
+        return result
+
+    def state(self, padded: Tensor) -> Pair:
+        """The opposite of `new_state`."""
+        return Pair(*(padded[:, :, n, : self.K, : self.V].contiguous() for n in range(self.parts)))
+
+    def run(self, kernel: Kernel, operands: list[Tensor | None], state: Tensor, before: Tensor, reverse: bool) -> None:
+        """Launch a kernel over all heads. Operands are (B, T, H, ·) in the kernels' order."""
+        from gateloop_transformer.ops.backends.numba_launch import launch, threads_for
+
+        KP, VP, C = self.padded(self.K), self.padded(self.V), self.C
+        numbers = C * (9 * KP + 6 * VP + 8 * C + 10) + 4 * KP * VP
+        room = numbers * self.wide.itemsize
+        items = self.B * self.H
+        scratch = torch.empty(room * threads_for(items), dtype=torch.uint8)
+        sizes = [self.H, self.T, self.K, self.V, KP, VP, C, scratch.data_ptr(), room]
+        places = [number for x in operands for number in _place(x, reverse)]
+        launch(kernel, items, [*sizes, *places, state.data_ptr(), before.data_ptr()])
+
+
+def _place(x: Tensor | None, reverse: bool) -> list[int]:
+    """Address, strides of batch, time and head in bytes."""
+    if x is None:
+        return [0, 0, 0, 0]
+    batch, time, head = (stride * x.element_size() for stride in x.stride()[:3])
+    if reverse:
+        return [x.data_ptr() + (x.shape[1] - 1) * time, batch, -time, head]
+    return [x.data_ptr(), batch, time, head]
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """x with the numbers of a head next to each other."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _matrix(queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None) -> tuple[_Tiles, Pair]:
+    """Sizes, and gates that are complex where the state is."""
+    if initial is not None and initial.im is not None:
+        gates = gates.as_complex()
+    wide = compute_dtype(queries.dtype, gates.re.dtype)
+    B, T, H, K = queries.shape
+    return _Tiles(B, T, H, K, values.shape[-1], wide, len(gates.parts())), gates
+
+
+def _elementwise(keys: Tensor, values: Tensor) -> bool:
+    return keys.shape[-1] == values.shape[-1] == 1
+
+
+def gate_loop_forward(
+    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+) -> tuple[Tensor, Pair]:
+    """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
+    if _elementwise(keys, values):
+        loop = _given(queries, keys, values, gates, initial, reverse)
+        y, final, _ = loop_forward(loop, None if initial is None else _flat_state(initial))
+        return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
+    if gates.re.ndim == 4:
+        return chunkwise.gate_loop_forward(queries, keys, values, gates, initial, reverse)
+    return _tiles_forward(queries, keys, values, gates, initial, reverse)
+
+
+def _tiles_forward(
+    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+) -> tuple[Tensor, Pair]:
+    from gateloop_transformer.ops.backends.numba_tiles import tiles_forward
+
+    tiles, a = _matrix(queries, keys, values, gates, initial)
+    inputs = [_neighbours(x if tiles.wide != torch.float64 else x.double()) for x in (queries, keys, values)]
+    a = a if tiles.wide != torch.float64 else a.to(torch.float64)
+    y, state = _new(inputs[0], *values.shape), tiles.new_state(initial)
+    kernel = tiles_forward(_kind(inputs[0].dtype), _kind(a.re.dtype), tiles.parts == 2, False, tiles.lanes)
+    tiles.run(kernel, [*inputs, a.re, a.im, y, *[None] * 6], state, state, reverse)
+    return y.to(queries.dtype), tiles.state(state)
+
+
+def gate_loop_backward(
+    grad: Tensor,
+    grad_final: Pair,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    """Gradients; states before each chunk are computed again."""
+    arguments = grad, grad_final, queries, keys, values, gates, initial, reverse
+    if _elementwise(keys, values):
+        return _channels_backward(*arguments)
+    if gates.re.ndim == 4:
+        return chunkwise.gate_loop_backward(*arguments)
+    return _tiles_backward(*arguments)
+
+
+def _tiles_backward(
+    grad: Tensor,
+    grad_final: Pair,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    from gateloop_transformer.ops.backends.numba_tiles import tiles_backward, tiles_forward
+
+    tiles, a = _matrix(queries, keys, values, gates, initial)
+    double = tiles.wide == torch.float64
+    q, k, v, dy = (_neighbours(x.double() if double else x) for x in (queries, keys, values, grad))
+    a = a.to(torch.float64) if double else a
+    X, A = _kind(q.dtype), _kind(a.re.dtype)
+    state, after = tiles.new_state(initial), tiles.new_state(grad_final)
+    before = _new(state, tiles.B, tiles.H, -(-tiles.T // tiles.C), *state.shape[2:])
+    again = tiles_forward(X, A, tiles.parts == 2, True, tiles.lanes)
+    tiles.run(again, [q, k, v, a.re, a.im, *[None] * 7], state, before, reverse)
+    dq, dk, dv = (_new(x, *x.shape) for x in (q, k, v))
+    da = a.map(lambda x: _new(x, *x.shape))
+    kernel = tiles_backward(X, A, tiles.parts == 2, tiles.lanes)
+    tiles.run(kernel, [q, k, v, a.re, a.im, None, dy, dq, dk, dv, da.re, da.im], after, before, reverse)
+    return dq, dk, dv, da, tiles.state(after)
+
+
+def _channels_backward(
+    grad: Tensor,
+    grad_final: Pair,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    loop = _given(queries, keys, values, gates, initial, reverse)
+    grad = grad.to(loop.queries.dtype)
+    _, _, kept = loop_forward(loop, None if initial is None else _flat_state(initial))
+    dq, dk, dv = (_new(loop.queries, *x.shape[:3]) for x in (queries, keys, values))
+    d_gates = loop.gates.map(lambda x: _new(x, *x.shape))
+    _, first = _loop_backward(
+        loop, _flat(grad), _flat_state(grad_final), kept, [dq, dk, dv, d_gates.re, d_gates.im, None]
+    )
+    d_inputs = [x.unsqueeze(-1) for x in (dq, dk, dv)]
+    shaped = d_gates.map(lambda x: x.reshape(gates.re.shape))
+    return d_inputs[0], d_inputs[1], d_inputs[2], shaped, first.map(lambda x: x[..., None, None])
+
+
+# ---- RMS norm ---------------------------------------------------------------------------------------------
+
+
+def _norm_kinds(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, torch.dtype, int]:
+    """Both arguments with their rows in order and in one width, the dtype of the result, and the lanes."""
+    dtype = torch.promote_types(x.dtype, gamma.dtype)
+    double = dtype == torch.float64
+    x, gamma = (part.to(dtype if double else part.dtype).contiguous() for part in (x, gamma))
+    return x, gamma, dtype, 8 if double else 16
+
+
+def norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
+    """The RMS norm of x (..., D) times gamma (D,) or (G, D)."""
+    from gateloop_transformer.ops.backends.numba_launch import launch
+    from gateloop_transformer.ops.backends.numba_norm import ROWS
+    from gateloop_transformer.ops.backends.numba_norm import norm_forward as build
+
+    x, gamma, dtype, lanes = _norm_kinds(x, gamma)
+    y = _new(x, *x.shape, dtype=dtype)
+    D = x.shape[-1]
+    rows = x.numel() // D
+    kernel = build(_kind(x.dtype), _kind(gamma.dtype), _kind(dtype), lanes)
+    launch(kernel, -(-rows // ROWS), [rows, D, gamma.numel() // D, x.data_ptr(), gamma.data_ptr(), y.data_ptr()])
+    return y
+
+
+def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and gamma."""
+    from gateloop_transformer.ops.backends.numba_launch import launch
+    from gateloop_transformer.ops.backends.numba_norm import ROWS
+    from gateloop_transformer.ops.backends.numba_norm import norm_backward as build
+
+    own, (x, gamma, dtype, lanes) = (x.dtype, gamma.dtype), _norm_kinds(x, gamma)
+    dy, dx = grad.to(dtype).contiguous(), _new(x, *x.shape)
+    D = x.shape[-1]
+    rows = x.numel() // D
+    items = -(-rows // ROWS)
+    sums = torch.zeros(items, gamma.numel(), dtype=compute_dtype(dtype))
+    kernel = build(_kind(x.dtype), _kind(gamma.dtype), _kind(dtype), lanes)
+    places = [t.data_ptr() for t in (x, gamma, dx, dy, dx, sums)]
+    launch(kernel, items, [rows, D, gamma.numel() // D, *places])
+    return dx.to(own[0]), sums.sum(0).reshape(gamma.shape).to(own[1])

@@ -1,0 +1,125 @@
+"""Compiles kernels, keeps them on disk, and runs one over many items of work on torch's own threads.
+
+A kernel is a machine function of one pointer to 64-bit integers: its arguments. The first three are the launcher's:
+the next item to be taken, the next scratch slot to be taken, the number of items. Threads take items until none is
+left; an item's result depends on nothing but the item, so results do not depend on the threads.
+
+Where torch uses OpenMP, threads are those of its pool: one pool less to wake, and none that spins while another works.
+Elsewhere, a pool of Python threads does the same (a running kernel does not hold the interpreter). A process made by
+fork runs kernels on its only thread: pools do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from numba import cfunc, types
+
+HEADER = 3
+
+_SIGNATURE = types.void(types.CPointer(types.int64))
+_compiling = threading.Lock()
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked, _compiling
+    _forked = True
+    _compiling = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Kernel:
+    """A compiled kernel: its address, and the object that keeps it in memory."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.address: int = compiled.address
+        self.call: Callable[[Any], None] = compiled.ctypes
+        self._compiled = compiled
+
+
+def compiled(function: Callable[[Any], None]) -> Kernel:
+    """Machine code for `function`, from the disk if it was compiled before by any process."""
+    with _compiling, _one_process_at_a_time() as cached:
+        if cached:
+            try:
+                return Kernel(cfunc(_SIGNATURE, cache=True)(function))
+            except RuntimeError as error:
+                # No folder to keep it in can be written.
+                if "cannot cache" not in str(error):
+                    raise
+        return Kernel(cfunc(_SIGNATURE)(function))
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time() -> Iterator[bool]:
+    """Whether a lock between processes was had: Numba's cache numbers its files without one."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    owner = os.getuid()
+    path = Path(tempfile.gettempdir()) / f"gateloop-numba-{owner}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            handle = stack.enter_context(path.open("w"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+@functools.cache
+def _openmp() -> Any:
+    """The entry to the parallel regions of the OpenMP that torch was linked with; None where it was not."""
+    folder = Path(torch.__file__).parent / "lib"
+    for library in sorted(folder.glob("libtorch_cpu.*")):
+        with contextlib.suppress(OSError, AttributeError):
+            # A symbol is looked for in the library and all that it was linked with.
+            entry = ctypes.CDLL(str(library)).GOMP_parallel
+            entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            entry.restype = None
+            return entry
+    return None
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="gateloop")
+
+
+def threads_for(items: int) -> int:
+    """How many threads will share this many items."""
+    return 1 if _forked else max(1, min(items, torch.get_num_threads()))
+
+
+def launch(kernel: Kernel, items: int, arguments: list[int]) -> None:
+    """Run `kernel` over `items` items."""
+    threads = threads_for(items)
+    block = (ctypes.c_int64 * (HEADER + len(arguments)))(0, 0, items, *arguments)
+    if threads == 1:
+        kernel.call(block)
+        return
+    openmp = _openmp()
+    if openmp is not None:
+        openmp(kernel.address, ctypes.addressof(block), threads, 0)
+        return
+    helpers = [_pool(threads).submit(kernel.call, block) for _ in range(threads - 1)]
+    kernel.call(block)
+    for helper in helpers:
+        helper.result()

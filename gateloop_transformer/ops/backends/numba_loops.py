@@ -1,0 +1,370 @@
+"""Kernels of the gate loop at head size 1: gates, recurrence, output and SiLU gate in one pass over memory.
+
+B batch, T time, D channels. One item is a block of channels of one row of the batch, from the first step to the last.
+The forward pass keeps the state before each chunk of steps; the backward pass computes those inside again from it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from numba import carray, njit
+
+from gateloop_transformer.ops.backends.numba_launch import Kernel, compiled
+from gateloop_transformer.ops.backends.numba_scans import (
+    AHEAD,
+    CHUNK,
+    MAX_ARGUMENTS,
+    OPERANDS,
+    ROOM,
+    SCRATCH,
+    D,
+    T,
+    fetch,
+    place,
+    row_of,
+)
+from gateloop_transformer.ops.backends.numba_simd import (
+    F32,
+    F64,
+    ITEM_SIZE,
+    absolute,
+    all_between,
+    decay,
+    fma,
+    fms,
+    full,
+    gather,
+    inverse_sqrt,
+    load,
+    load_pairs,
+    maximum,
+    prefetch,
+    real_number,
+    sine_cosine,
+    sqrt,
+    store,
+    store_pairs,
+    take_ticket,
+    where_less,
+)
+
+# Where gates come from: given (real, complex), or computed from projections.
+GIVEN_REAL, GIVEN_COMPLEX, POLAR, PAPER, RING, SIGMOID = range(6)
+
+# Operands. The carry, states before chunks (B, chunks, PADDED) and biases hold each vector's own numbers.
+Q, K, V, P, P_IM, S, BIAS, BIAS_IM, CARRY, CARRY_IM, BEFORE, BEFORE_IM = range(OPERANDS, OPERANDS + 48, 4)
+Y = OPERANDS + 48
+DY, DQ, DK, DV, DP, DP_IM, DS, DBIAS, DBIAS_IM = range(OPERANDS + 48, OPERANDS + 84, 4)
+FRACTION = OPERANDS + 84
+
+
+@njit
+def _sigmoid(x: Any) -> Any:
+    """σ(x) and 1 - σ(x), both with all their digits."""
+    e = decay(where_less(x, -80.0, full(x, -80.0), x))
+    m = 1.0 / (e + 1.0)
+    return m, e * m
+
+
+@njit
+def _polar(re: Any, im: Any, double: bool) -> Any:
+    """Of z = re + i·im: z/|z| (1 at 0), σ(|z|), σ(|z|)/|z| (0 at 0)."""
+    square = fma(re, re, im * im)
+    if all_between(square, 1e-36, 1e36):
+        inverse = inverse_sqrt(square)
+        size = square * inverse
+        magnitude = 1.0 / (decay(size) + 1.0)
+        return re * inverse, im * inverse, magnitude, magnitude * inverse
+    # Where |z| cannot be squared it counts as 0; large z are scaled by a power of two.
+    smallest = 1.4916681462400413e-154 if double else 1.0842021724855044e-19
+    size = maximum(absolute(re), absolute(im))
+    down = where_less(size, 1152921504606846976.0, full(size, 1.0), full(size, 2.0**-64))
+    up = where_less(size, 1152921504606846976.0, full(size, 1.0), full(size, 2.0**64))
+    x, y = re * down, im * down
+    root = sqrt(fma(x, x, y * y))
+    inverse = 1.0 / root
+    magnitude, _ = _sigmoid(root * up)
+    one, nothing = full(re, 1.0), full(re, 0.0)
+    return (
+        where_less(size, smallest, one, x * inverse),
+        where_less(size, smallest, nothing, y * inverse),
+        where_less(size, smallest, full(re, 0.5), magnitude),
+        where_less(size, smallest, nothing, magnitude * (inverse * down)),
+    )
+
+
+@njit
+def _activate(gate: int, double: bool, re: Any, im: Any) -> Any:
+    """A gate a = m·u and what its gradient needs: u (re, im), m, and 1 - m (polar: m/|z|)."""
+    one, nothing = full(re, 1.0), full(re, 0.0)
+    if gate == POLAR:
+        return _polar(re, im, double)
+    if gate == SIGMOID:
+        m, rest = _sigmoid(re)
+        return one, nothing, m, rest
+    if gate in (PAPER, RING):
+        m, rest = _sigmoid(re)
+        sine, cosine = sine_cosine(im)
+        return cosine, sine, m, rest
+    return re, im, one, nothing
+
+
+@njit
+def _projection_gradient(gate: int, u: Any, u_im: Any, m: Any, rest: Any, da: Any, da_im: Any) -> Any:
+    """From the gradient of a gate to that of its projections, m and `rest` as `_activate` gives them."""
+    radial = fma(u, da, u_im * da_im)
+    tangential = fms(u_im, da, u * da_im)
+    if gate == POLAR:
+        steep = where_less(rest, 1e-37, full(u, 0.0), (1.0 - m) * m)
+        radial, tangential = radial * steep, tangential * rest
+        return fms(u_im, tangential, u * radial), fma(u, tangential, u_im * radial)
+    if gate in (PAPER, RING, SIGMOID):
+        return radial * (m * rest), tangential * m
+    return da, da_im
+
+
+@njit
+def _silu(s: Any) -> Any:
+    """SiLU and its derivative."""
+    m, rest = _sigmoid(s)
+    return s * m, fma(s * m, rest, m)
+
+
+@njit
+def _read_gate(
+    gate: Any, kind: Any, wide: Any, strided: Any, lanes: Any, p: Any, row: int, row_im: int, c: int, n: int
+) -> Any:
+    """The n-th vector of gates of a step, as `_activate` gives them; its first channel is c."""
+    if gate in (POLAR, PAPER, RING):
+        if strided:
+            re = gather(row, c, 2 * p[P + 3], kind, lanes)
+            im = gather(row + p[P + 3] * ITEM_SIZE[kind], c, 2 * p[P + 3], kind, lanes)
+        else:
+            re, im = load_pairs(row, c, kind, lanes)
+    else:
+        re = fetch(row, c, p[P + 3], kind, lanes, strided)
+        im = re
+        if gate == GIVEN_COMPLEX:
+            im = fetch(row_im, c, p[P_IM + 3], kind, lanes, strided)
+    if gate == RING:
+        re = re + load(p[BIAS], n * lanes, wide, lanes)
+        im = im + load(p[BIAS_IM], n * lanes, wide, lanes)
+    return _activate(gate, wide == F64, re, im)
+
+
+@njit
+def _read_input(
+    gate: Any, kind: Any, strided: Any, lanes: Any, p: Any, k_row: int, v_row: int, c: int, m: Any, rest: Any
+) -> Any:
+    """What a step adds to the state: k v, or v where there is no key, scaled for "ring"."""
+    added = fetch(v_row, c, p[V + 3], kind, lanes, strided)
+    if gate != SIGMOID:
+        added = added * fetch(k_row, c, p[K + 3], kind, lanes, strided)
+    if gate == RING:
+        added = added * sqrt(rest * (m + 1.0))
+    return added
+
+
+@njit
+def _ask(gate: Any, kind: Any, gate_kind: Any, swish: Any, p: Any, b: int, t: int, c: int) -> None:
+    """Have the inputs of a vector of a later step brought to the cache."""
+    t += p[AHEAD]
+    prefetch(row_of(p, Q, b, t) + c * ITEM_SIZE[kind])
+    prefetch(row_of(p, V, b, t) + c * ITEM_SIZE[kind])
+    if gate != SIGMOID:
+        prefetch(row_of(p, K, b, t) + c * ITEM_SIZE[kind])
+    if swish:
+        prefetch(row_of(p, S, b, t) + c * ITEM_SIZE[kind])
+    if gate in (POLAR, PAPER, RING):
+        prefetch(row_of(p, P, b, t) + 2 * c * ITEM_SIZE[gate_kind])
+        prefetch(row_of(p, P, b, t) + 2 * c * ITEM_SIZE[gate_kind] + 64)
+    else:
+        prefetch(row_of(p, P, b, t) + c * ITEM_SIZE[gate_kind])
+
+
+@functools.cache
+def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: int) -> Kernel:
+    """y (times SiLU(s) if SWISH), the last state in the carry, and the state before each chunk.
+
+    X: how q, k, v, s and y lie in memory; A: gates or projections.
+    """
+    WIDE = F64 if F64 in (X, A) else F32
+    COMPLEX = GATE not in (GIVEN_REAL, SIGMOID)
+
+    def kernel(pointer: Any) -> None:
+        p = carray(pointer, (MAX_ARGUMENTS,))
+        last = p[D] - LANES
+        while True:
+            item = take_ticket(pointer, 0)
+            if item >= p[2]:
+                break
+            b, first, end = place(p, item)
+            carry, carry_im = row_of(p, CARRY, b, 0), row_of(p, CARRY_IM, b, 0)
+            for t in range(p[T]):
+                if t % CHUNK == 0:
+                    _keep(p, b, t // CHUNK, first, end, COMPLEX, WIDE, LANES)
+                k_row, v_row, q_row = row_of(p, K, b, t), row_of(p, V, b, t), row_of(p, Q, b, t)
+                a_row, a_row_im = row_of(p, P, b, t), row_of(p, P_IM, b, t)
+                s_row, y_row = row_of(p, S, b, t), row_of(p, Y, b, t)
+                for n in range(first, end):
+                    c = min(n * LANES, last)
+                    if not STRIDED:
+                        _ask(GATE, X, A, SWISH, p, b, t, c)
+                    u, u_im, m, rest = _read_gate(GATE, A, WIDE, STRIDED, LANES, p, a_row, a_row_im, c, n)
+                    added = _read_input(GATE, X, STRIDED, LANES, p, k_row, v_row, c, m, rest)
+                    a = m if GATE == SIGMOID else (u if GATE in (GIVEN_REAL, GIVEN_COMPLEX) else u * m)
+                    h = load(carry, n * LANES, WIDE, LANES)
+                    new = fma(a, h, added)
+                    if COMPLEX:
+                        a_im = u_im if GATE == GIVEN_COMPLEX else u_im * m
+                        h_im = load(carry_im, n * LANES, WIDE, LANES)
+                        new = fms(a_im, h_im, new)
+                        store(carry_im, n * LANES, fma(a, h_im, a_im * h), WIDE)
+                    store(carry, n * LANES, new, WIDE)
+                    y = fetch(q_row, c, p[Q + 3], X, LANES, STRIDED) * new
+                    if SWISH:
+                        gain, _ = _silu(fetch(s_row, c, p[S + 3], X, LANES, STRIDED))
+                        y = y * gain
+                    store(y_row, c, y, X)
+
+    return compiled(kernel)
+
+
+@njit
+def _keep(p: Any, b: int, chunk: int, first: int, end: int, complex_: Any, wide: Any, lanes: Any) -> None:
+    """The state before a chunk, for the backward pass."""
+    for n in range(first, end):
+        store(row_of(p, BEFORE, b, chunk), n * lanes, load(row_of(p, CARRY, b, 0), n * lanes, wide, lanes), wide)
+        if complex_:
+            h_im = load(row_of(p, CARRY_IM, b, 0), n * lanes, wide, lanes)
+            store(row_of(p, BEFORE_IM, b, chunk), n * lanes, h_im, wide)
+
+
+@functools.cache
+def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: int) -> Kernel:
+    """Gradients of q, k, v, s, of gates or projections and of biases (partial sums per chunk); chunks from the last.
+
+    The carry is the gradient that reaches the step before: conj(a) times that of a step's state.
+    """
+    WIDE = F64 if F64 in (X, A) else F32
+    COMPLEX = GATE not in (GIVEN_REAL, SIGMOID)
+    # Per step and vector in scratch: u, m and rest of the gate, the state before the step.
+    SLOTS = 6 if COMPLEX else 3
+    U_IM, M, REST, H, H_IM = (1, 2, 3, 4, 5) if COMPLEX else (0, 0, 1, 2, 2)
+
+    def kernel(pointer: Any) -> None:
+        p = carray(pointer, (MAX_ARGUMENTS,))
+        last = p[D] - LANES
+        room = p[SCRATCH] + take_ticket(pointer, 1) * p[ROOM]
+        chunks = (p[T] + CHUNK - 1) // CHUNK
+        fraction = real_number(p[FRACTION])
+        item, chunk = 0, 0
+        while True:
+            chunk -= 1
+            if chunk < 0:
+                item, chunk = take_ticket(pointer, 0), chunks - 1
+                if item >= p[2]:
+                    break
+            b, first, end = place(p, item)
+            start, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, p[T])
+            stride = (end - first) * SLOTS * LANES
+            cell = 0
+            for n in range(first, end):
+                store(room, cell + H * LANES, load(row_of(p, BEFORE, b, chunk), n * LANES, WIDE, LANES), WIDE)
+                if COMPLEX:
+                    h_im = load(row_of(p, BEFORE_IM, b, chunk), n * LANES, WIDE, LANES)
+                    store(room, cell + H_IM * LANES, h_im, WIDE)
+                cell += SLOTS * LANES
+            cell = 0
+            for t in range(start, stop):
+                k_row, v_row = row_of(p, K, b, t), row_of(p, V, b, t)
+                a_row, a_row_im = row_of(p, P, b, t), row_of(p, P_IM, b, t)
+                for n in range(first, end):
+                    c = min(n * LANES, last)
+                    u, u_im, m, rest = _read_gate(GATE, A, WIDE, STRIDED, LANES, p, a_row, a_row_im, c, n)
+                    m = u if GATE == GIVEN_REAL else m
+                    added = _read_input(GATE, X, STRIDED, LANES, p, k_row, v_row, c, m, rest)
+                    h = load(room, cell + H * LANES, WIDE, LANES)
+                    if COMPLEX:
+                        h_im = load(room, cell + H_IM * LANES, WIDE, LANES)
+                        a, a_im = u * m, u_im * m
+                        store(room, cell, u, WIDE)
+                        store(room, cell + U_IM * LANES, u_im, WIDE)
+                        store(room, cell + stride + H * LANES, fms(a_im, h_im, fma(a, h, added)), WIDE)
+                        store(room, cell + stride + H_IM * LANES, fma(a, h_im, a_im * h), WIDE)
+                    else:
+                        store(room, cell + stride + H * LANES, fma(m, h, added), WIDE)
+                    store(room, cell + M * LANES, m, WIDE)
+                    store(room, cell + REST * LANES, rest, WIDE)
+                    cell += SLOTS * LANES
+            carry, carry_im = row_of(p, CARRY, b, 0), row_of(p, CARRY_IM, b, 0)
+            for t in range(stop - 1, start - 1, -1):
+                cell = (t - start) * stride
+                k_row, v_row = row_of(p, K, b, t), row_of(p, V, b, t)
+                q_row, s_row, dy_row = row_of(p, Q, b, t), row_of(p, S, b, t), row_of(p, DY, b, t)
+                dq_row, dk_row, dv_row = row_of(p, DQ, b, t), row_of(p, DK, b, t), row_of(p, DV, b, t)
+                dp_row, dp_row_im, ds_row = row_of(p, DP, b, t), row_of(p, DP_IM, b, t), row_of(p, DS, b, t)
+                for n in range(first, end):
+                    c = min(n * LANES, last)
+                    before = load(room, cell + H * LANES, WIDE, LANES)
+                    now = load(room, cell + stride + H * LANES, WIDE, LANES)
+                    m = load(room, cell + M * LANES, WIDE, LANES)
+                    rest = load(room, cell + REST * LANES, WIDE, LANES)
+                    u = load(room, cell, WIDE, LANES)
+                    u_im = load(room, cell + U_IM * LANES, WIDE, LANES)
+                    dy = fetch(dy_row, c, p[DY + 3], X, LANES, STRIDED)
+                    q = fetch(q_row, c, p[Q + 3], X, LANES, STRIDED)
+                    dq = now * dy
+                    pulled = q * dy
+                    if SWISH:
+                        gain, slope = _silu(fetch(s_row, c, p[S + 3], X, LANES, STRIDED))
+                        store(ds_row, c, (dq * q) * slope, X)
+                        dq = dq * gain
+                        pulled = pulled * gain
+                    store(dq_row, c, dq, X)
+                    g = pulled + load(carry, n * LANES, WIDE, LANES)
+                    g_im = g
+                    if COMPLEX:
+                        g_im = load(carry_im, n * LANES, WIDE, LANES)
+                        a, a_im = u * m, u_im * m
+                        store(carry, n * LANES, fma(a, g, a_im * g_im), WIDE)
+                        store(carry_im, n * LANES, fms(a_im, g, a * g_im), WIDE)
+                    else:
+                        store(carry, n * LANES, m * g, WIDE)
+                    v = fetch(v_row, c, p[V + 3], X, LANES, STRIDED)
+                    da = g * before
+                    if GATE == SIGMOID:
+                        store(dv_row, c, g, X)
+                        store(dp_row, c, (da * (m * rest)) * fraction, A)
+                    else:
+                        k = fetch(k_row, c, p[K + 3], X, LANES, STRIDED)
+                        scaled = g
+                        if GATE == RING:
+                            scaled = g * sqrt(rest * (m + 1.0))
+                        store(dk_row, c, scaled * v, X)
+                        store(dv_row, c, scaled * k, X)
+                        if COMPLEX:
+                            before_im = load(room, cell + H_IM * LANES, WIDE, LANES)
+                            da = fma(g_im, before_im, da)
+                            da_im = fms(g, before_im, g_im * before)
+                            dz, dz_im = _projection_gradient(GATE, u, u_im, m, rest, da, da_im)
+                            if GATE == RING:
+                                # Of the scale of the inputs, by the logit.
+                                slope = (m * m) * sqrt(rest / (m + 1.0))
+                                dz = fms((g * k) * v, slope, dz)
+                                sums = load(row_of(p, DBIAS, b, chunk), n * LANES, WIDE, LANES)
+                                store(row_of(p, DBIAS, b, chunk), n * LANES, sums + dz, WIDE)
+                                sums = load(row_of(p, DBIAS_IM, b, chunk), n * LANES, WIDE, LANES)
+                                store(row_of(p, DBIAS_IM, b, chunk), n * LANES, sums + dz_im, WIDE)
+                            if GATE == GIVEN_COMPLEX:
+                                store(dp_row, c, dz, A)
+                                store(dp_row_im, c, dz_im, A)
+                            else:
+                                store_pairs(dp_row, c, dz * fraction, dz_im * fraction, A)
+                        else:
+                            store(dp_row, c, da, A)
+                    cell += SLOTS * LANES
+
+    return compiled(kernel)

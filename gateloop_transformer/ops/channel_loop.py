@@ -1,0 +1,297 @@
+"""The gate loop at head size 1 from projections to output: contract of the fused operator, its checks, its gradient."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateloop_transformer.ops import checks
+from gateloop_transformer.ops.dispatch import FUSED, choose, direct
+from gateloop_transformer.ops.gate_loop import gate_loop
+from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale
+from gateloop_transformer.ops.linear_scan import linear_scan
+from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype, take
+
+RealPair = tuple[Tensor, Tensor]
+
+GATES = ("polar", "paper", "ring")
+
+
+def channel_gate_loop(
+    qkv: Tensor,
+    projections: Tensor,
+    initial: RealPair | None = None,
+    *,
+    gate: str = "polar",
+    bias: RealPair | None = None,
+    swish: Tensor | None = None,
+    fraction: float = 1.0,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, RealPair]:
+    """y[t] = Re(q[t] h[t]) · SiLU(s[t]) with h[t] = a[t] h[t-1] + k[t] v[t] and a = gate(projections), per channel.
+
+    What the functions of `gates` and `gate_loop` give in turn at head size 1, in one pass over memory where the backend
+    has one. Arithmetic is float32 or better. Memory is linear in T. Differentiable (once) in every tensor argument.
+
+    Args:
+        qkv: q, k and v side by side (B, T, 3·D).
+        projections: what the gate is made of, (B, T, 2·D): pairs, neighbours in memory; of `polar` (real, imaginary),
+            of `paper` and `ring` (logit, phase).
+        initial: (real, imaginary) part of h before the first step, each (B, D); zero when None.
+        gate: "polar", "paper" or "ring", the last with its inputs scaled by `ring_input_scale`.
+        bias: (D,) each, added to the projections; for "ring" only, which needs it.
+        swish: s (B, T, D); None for no gate on the output.
+        fraction: the gradient of the projections (not that of the bias) is multiplied by this.
+        reverse: run from the last step to the first.
+        backend: "auto", or one of `available_backends(qkv)`.
+
+    Returns:
+        y (B, T, D) in qkv's dtype, and h after the last step, (real, imaginary), each (B, D) in float32 or better.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or no gate or backend has that name.
+        NotImplementedError: the backend asked for cannot run these tensors.
+
+    Source: T. Katsch, GateLoop (2023), arXiv 2311.01927, section 3.2, "maximally many heads".
+    """
+    _check(qkv, projections, initial, gate, bias, swish)
+    chosen = choose(backend, qkv.device, qkv.dtype)
+    start, b, s = list(initial or ()), list(bias or ()), [] if swish is None else [swish]
+    if chosen in FUSED:
+        forward = _compute if direct(qkv) else _forward
+        y, re, im, _ = forward(qkv, [projections], s, b, start, gate, float(fraction), reverse, chosen)
+        return y, (re, im)
+    q, k, v = (x.unsqueeze(-1) for x in qkv.chunk(3, -1))
+    if fraction != 1:
+        held = projections.detach()
+        projections = held + (projections - held) * fraction
+    wide = compute_dtype(projections.dtype)
+    first, second = projections.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    if bias is not None:
+        first, second = first + bias[0].to(wide), second + bias[1].to(wide)
+    if gate == "ring":
+        k = k * ring_input_scale(first).to(k.dtype).unsqueeze(-1)
+    a = {"polar": polar, "paper": paper, "ring": ring}[gate](first, second)
+    state = None if initial is None else (initial[0][..., None, None], initial[1][..., None, None])
+    out, final = gate_loop(q, k, v, a, state, reverse=reverse, backend=chosen)
+    y = out.squeeze(-1) if swish is None else out.squeeze(-1) * torch.nn.functional.silu(swish)
+    return y, (final[0].flatten(1), final[1].flatten(1))
+
+
+def simple_gate_loop(
+    qkva: Tensor, initial: Tensor | None = None, *, reverse: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """y[t] = q[t] · h[t] with h[t] = σ(a[t]) h[t-1] + kv[t], per channel, all real.
+
+    Args:
+        qkva: q, kv and the gate's logits a side by side (B, T, 3·D).
+        initial: h before the first step (B, D); zero when None.
+        reverse: run from the last step to the first.
+        backend: "auto", or one of `available_backends(qkva)`.
+
+    Returns:
+        y (B, T, D) in qkva's dtype, and h after the last step (B, D) in float32 or better.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or no backend has that name.
+        NotImplementedError: the backend asked for cannot run these tensors.
+
+    >>> y, final = simple_gate_loop(torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]]))
+    >>> y.flatten().tolist(), final.item()
+    ([1.0, 1.5], 1.5)
+    """
+    _check_packed("simple_gate_loop", "qkva", qkva)
+    B, _, packed = qkva.shape
+    if initial is not None:
+        checks.same_shape("simple_gate_loop", "initial", initial, (B, packed // 3), "(B, D)")
+        checks.floating("simple_gate_loop", ("initial",), initial=initial)
+        checks.same_device("simple_gate_loop", qkva=qkva, initial=initial)
+    chosen = choose(backend, qkva.device, qkva.dtype)
+    if chosen in FUSED:
+        start = [] if initial is None else [initial]
+        forward = _compute if direct(qkva) else _forward
+        y, final, _ = forward(qkva, [], [], [], start, "sigmoid", 1.0, reverse, chosen)
+        return y, final
+    q, kv, a = qkva.chunk(3, -1)
+    wide = compute_dtype(qkva.dtype)
+    gates = torch.sigmoid(a.to(wide))
+    h = linear_scan(gates, kv.to(wide), None if initial is None else initial.to(wide), reverse=reverse, backend=chosen)
+    start = [h.new_zeros(B, packed // 3) if initial is None else initial.to(wide)]
+    last = torch.stack([start[0], *([h[:, 0 if reverse else -1]] if h.shape[1] else [])])[-1]
+    return q * h.to(q.dtype), last
+
+
+def _check_packed(operator: str, name: str, x: Tensor) -> None:
+    checks.dims(operator, name, x, "B T 3·D")
+    if x.shape[-1] % 3:
+        raise ValueError(f"{operator}: {name} must have shape (B, T, 3·D), not {tuple(x.shape)}")
+    checks.floating(operator, (name,), **{name: x})
+
+
+def _check(
+    qkv: Tensor,
+    projections: Tensor,
+    initial: RealPair | None,
+    gate: str,
+    bias: RealPair | None,
+    swish: Tensor | None,
+) -> None:
+    operator = "channel_gate_loop"
+    if gate not in GATES:
+        raise ValueError(f"{operator}: gate must be one of {', '.join(GATES)}, not {gate!r}")
+    if (bias is not None) != (gate == "ring"):
+        raise ValueError(f"{operator}: 'ring' needs a bias (logits, phases), other gates take none")
+    _check_packed(operator, "qkv", qkv)
+    B, T, packed = qkv.shape
+    D = packed // 3
+    tensors: dict[str, Tensor | None] = {"qkv": qkv, "projections": projections, "swish": swish}
+    checks.same_shape(operator, "projections", projections, (B, T, 2 * D), "(B, T, 2·D)")
+    if swish is not None:
+        checks.same_shape(operator, "swish", swish, (B, T, D), "(B, T, D)")
+    for name, pair, shape, meaning in (("initial", initial, (B, D), "(B, D)"), ("bias", bias, (D,), "(D,)")):
+        for n, part in enumerate(pair or ()):
+            checks.same_shape(operator, name, part, shape, meaning)
+            tensors[f"{name}[{n}]"] = part
+    checks.floating(operator, tuple(tensors), **tensors)
+    checks.same_device(operator, **tensors)
+    for name, x in (("projections", projections), ("swish", swish)):
+        if x is not None and x.dtype != qkv.dtype:
+            raise ValueError(f"{operator}: {name} must have qkv's dtype {qkv.dtype}, not {x.dtype}")
+
+
+def _loop(
+    packed: Tensor,
+    projections: Sequence[Tensor],
+    swish: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    gate: str,
+    fraction: float,
+    reverse: bool,
+) -> ChannelLoop:
+    first, second, third = packed.chunk(3, -1)
+    s, b = swish[0] if swish else None, Pair(*bias) if bias else None
+    if gate == "sigmoid":
+        return ChannelLoop(first, None, second, Pair(third), s, b, gate, fraction, reverse)
+    return ChannelLoop(first, second, third, Pair(projections[0]), s, b, gate, fraction, reverse)
+
+
+def _final(packed: Tensor, projections: Sequence[Tensor]) -> list[Tensor]:
+    dtype = compute_dtype(packed.dtype, *(x.dtype for x in projections))
+    D = packed.shape[-1] // 3
+    return [packed.new_empty((packed.shape[0], D), dtype=dtype) for _ in range(2 if projections else 1)]
+
+
+@checks.full_precision
+def _compute(
+    packed: Tensor,
+    projections: Sequence[Tensor],
+    swish: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    gate: str,
+    fraction: float,
+    reverse: bool,
+    backend: str,
+) -> list[Tensor]:
+    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse)
+    start = Pair(*initial) if initial else None
+    if packed.numel() == 0:
+        final = [x.zero_() for x in _final(packed, projections)]
+        state = Pair(*final) if start is None else start
+        unchanged = [part.clone() for part in checks.fit(state, final)]
+        return [torch.empty_like(loop.queries), *unchanged, FUSED[backend].loop_kept(loop)]
+    y, state, kept = FUSED[backend].loop_forward(loop, start)
+    return [y, *checks.fit(state, _final(packed, projections)), kept]
+
+
+_forward = torch.library.custom_op("gateloop::channel_loop", mutates_args=())(_compute)
+
+
+@_forward.register_fake
+def _(
+    packed: Tensor,
+    projections: Sequence[Tensor],
+    swish: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    gate: str,
+    fraction: float,
+    reverse: bool,
+    backend: str,
+) -> list[Tensor]:
+    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse)
+    y = packed.new_empty(loop.queries.shape)
+    return [y, *_final(packed, projections), FUSED[backend].loop_kept(loop)]
+
+
+@torch.library.custom_op("gateloop::channel_loop_backward", mutates_args=())
+@checks.full_precision
+def _backward(
+    grad: Sequence[Tensor],
+    packed: Tensor,
+    projections: Sequence[Tensor],
+    swish: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    kept: Tensor,
+    gate: str,
+    fraction: float,
+    reverse: bool,
+    backend: str,
+) -> list[Tensor]:
+    if packed.numel() == 0:
+        through = checks.fit(Pair(*grad[1:]), list(initial)) if initial else []
+        return [*checks.no_gradient(packed, *projections, *swish, *bias), *(part.clone() for part in through)]
+    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse)
+    results, d_bias, d_initial = FUSED[backend].loop_backward(loop, grad[0], Pair(*grad[1:]), kept, packed)
+    d_start = checks.fit(d_initial, list(initial)) if initial else []
+    d_packed, d_projections, d_swish = results
+    d_lists = [d_projections] if projections else []
+    if d_swish is not None:
+        d_lists.append(d_swish)
+    if d_bias is not None:
+        d_lists += checks.fit(d_bias, list(bias))
+    return [d_packed, *d_lists, *d_start]
+
+
+@_backward.register_fake
+def _(
+    grad: Sequence[Tensor],
+    packed: Tensor,
+    projections: Sequence[Tensor],
+    swish: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    kept: Tensor,
+    gate: str,
+    fraction: float,
+    reverse: bool,
+    backend: str,
+) -> list[Tensor]:
+    return checks.no_gradient(packed, *projections, *swish, *bias, *initial)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    packed, projections, swish, bias, initial, *ctx.rest = inputs
+    ctx.lengths = 1, len(projections), len(swish), len(bias), len(initial)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(packed, *projections, *swish, *bias, *initial, output[-1])
+    ctx.likes = [(x.shape, x.dtype) for x in output[:-1]]
+
+
+def _gradient(ctx: Any, grad: list[Tensor | None]) -> tuple[Any, ...]:
+    *saved, kept = ctx.saved_tensors
+    inputs = take(saved, ctx.lengths)
+    given = [
+        kept.new_zeros(shape, dtype=dtype) if g is None else g
+        for g, (shape, dtype) in zip(grad, ctx.likes, strict=False)
+    ]
+    gradients = _backward(given, inputs[0][0], *inputs[1:], kept, *ctx.rest)
+    (d_packed,), *others = take(gradients, ctx.lengths)
+    return (d_packed, *others, None, None, None, None)
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)

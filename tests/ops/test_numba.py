@@ -1,0 +1,130 @@
+"""What the Numba kernels promise beyond numbers: any threads, any process, the same bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import values_and_gradients
+from torch import Tensor
+
+from gateloop_transformer.ops import gate_loop, linear_scan
+from gateloop_transformer.ops.backends import numba_launch
+from gateloop_transformer.ops.channel_loop import channel_gate_loop
+
+CALLS: dict[str, Any] = {
+    "scan": lambda q, z: linear_scan(torch.sigmoid(z[..., :64]), q[..., :64], backend="numba"),
+    "channels": lambda q, z: channel_gate_loop(q, z, backend="numba"),
+    "heads": lambda q, z: gate_loop(
+        *(x.unflatten(-1, (4, 16)) for x in q.chunk(3, -1)), torch.sigmoid(z[..., :4]), backend="numba"
+    ),
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def arguments() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, 100, 64 * n, generator=generator) for n in (3, 2)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_number_of_threads_changes_no_bit(name: str, threads: None) -> None:
+    results = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        results.append(values_and_gradients(CALLS[name], arguments()))
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_several_threads_may_call_at_once(openmp: bool, threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not openmp:
+        monkeypatch.setattr(numba_launch, "_openmp", lambda: None)
+    torch.set_num_threads(2)
+    expected = {name: values_and_gradients(call, arguments()) for name, call in CALLS.items()}
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(5):
+            for name, call in CALLS.items():
+                result = values_and_gradients(call, arguments())
+                if not all(torch.equal(x, y) for x, y in zip(result, expected[name], strict=True)):
+                    wrong.append(name)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+FORKED = """
+import os, torch
+from gateloop_transformer.ops import linear_scan
+torch.set_num_threads(2)
+a, x = torch.rand(4, 50, 32), torch.randn(4, 50, 32)
+expected = linear_scan(a, x, backend="numba")
+child = os.fork()
+same = torch.equal(linear_scan(a, x, backend="numba"), expected)
+if child == 0:
+    os._exit(0 if same else 3)
+assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_kernels_run_after_a_fork() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
+
+
+CACHED = """
+import torch
+from gateloop_transformer.ops import linear_scan
+for dtype in (torch.float32, torch.float64):
+    for D in (3, 40):
+        a, x = torch.rand(2, 20, D, dtype=dtype), torch.randn(2, 20, D, dtype=dtype)
+        y, expected = (linear_scan(a, x, backend=name) for name in ("numba", "eager"))
+        assert torch.allclose(y, expected, atol=1e-5), (dtype, D)
+"""
+
+
+def test_processes_share_the_cache_of_compiled_kernels(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CACHED]
+    running = [subprocess.Popen(command, env=environment) for _ in range(3)]
+    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    assert kept
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == kept
+
+
+def test_compiles_without_a_folder_to_keep_kernels_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = numba_launch.cfunc
+
+    def without_folder(signature: Any, cache: bool = False) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function 'kernel': no locator available for file 'numba.py'")
+        return original(signature)
+
+    monkeypatch.setattr(numba_launch, "cfunc", without_folder)
+
+    def kernel(pointer: Any) -> None:
+        pass
+
+    assert numba_launch.compiled(kernel).address
