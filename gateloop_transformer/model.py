@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from gateloop_transformer.generation import generate, stream
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
-from gateloop_transformer.layers.gate_looped import GATES, GateLoopedAttention, check_fraction
+from gateloop_transformer.layers.gate_looped import GateLoopedAttention, check_fraction
 from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
 from gateloop_transformer.layers.state import TransformerState
+from gateloop_transformer.ops.channel_loop import GATES
 from gateloop_transformer.ops.dispatch import check_name
 
 
@@ -55,7 +56,7 @@ class Transformer(nn.Module):
         dim_gate_looped_attn: inner width of the gate loop layers; None: dim.
         attn_softmax_normalize: softmax in attention; None: unless data_dependent_rel_pos.
         data_dependent_rel_pos: of the attention layers: False, True (as released) or "gate_loop" (over time).
-        frac_gradient_state_transition: gradient into the gate projections is scaled by this, in [0, 1].
+        frac_gradient_state_transition: gradient into the gate projections is scaled by this.
         ablate_complex: gates are real, unless a call says otherwise.
         ablate_state_transition: gates are 1, unless a call says otherwise.
         rotary_emb: rotary position embedding in attention.

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gateloop_transformer.layers.gate_looped import check_fraction, check_input, scale_gradient
+from gateloop_transformer.layers.gate_looped import check_fraction, check_input
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.state import AttentionState, check_state
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
-from gateloop_transformer.ops.gates import polar
+from gateloop_transformer.ops.gates import polar, scale_gradient
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 
@@ -62,7 +62,7 @@ class CausalFullAttention(nn.Module):
         data_dependent_rel_pos: False; True: as released by the original, a product of gates over channel pairs; or
             "gate_loop": as the paper means it, scores Re(q[i] k[j] Π_{j<m≤i} a[m]) with the product over time and one
             gate per channel pair.
-        frac_gradient_data_dependent_rel_pos: the gradient into that gate's projection is scaled by this, in [0, 1].
+        frac_gradient_data_dependent_rel_pos: the gradient into that gate's projection is scaled by this.
         softmax_normalize: softmax over the scores, or the bare scores; None: softmax unless data_dependent_rel_pos.
         qk_norm: RMS norm of each head's queries and keys, before the rotary embedding.
         backend: of the gate loop in data_dependent_rel_pos="gate_loop".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, cast, overload
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor, nn
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.short_conv import ShortConv
 from gateloop_transformer.layers.state import GateLoopState, check_state
+from gateloop_transformer.ops.channel_loop import GATES, channel_gate_loop
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
-from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale, ring_start
+from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale, ring_start, scale_gradient
 from gateloop_transformer.ops.pairs import compute_dtype
-
-GATES = ("polar", "paper", "ring")
 
 
 def check_input(layer: str, x: Tensor, dim: int, module: nn.Module) -> None:
@@ -37,19 +37,13 @@ def check_input(layer: str, x: Tensor, dim: int, module: nn.Module) -> None:
 
 
 def check_fraction(layer: str, name: str, fraction: float) -> None:
-    """A factor on a gradient is in [0, 1].
+    """A factor on a gradient is a finite number.
 
     Raises:
         ValueError: it is not.
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"{layer}: {name} must be in [0, 1], not {fraction}")
-
-
-def scale_gradient(x: Tensor, fraction: float) -> Tensor:
-    """x itself, with its gradient multiplied by `fraction`."""
-    held = x.detach()
-    return x if fraction == 1 else held + (x - held) * fraction
+    if not math.isfinite(fraction):
+        raise ValueError(f"{layer}: {name} must be finite, not {fraction}")
 
 
 class GateLoopedAttention(nn.Module):
@@ -65,7 +59,7 @@ class GateLoopedAttention(nn.Module):
         checkpoint_gate_looped_attn: accepted for compatibility; memory is linear either way.
         add_swish_gating: multiply by SiLU(Linear(x)) before the output projection.
         sub_ln: LayerNorm over the merged heads.
-        frac_gradient_state_transition: the gradient into the gate projection is scaled by this, in [0, 1].
+        frac_gradient_state_transition: the gradient into the gate projection is scaled by this.
         gate: "polar" (the original's, |a| ≥ ½), "paper" (|a| in (0, 1), free phase) or "ring" (starts with memories
             spread up to `max_memory`, inputs scaled by √(1-|a|²)).
         head_norm: RMS norm of each head's output, before the swish gate. Head size above 1.
@@ -192,6 +186,9 @@ class GateLoopedAttention(nn.Module):
         mixed = x
         if self.conv is not None:
             mixed, past = self.conv(x, past)
+        if self.dim_head == 1 and not (ablate_complex or ablate_state_transition):
+            y, (re, im) = self._channels(x, mixed, state)
+            return (y, GateLoopState(re[..., None, None], im[..., None, None], past)) if return_state else y
         q, k, v = (part.unflatten(-1, (self.heads, self.dim_head)) for part in self.to_qkv(mixed).chunk(3, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
@@ -204,6 +201,22 @@ class GateLoopedAttention(nn.Module):
         y, final = gate_loop(q, k, v, gates, initial, backend=self.backend)
         y = self._output(x, y)
         return (y, GateLoopState(*final, past)) if return_state else y
+
+    def _channels(self, x: Tensor, mixed: Tensor, state: GateLoopState | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Head size 1: output and the state's parts (B, heads), gates and recurrence in one pass."""
+        # A norm between the recurrence and its SiLU gate keeps the two apart.
+        fused = self.to_gates is not None and isinstance(self.maybe_sub_ln, nn.Identity)
+        y, final = channel_gate_loop(
+            self.to_qkv(mixed),
+            self.to_a(mixed),
+            None if state is None else (state.real.flatten(1), state.imaginary.flatten(1)),
+            gate=self.gate,
+            bias=(self.ring_logit, self.ring_phase) if self.gate == "ring" else None,
+            swish=self.to_gates[0](x) if self.to_gates is not None and fused else None,
+            fraction=self.frac_gradient_state_transition,
+            backend=self.backend,
+        )
+        return cast(Tensor, self.to_out(y)) if fused else self._output(x, y.unsqueeze(-1)), final
 
     def _past(self, x: Tensor, state: GateLoopState | None) -> Tensor:
         """The inputs before x that the convolution needs."""

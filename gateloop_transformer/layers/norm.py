@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gateloop_transformer.ops.pairs import compute_dtype
-
-
-def normalize(x: Tensor) -> Tensor:
-    """x / ‖x‖₂ · √dim over the last dimension, in float32 or better, returned in x's dtype."""
-    unit: Tensor = F.normalize(x.to(compute_dtype(x.dtype)), dim=-1)
-    return (unit * math.sqrt(x.shape[-1])).to(x.dtype)
+from gateloop_transformer.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -31,7 +24,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) → (..., dim)."""
-        return normalize(x) * self.gamma
+        return rms_norm(x, self.gamma)
 
 
 class HeadRMSNorm(nn.Module):
@@ -50,7 +43,7 @@ class HeadRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; gamma has one entry per head and channel."""
-        return normalize(x) * self.gamma
+        return rms_norm(x, self.gamma)
 
 
 class _Residual(nn.Module):

@@ -12,9 +12,9 @@ from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import RMSNorm
 from gateloop_transformer.layers.state import SimpleGateLoopState, check_state
 from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
+from gateloop_transformer.ops.channel_loop import simple_gate_loop
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.heinsen import heinsen_scan
-from gateloop_transformer.ops.linear_scan import linear_scan
 from gateloop_transformer.ops.pairs import compute_dtype
 
 
@@ -99,17 +99,16 @@ class SimpleGateLoopLayer(nn.Module):
         if self.reverse and (return_cache or return_state):
             raise ValueError("SimpleGateLoopLayer: reverse=True has no cache or state to return: it ends at the start")
         initial = self._initial(x, cache, state)
-        q, kv, a = self.to_qkva(self.norm(x)).chunk(3, dim=-1)
-        gates = torch.sigmoid(a.to(compute_dtype(a.dtype)))
-        hidden = self._scan(gates, kv.to(gates.dtype), initial)
-        y = cast(Tensor, self.maybe_post_ln(q * hidden.to(q.dtype)))
-        if not (return_cache or return_state):
-            return y
-        last = torch.cat([gates.new_zeros(x.shape[0], 1, self.dim) if initial is None else initial[:, None], hidden], 1)
+        qkva = self.to_qkva(self.norm(x))
+        y, last = self._loop(qkva, initial)
+        y = cast(Tensor, self.maybe_post_ln(y))
         if return_state:
-            return y, SimpleGateLoopState(last[:, -1])
+            return y, SimpleGateLoopState(last)
+        if not return_cache:
+            return y
+        gates = torch.sigmoid(qkva[..., 2 * self.dim :].to(compute_dtype(qkva.dtype)))
         product = gates.prod(1).reshape(-1, 1)
-        return y, (product if cache is None else product * cache[0], last[:, -1].reshape(-1, 1))
+        return y, (product if cache is None else product * cache[0], last.reshape(-1, 1))
 
     def _initial(self, x: Tensor, cache: Sequence[Tensor] | None, state: SimpleGateLoopState | None) -> Tensor | None:
         """h before the first step (B, dim)."""
@@ -127,12 +126,19 @@ class SimpleGateLoopLayer(nn.Module):
             )
         return cache[1].reshape(x.shape[0], self.dim)
 
-    def _scan(self, gates: Tensor, inputs: Tensor, initial: Tensor | None) -> Tensor:
+    def _loop(self, qkva: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """q · h (B, T, dim) and the last h (B, dim)."""
         if not self.use_heinsen:
-            return linear_scan(gates, inputs, initial, reverse=self.reverse, backend=self.backend)
+            return simple_gate_loop(qkva, initial, reverse=self.reverse, backend=self.backend)
+        q, kv, a = qkva.chunk(3, dim=-1)
+        gates = torch.sigmoid(a.to(compute_dtype(a.dtype)))
+        inputs = kv.to(gates.dtype)
         if self.reverse:
-            return heinsen_scan(gates.flip(1), inputs.flip(1), initial).flip(1)
-        return heinsen_scan(gates, inputs, initial)
+            hidden = heinsen_scan(gates.flip(1), inputs.flip(1), initial).flip(1)
+        else:
+            hidden = heinsen_scan(gates, inputs, initial)
+        start = hidden.new_zeros(hidden.shape[0], 1, self.dim) if initial is None else initial[:, None].to(hidden.dtype)
+        return q * hidden.to(q.dtype), torch.cat([start, hidden], 1)[:, -1]
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""

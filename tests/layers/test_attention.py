@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_a_state_of_unequal_lengths_is_refused() -> None:
         ({"dim": 8, "dim_head": 3, "data_dependent_rel_pos": True}, "even dim_head, not 3"),
         ({"dim": 8, "data_dependent_rel_pos": "time"}, "must be False, True or 'gate_loop', not 'time'"),
         ({"dim": 8, "dim_head": 1, "qk_norm": True}, "heads of size 1"),
-        ({"dim": 8, "frac_gradient_data_dependent_rel_pos": -0.1}, r"rel_pos must be in \[0, 1\], not -0.1"),
+        ({"dim": 8, "frac_gradient_data_dependent_rel_pos": math.inf}, r"rel_pos must be finite, not inf"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
