@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo
 
-.PHONY: demo test check slow format clean
+.PHONY: demo test check slow bench format clean
 
 demo: .venv/train
 	$(BIN)/gateloop train --preset tiny --out $(OUT) --overwrite
@@ -23,12 +23,16 @@ check: .venv/dev
 slow: .venv/dev
 	$(BIN)/pytest -m slow
 
+# Figures of this machine: docs/results/cpu.{json,md,png}. The original and mambapy run in an environment of their own.
+bench: .venv/dev .venv-peers/ready
+	$(BIN)/gateloop bench --peers .venv-peers/bin/python --out docs/results > /dev/null
+
 format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv .venv-peers runs build dist *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -39,4 +43,9 @@ $(BIN)/python:
 
 .venv/dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,jax,dev]'
+	@touch $@
+
+.venv-peers/ready: constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt gateloop-transformer==0.2.5 mambapy==1.2.0 torch numpy
 	@touch $@

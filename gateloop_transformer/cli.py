@@ -106,6 +106,23 @@ def _generate_parser(commands: Any) -> None:
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
 
 
+def _bench_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the speed of this machine",
+        description="Time operators, layers, training steps and decoding beside peers and the memory's own speed. "
+        "Writes cpu.json, cpu.md and cpu.png; rows are said on standard error as they are done.",
+    )
+    parser.add_argument("--out", type=_folder, default=Path("bench"), metavar="DIR", help="(default: bench)")
+    parser.add_argument("--quick", action="store_true", help="a few minutes: shorter sequences")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="GROUP", help="a group of cases (may be repeated)"
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="X", help="for each case (default: 4)")
+    parser.add_argument("--peers", type=Path, metavar="PYTHON", help="interpreter with the original 0.2.5 and mambapy")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object, not as a table")
+
+
 def _eval_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
@@ -125,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     _train_parser(commands)
     _generate_parser(commands)
     _eval_parser(commands)
+    _bench_parser(commands)
     return parser
 
 
@@ -291,6 +309,15 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(f"{result['bits_per_byte']:.4f} bits per byte over {size:,} bytes in {count(len(documents), 'file')}")
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.bench.report import markdown, run
+
+    if not arguments.seconds >= 0:
+        raise ValueError(f"--seconds must be 0 or more, not {arguments.seconds}")
+    results = run(arguments.out, arguments.peers, arguments.quick, arguments.only, arguments.seconds)
+    print(json.dumps(results) if arguments.json else markdown(results))
+
+
 def _message(error: Exception) -> str:
     """What went wrong, in one line and without an error number."""
     if isinstance(error, OSError) and error.strerror:
@@ -316,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stdout is None:
         print(f"gateloop {arguments.command}: error: standard output is closed; send it to /dev/null", file=sys.stderr)
         return 2
-    run = {"train": _train, "generate": _generate, "eval": _eval}[arguments.command]
+    run = {"train": _train, "generate": _generate, "eval": _eval, "bench": _bench}[arguments.command]
     try:
         run(arguments)
     except (ValueError, PermissionError, FileExistsError, NotADirectoryError) as error:

@@ -1,0 +1,59 @@
+"""Peers that live in an environment of their own, run there by `peer_server.py` and timed in turn with ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class PeerFailed(RuntimeError):
+    """A peer could not be built or run; the message is its own."""
+
+
+class Peer:
+    """One process in the peers' environment; holds one thing to time.
+
+    Args:
+        python: the environment's interpreter.
+    """
+
+    def __init__(self, python: Path) -> None:
+        server = Path(__file__).with_name("peer_server.py")
+        # Isolated, so that `gateloop_transformer` is the one installed there.
+        command = [str(python), "-I", str(server), str(torch.get_num_threads())]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise PeerFailed("the process ended")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise PeerFailed(answer["error"])
+        return answer
+
+    def make(
+        self, what: str, shape: tuple[int, int, int], dtype: str, backward: bool, **options: Any
+    ) -> Callable[[], float]:
+        """Build something; the result runs it once and returns its seconds.
+
+        Raises:
+            PeerFailed: it could not be built.
+        """
+        self._ask({"make": {"what": what, "shape": shape, "dtype": dtype, "backward": backward, "options": options}})
+        return lambda: float(self._ask({"run": True})["seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(timeout=60)
