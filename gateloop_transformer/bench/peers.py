@@ -54,6 +54,5 @@ class Peer:
 
     def close(self) -> None:
         """End the process."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait(timeout=60)
+        # Its input ends, and with it the process; both pipes are closed.
+        self._process.communicate(timeout=60)

@@ -60,7 +60,7 @@ def channel_gate_loop(
     chosen = choose(backend, qkv.device, qkv.dtype)
     start, b, s = list(initial or ()), list(bias or ()), [] if swish is None else [swish]
     if chosen in FUSED:
-        forward = _compute if direct(qkv) else _forward
+        forward = _compute if direct(qkv, projections, *s, *b, *start) else _forward
         y, re, im, _ = forward(qkv, [projections], s, b, start, gate, float(fraction), reverse, chosen)
         return y, (re, im)
     q, k, v = (x.unsqueeze(-1) for x in qkv.chunk(3, -1))
@@ -111,7 +111,7 @@ def simple_gate_loop(
     chosen = choose(backend, qkva.device, qkva.dtype)
     if chosen in FUSED:
         start = [] if initial is None else [initial]
-        forward = _compute if direct(qkva) else _forward
+        forward = _compute if direct(qkva, *start) else _forward
         y, final, _ = forward(qkva, [], [], [], start, "sigmoid", 1.0, reverse, chosen)
         return y, final
     q, kv, a = qkva.chunk(3, -1)

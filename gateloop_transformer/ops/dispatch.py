@@ -110,17 +110,19 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     raise NotImplementedError(f"no backend can run {dtype} on {device}: {reasons}")
 
 
-def direct(example: Tensor) -> bool:
+def direct(*tensors: Tensor) -> bool:
     """Whether a backend may be called past torch's dispatcher, which takes longer than a decoding step.
 
-    So it is where no gradient can be asked for and nothing watches: no compiler, no tracer, no transformation.
+    So it is where no gradient can be asked for and nothing watches (no compiler, tracer or transformation), and where
+    the tensors are what lies in memory (no lazy negation).
     """
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or type(example) is not Tensor
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(tensor) is not Tensor or tensor.is_neg() for tensor in tensors)
     )
 
 

@@ -85,7 +85,9 @@ def gate_loop(
     if isinstance(gates, tuple) != isinstance(initial, tuple) and initial is not None:
         raise ValueError("gate_loop: gates and initial must both be tensors or both be tuples (real, imaginary)")
     chosen = choose(backend, queries.device, queries.dtype)
-    forward = _compute if direct(queries) else _forward
+    forward = (
+        _compute if direct(queries, keys, values, *a.parts(), *([] if start is None else start.parts())) else _forward
+    )
     y, *final = forward(queries, keys, values, a.parts(), [] if start is None else start.parts(), reverse, chosen)
     if isinstance(gates, tuple):
         return y, (final[0], final[1])

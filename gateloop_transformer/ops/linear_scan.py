@@ -44,8 +44,9 @@ def linear_scan(
     checks.scan("linear_scan", gates, inputs, initial)
     chosen = choose(backend, inputs.device, inputs.dtype)
     h = [] if initial is None else split(initial).parts()
-    forward = _compute if direct(inputs) else _forward
-    return Pair(*forward(split(gates).parts(), split(inputs).parts(), h, reverse, chosen)).complex()
+    a, x = split(gates).parts(), split(inputs).parts()
+    forward = _compute if direct(*a, *x, *h) else _forward
+    return Pair(*forward(a, x, h, reverse, chosen)).complex()
 
 
 def _empty_states(gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:

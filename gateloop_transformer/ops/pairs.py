@@ -103,6 +103,7 @@ def split(value: Tensor | tuple[Tensor, Tensor]) -> Pair:
     if not isinstance(value, Tensor):
         raise ValueError(f"expected a tensor or a tuple (real, imaginary) of tensors, not {type(value).__name__}")
     if value.is_complex():
+        value = value.resolve_conj()
         return Pair(value.real, value.imag)
     return Pair(value)
 

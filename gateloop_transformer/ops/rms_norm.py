@@ -42,7 +42,7 @@ def rms_norm(x: Tensor, gamma: Tensor, backend: str = "auto") -> Tensor:
     checks.same_device("rms_norm", x=x, gamma=gamma)
     chosen = choose(backend, x.device, x.dtype)
     if chosen in FUSED:
-        result: Tensor = (_compute if direct(x) else _forward)(x, gamma, chosen)
+        result: Tensor = (_compute if direct(x, gamma) else _forward)(x, gamma, chosen)
         return result
     wide = x.to(compute_dtype(x.dtype, gamma.dtype))
     unit = F.normalize(wide, dim=-1) * x.shape[-1] ** 0.5

@@ -87,6 +87,11 @@ def test_equals_eager_at_the_sizes_that_change_chunks(backend: str, K: int, V: i
     assert_equal(*(values_and_gradients(run(name), args) for name in (backend, "eager")))
 
 
+def test_a_single_head_that_fills_its_vectors(backend: str) -> None:
+    args = make_loop(1, 20, 1, 16, 16)
+    assert_equal(*(values_and_gradients(run(name), args) for name in (backend, "eager")))
+
+
 def test_chunkwise_in_groups_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TABLE["chunkwise"], "_GROUP_ELEMENTS", 1)
     for reverse in (False, True):

@@ -128,3 +128,36 @@ def test_compiles_without_a_folder_to_keep_kernels_in(monkeypatch: pytest.Monkey
         pass
 
     assert numba_launch.compiled(kernel).address
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_lazy_conjugation_and_negation_are_seen(grad: bool) -> None:
+    a = torch.randn(2, 9, 3, dtype=torch.complex64).conj()
+    x = torch.randn(2, 9, 3, dtype=torch.complex64).conj().imag
+    assert a.is_conj()
+    assert x.is_neg()
+    with torch.set_grad_enabled(grad):
+        y, expected = (linear_scan(a, x, backend=name) for name in ("numba", "eager"))
+        assert torch.allclose(y, linear_scan(a.resolve_conj(), x.resolve_neg(), backend="eager"), atol=1e-5)
+        q = x.unsqueeze(-1)
+        y, expected = (gate_loop(q, q, q, a, backend=name)[0] for name in ("numba", "eager"))
+        assert torch.allclose(y, expected, atol=1e-4)
+
+
+def test_a_trace_without_gradients_holds_the_operator() -> None:
+    class Scan(torch.nn.Module):
+        def forward(self, a: Tensor, x: Tensor) -> Tensor:
+            return linear_scan(a, x, backend="numba")
+
+    a, x = torch.rand(1, 5, 2), torch.randn(1, 5, 2)
+    with torch.no_grad():
+        exported = torch.export.export(Scan(), (a, x)).module()
+        assert torch.equal(exported(x, a), linear_scan(x, a, backend="numba"))
+
+
+def test_kernels_are_named_after_their_sources() -> None:
+    def kernel(pointer: Any) -> None:
+        pass
+
+    numba_launch.compiled(kernel)
+    assert kernel.__qualname__.endswith(numba_launch._sources())

@@ -430,7 +430,8 @@ class _Tiles(NamedTuple):
 
     def state(self, padded: Tensor) -> Pair:
         """The opposite of `new_state`."""
-        return Pair(*(padded[:, :, n, : self.K, : self.V].contiguous() for n in range(self.parts)))
+        parts = (padded[:, :, n, : self.K, : self.V] for n in range(self.parts))
+        return Pair(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
 
     def run(self, kernel: Kernel, operands: list[Tensor | None], state: Tensor, before: Tensor, reverse: bool) -> None:
         """Launch a kernel over all heads. Operands are (B, T, H, ·) in the kernels' order."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import tempfile
 import threading
@@ -51,8 +52,16 @@ class Kernel:
         self._compiled = compiled
 
 
+@functools.cache
+def _sources() -> str:
+    """A fingerprint of all files that kernels are made of; Numba looks at the one that a kernel is defined in."""
+    files = sorted(Path(__file__).parent.glob("numba_*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def compiled(function: Callable[[Any], None]) -> Kernel:
     """Machine code for `function`, from the disk if it was compiled before by any process."""
+    function.__qualname__ += f"_{_sources()}"
     with _compiling, _one_process_at_a_time() as cached:
         if cached:
             try:
