@@ -94,11 +94,10 @@ def gate_loop(
     return y, Pair(*final).complex()
 
 
-def _empty_results(queries: Tensor, values: Tensor, gates: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:
+def _empty_final(queries: Tensor, values: Tensor, gates: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:
     B, _, H, K = queries.shape
     dtype = compute_dtype(queries.dtype, gates[0].dtype)
-    final = [queries.new_empty((B, H, K, values.shape[-1]), dtype=dtype) for _ in range(max(len(gates), len(initial)))]
-    return [queries.new_empty(values.shape), *final]
+    return [queries.new_empty((B, H, K, values.shape[-1]), dtype=dtype) for _ in range(max(len(gates), len(initial)))]
 
 
 @checks.full_precision
@@ -111,11 +110,11 @@ def _compute(
     reverse: bool,
     backend: str,
 ) -> list[Tensor]:
-    y, *final = _empty_results(queries, values, gates, initial)
+    final = _empty_final(queries, values, gates, initial)
     start = Pair(*initial) if initial else None
     if queries.numel() == 0 or values.numel() == 0:
         state = Pair(torch.zeros_like(final[0])) if start is None else start
-        return [y.zero_(), *(part.clone() for part in checks.fit(state, final))]
+        return [queries.new_zeros(values.shape), *(part.clone() for part in checks.fit(state, final))]
     outputs, state = TABLE[backend].gate_loop_forward(queries, keys, values, Pair(*gates), start, reverse)
     return [outputs, *checks.fit(state, final)]
 
@@ -133,7 +132,7 @@ def _(
     reverse: bool,
     backend: str,
 ) -> list[Tensor]:
-    return _empty_results(queries, values, gates, initial)
+    return [queries.new_empty(values.shape), *_empty_final(queries, values, gates, initial)]
 
 
 @torch.library.custom_op("gateloop::gate_loop_backward", mutates_args=())

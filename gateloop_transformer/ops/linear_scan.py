@@ -49,24 +49,25 @@ def linear_scan(
     return Pair(*forward(a, x, h, reverse, chosen)).complex()
 
 
-def _empty_states(gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:
+def _empty_states(
+    gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor], shape: Sequence[int]
+) -> list[Tensor]:
     parts = max(len(gates), len(inputs), len(initial))
     dtype = torch.promote_types(gates[0].dtype, inputs[0].dtype)
     # torch has no complex type of half precision that it computes with on every device.
     dtype = compute_dtype(dtype) if parts == 2 else dtype
-    return [inputs[0].new_empty(inputs[0].shape, dtype=dtype) for _ in range(parts)]
+    return [inputs[0].new_empty(shape, dtype=dtype) for _ in range(parts)]
 
 
 @checks.full_precision
 def _compute(
     gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor], reverse: bool, backend: str
 ) -> list[Tensor]:
-    empty = _empty_states(gates, inputs, initial)
     if inputs[0].numel() == 0:
-        return empty
+        return _empty_states(gates, inputs, initial, inputs[0].shape)
     start = Pair(*initial) if initial else None
     states = TABLE[backend].linear_scan_forward(Pair(*gates), Pair(*inputs), start, reverse)
-    return checks.fit(states, empty)
+    return checks.fit(states, _empty_states(gates, inputs, initial, [0]))
 
 
 _forward = torch.library.custom_op("gateloop::linear_scan", mutates_args=())(_compute)
@@ -76,7 +77,7 @@ _forward = torch.library.custom_op("gateloop::linear_scan", mutates_args=())(_co
 def _(
     gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor], reverse: bool, backend: str
 ) -> list[Tensor]:
-    return _empty_states(gates, inputs, initial)
+    return _empty_states(gates, inputs, initial, inputs[0].shape)
 
 
 @torch.library.custom_op("gateloop::linear_scan_backward", mutates_args=())
