@@ -6,18 +6,15 @@ strides. Results do not depend on the number of threads.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import importlib.util
 import struct
-import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gateloop_transformer.ops.backends import chunkwise
+from gateloop_transformer.ops.backends import chunkwise, numba_matrix
+from gateloop_transformer.ops.backends.numba_memory import in_huge_pages, kind_of, new_memory
 from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype
 
 if TYPE_CHECKING:
@@ -29,9 +26,6 @@ _INSTALLED = importlib.util.find_spec("numba") is not None
 _BLOCK = 1024
 # So many numbers one thread works through alone.
 _ALONE = 1 << 14
-# Above this size fresh memory is asked for in huge pages, where the system has them: mapping small ones costs more
-# than filling them.
-_HUGE = 1 << 22
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -41,40 +35,6 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
         return "needs floating point of 16, 32 or 64 bits, or complex tensors"
     return None if _INSTALLED else INSTALL_HINT
-
-
-@functools.cache
-def _advise() -> Callable[[int, int, int], int] | None:
-    """Linux's call to ask for huge pages."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        call = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):
-        return None
-    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return call
-
-
-def _new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Fresh memory."""
-    return _huge(like.new_empty(shape, dtype=dtype))
-
-
-def _huge(x: Tensor) -> Tensor:
-    """x, its memory asked for in huge pages if there is much of it. A wish: refused, the memory is as good."""
-    advise = _advise() if x.nbytes >= _HUGE else None
-    if advise is not None:
-        start = -(-x.data_ptr() // 4096) * 4096
-        advise(start, (x.data_ptr() + x.nbytes - start) // 4096 * 4096, 14)
-    return x
-
-
-def _kind(dtype: torch.dtype) -> int:
-    from gateloop_transformer.ops.backends import numba_simd as simd
-
-    kinds = {torch.float64: simd.F64, torch.bfloat16: simd.BF16, torch.float16: simd.F16}
-    return kinds.get(dtype, simd.F32)
 
 
 class _Channels(NamedTuple):
@@ -192,13 +152,13 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     dtype = wide if parts == 2 else dtype
     c = _channels(inputs.re.shape, wide == torch.float64)
     start = Pair(None, None) if initial is None else initial  # type: ignore[arg-type]
-    states = [_new(inputs.re, *inputs.re.shape, dtype=dtype) for _ in range(parts)]
+    states = [new_memory(inputs.re, *inputs.re.shape, dtype=dtype) for _ in range(parts)]
     carry = [c.spread(part, wide) for part in (start.re, start.im)[:parts]]
     tensors = [gates.re, gates.im, inputs.re, inputs.im]
     kernel = scan_forward(
-        _kind(gates.re.dtype),
-        _kind(inputs.re.dtype),
-        _kind(dtype),
+        kind_of(gates.re.dtype),
+        kind_of(inputs.re.dtype),
+        kind_of(dtype),
         gates.im is not None,
         inputs.im is not None,
         _strided(*tensors),
@@ -231,18 +191,18 @@ def linear_scan_backward(
     grad = grad.map(_materialized)
     tensors = [grad.re, grad.im, gates.re, gates.im, states.re, states.im]
     kernel = scan_backward(
-        _kind(grad.re.dtype),
-        _kind(gates.re.dtype),
-        _kind(states.re.dtype),
-        _kind(inputs.re.dtype),
+        kind_of(grad.re.dtype),
+        kind_of(gates.re.dtype),
+        kind_of(states.re.dtype),
+        kind_of(inputs.re.dtype),
         gates.im is not None,
         inputs.im is not None,
         parts == 2,
         _strided(*tensors),
         c.lanes,
     )
-    d_gates = gates.map(lambda x: _new(x, *x.shape))
-    d_inputs = inputs.map(lambda x: _new(x, *x.shape))
+    d_gates = gates.map(lambda x: new_memory(x, *x.shape))
+    d_inputs = inputs.map(lambda x: new_memory(x, *x.shape))
     operands = [_operand(x, not reverse) for x in tensors]
     operands += [_operand(before[0]), _operand(before[1] if parts == 2 else None)]
     operands += [_operand(x, not reverse) for x in (d_gates.re, d_gates.im, d_inputs.re, d_inputs.im)]
@@ -319,11 +279,11 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
     c, wide, parts = _shares(loop), _wide(loop), _parts(loop)
     start = [None] * parts if initial is None else [initial.re, initial.im][:parts]
     carry = [c.spread(part, wide) for part in start]
-    kept, y = _huge(loop_kept(loop)), _new(loop.queries, *loop.queries.shape)
+    kept, y = in_huge_pages(loop_kept(loop)), new_memory(loop.queries, *loop.queries.shape)
     biases = _biases(loop)
     kernel = build(
-        _kind(loop.queries.dtype),
-        _kind(loop.gates.re.dtype),
+        kind_of(loop.queries.dtype),
+        kind_of(loop.gates.re.dtype),
         _gate_code(loop),
         loop.swish is not None,
         _strided(*_inputs(loop)),
@@ -345,8 +305,8 @@ def _loop_backward(
     sums = [] if loop.bias is None else [torch.zeros_like(_states(loop, kept)[0]) for _ in range(2)]
     biases, grad = _biases(loop), _materialized(grad)
     kernel = build(
-        _kind(loop.queries.dtype),
-        _kind(loop.gates.re.dtype),
+        kind_of(loop.queries.dtype),
+        kind_of(loop.gates.re.dtype),
         _gate_code(loop),
         loop.swish is not None,
         _strided(*_inputs(loop), grad),
@@ -364,13 +324,13 @@ def loop_backward(
     loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, packed: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
     """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of the bias and the initial state."""
-    d_packed = _new(packed, *packed.shape)
+    d_packed = new_memory(packed, *packed.shape)
     first, second, third = d_packed.chunk(3, -1)
-    d_swish = None if loop.swish is None else _new(loop.swish, *loop.swish.shape)
+    d_swish = None if loop.swish is None else new_memory(loop.swish, *loop.swish.shape)
     if loop.gate == "sigmoid":
         d_gates, results = third, [first, None, second, third, None, d_swish]
     else:
-        d_gates = _new(loop.gates.re, *loop.gates.re.shape)
+        d_gates = new_memory(loop.gates.re, *loop.gates.re.shape)
         results = [first, second, third, d_gates, None, d_swish]
     d_bias, d_initial = _loop_backward(loop, grad, grad_final, kept, results)
     return (d_packed, d_gates, d_swish), d_bias, d_initial
@@ -396,81 +356,6 @@ def _flat_state(state: Pair) -> Pair:
     return state.map(lambda x: x.reshape(x.shape[:2]))
 
 
-class _Tiles(NamedTuple):
-    """Sizes of a gate loop with a matrix state, and the operands of its kernels."""
-
-    B: int
-    T: int
-    H: int
-    K: int
-    V: int
-    wide: torch.dtype
-    parts: int
-
-    @property
-    def lanes(self) -> int:
-        return 8 if self.wide == torch.float64 else 16
-
-    def padded(self, size: int) -> int:
-        """Filled up to whole vectors."""
-        return -(-size // self.lanes) * self.lanes
-
-    @property
-    def C(self) -> int:
-        """Steps per chunk: near the size of a head, for the work per step is proportional to both."""
-        return min(64, max(16, self.padded(max(self.K, self.V))), max(16, 1 << (self.T - 1).bit_length()))
-
-    def new_state(self, state: Pair | None) -> Tensor:
-        """(B, H, parts, K, V) filled up to whole vectors, zero for None."""
-        shape = self.B, self.H, self.parts, self.padded(self.K), self.padded(self.V)
-        result = torch.zeros(shape, dtype=self.wide)
-        for n, part in enumerate([] if state is None else state.parts()[: self.parts]):
-            result[:, :, n, : self.K, : self.V] = part
-        return result
-
-    def state(self, padded: Tensor) -> Pair:
-        """The opposite of `new_state`."""
-        parts = (padded[:, :, n, : self.K, : self.V] for n in range(self.parts))
-        return Pair(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
-
-    def run(self, kernel: Kernel, operands: list[Tensor | None], state: Tensor, before: Tensor, reverse: bool) -> None:
-        """Launch a kernel over all heads. Operands are (B, T, H, ·) in the kernels' order."""
-        from gateloop_transformer.ops.backends.numba_launch import launch, threads_for
-
-        KP, VP, C = self.padded(self.K), self.padded(self.V), self.C
-        numbers = C * (9 * KP + 6 * VP + 8 * C + 10) + 4 * KP * VP
-        room = numbers * self.wide.itemsize
-        items = self.B * self.H
-        scratch = torch.empty(room * threads_for(items), dtype=torch.uint8)
-        sizes = [self.H, self.T, self.K, self.V, KP, VP, C, scratch.data_ptr(), room]
-        places = [number for x in operands for number in _place(x, reverse)]
-        launch(kernel, items, [*sizes, *places, state.data_ptr(), before.data_ptr()])
-
-
-def _place(x: Tensor | None, reverse: bool) -> list[int]:
-    """Address, strides of batch, time and head in bytes."""
-    if x is None:
-        return [0, 0, 0, 0]
-    batch, time, head = (stride * x.element_size() for stride in x.stride()[:3])
-    if reverse:
-        return [x.data_ptr() + (x.shape[1] - 1) * time, batch, -time, head]
-    return [x.data_ptr(), batch, time, head]
-
-
-def _neighbours(x: Tensor) -> Tensor:
-    """x with the numbers of a head next to each other."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _matrix(queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None) -> tuple[_Tiles, Pair]:
-    """Sizes, and gates that are complex where the state is."""
-    if initial is not None and initial.im is not None:
-        gates = gates.as_complex()
-    wide = compute_dtype(queries.dtype, gates.re.dtype)
-    B, T, H, K = queries.shape
-    return _Tiles(B, T, H, K, values.shape[-1], wide, len(gates.parts())), gates
-
-
 def _elementwise(keys: Tensor, values: Tensor) -> bool:
     return keys.shape[-1] == values.shape[-1] == 1
 
@@ -485,21 +370,7 @@ def gate_loop_forward(
         return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
     if gates.re.ndim == 4:
         return chunkwise.gate_loop_forward(queries, keys, values, gates, initial, reverse)
-    return _tiles_forward(queries, keys, values, gates, initial, reverse)
-
-
-def _tiles_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
-) -> tuple[Tensor, Pair]:
-    from gateloop_transformer.ops.backends.numba_tiles import tiles_forward
-
-    tiles, a = _matrix(queries, keys, values, gates, initial)
-    inputs = [_neighbours(x if tiles.wide != torch.float64 else x.double()) for x in (queries, keys, values)]
-    a = a if tiles.wide != torch.float64 else a.to(torch.float64)
-    y, state = _new(inputs[0], *values.shape), tiles.new_state(initial)
-    kernel = tiles_forward(_kind(inputs[0].dtype), _kind(a.re.dtype), tiles.parts == 2, False, tiles.lanes)
-    tiles.run(kernel, [*inputs, a.re, a.im, y, *[None] * 6], state, state, reverse)
-    return y.to(queries.dtype), tiles.state(state)
+    return numba_matrix.forward(queries, keys, values, gates, initial, reverse)
 
 
 def gate_loop_backward(
@@ -518,35 +389,7 @@ def gate_loop_backward(
         return _channels_backward(*arguments)
     if gates.re.ndim == 4:
         return chunkwise.gate_loop_backward(*arguments)
-    return _tiles_backward(*arguments)
-
-
-def _tiles_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
-    from gateloop_transformer.ops.backends.numba_tiles import tiles_backward, tiles_forward
-
-    tiles, a = _matrix(queries, keys, values, gates, initial)
-    double = tiles.wide == torch.float64
-    q, k, v, dy = (_neighbours(x.double() if double else x) for x in (queries, keys, values, grad))
-    a = a.to(torch.float64) if double else a
-    X, A = _kind(q.dtype), _kind(a.re.dtype)
-    state, after = tiles.new_state(initial), tiles.new_state(grad_final)
-    before = _new(state, tiles.B, tiles.H, -(-tiles.T // tiles.C), *state.shape[2:])
-    again = tiles_forward(X, A, tiles.parts == 2, True, tiles.lanes)
-    tiles.run(again, [q, k, v, a.re, a.im, *[None] * 7], state, before, reverse)
-    dq, dk, dv = (_new(x, *x.shape) for x in (q, k, v))
-    da = a.map(lambda x: _new(x, *x.shape))
-    kernel = tiles_backward(X, A, tiles.parts == 2, tiles.lanes)
-    tiles.run(kernel, [q, k, v, a.re, a.im, None, dy, dq, dk, dv, da.re, da.im], after, before, reverse)
-    return dq, dk, dv, da, tiles.state(after)
+    return numba_matrix.backward(*arguments)
 
 
 def _channels_backward(
@@ -562,8 +405,8 @@ def _channels_backward(
     loop = _given(queries, keys, values, gates, initial, reverse)
     grad = grad.to(loop.queries.dtype)
     _, _, kept = loop_forward(loop, None if initial is None else _flat_state(initial))
-    dq, dk, dv = (_new(loop.queries, *x.shape[:3]) for x in (queries, keys, values))
-    d_gates = loop.gates.map(lambda x: _new(x, *x.shape))
+    dq, dk, dv = (new_memory(loop.queries, *x.shape[:3]) for x in (queries, keys, values))
+    d_gates = loop.gates.map(lambda x: new_memory(x, *x.shape))
     _, first = _loop_backward(
         loop, _flat(grad), _flat_state(grad_final), kept, [dq, dk, dv, d_gates.re, d_gates.im, None]
     )
@@ -590,10 +433,10 @@ def norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
     from gateloop_transformer.ops.backends.numba_norm import norm_forward as build
 
     x, gamma, dtype, lanes = _norm_kinds(x, gamma)
-    y = _new(x, *x.shape, dtype=dtype)
+    y = new_memory(x, *x.shape, dtype=dtype)
     D = x.shape[-1]
     rows = x.numel() // D
-    kernel = build(_kind(x.dtype), _kind(gamma.dtype), _kind(dtype), lanes)
+    kernel = build(kind_of(x.dtype), kind_of(gamma.dtype), kind_of(dtype), lanes)
     launch(kernel, -(-rows // ROWS), [rows, D, gamma.numel() // D, x.data_ptr(), gamma.data_ptr(), y.data_ptr()])
     return y
 
@@ -605,12 +448,12 @@ def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tenso
     from gateloop_transformer.ops.backends.numba_norm import norm_backward as build
 
     own, (x, gamma, dtype, lanes) = (x.dtype, gamma.dtype), _norm_kinds(x, gamma)
-    dy, dx = grad.to(dtype).contiguous(), _new(x, *x.shape)
+    dy, dx = grad.to(dtype).contiguous(), new_memory(x, *x.shape)
     D = x.shape[-1]
     rows = x.numel() // D
     items = -(-rows // ROWS)
     sums = torch.zeros(items, gamma.numel(), dtype=compute_dtype(dtype))
-    kernel = build(_kind(x.dtype), _kind(gamma.dtype), _kind(dtype), lanes)
+    kernel = build(kind_of(x.dtype), kind_of(gamma.dtype), kind_of(dtype), lanes)
     places = [t.data_ptr() for t in (x, gamma, dx, dy, dx, sums)]
     launch(kernel, items, [rows, D, gamma.numel() // D, *places])
     return dx.to(own[0]), sums.sum(0).reshape(gamma.shape).to(own[1])
