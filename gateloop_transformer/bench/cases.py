@@ -6,7 +6,7 @@ time. "fresh" lets the addition allocate its result as an operator must, "reused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,8 +38,10 @@ class Case(NamedTuple):
     backward: bool
 
 
-def passes(call: Callable[..., Any], tensors: list[Tensor], backward: bool) -> Callable[[], float]:
-    """`call`, without gradients or with the gradients of all `tensors`."""
+def passes(
+    call: Callable[..., Any], tensors: list[Tensor], backward: bool, parameters: Iterable[Tensor] = ()
+) -> Callable[[], float]:
+    """`call`, without gradients or with the gradients of all `tensors` and of its own `parameters`."""
     if not backward:
 
         def forward() -> None:
@@ -48,6 +50,7 @@ def passes(call: Callable[..., Any], tensors: list[Tensor], backward: bool) -> C
 
         return seconds(forward)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    sources = [*leaves, *parameters]
     grads: list[Tensor] = []
 
     def both() -> None:
@@ -55,7 +58,7 @@ def passes(call: Callable[..., Any], tensors: list[Tensor], backward: bool) -> C
         y = y[0] if isinstance(y, tuple) else y
         if not grads:
             grads.append(torch.randn_like(y))
-        torch.autograd.grad(y, leaves, grads[0])
+        torch.autograd.grad(y, sources, grads[0])
 
     return seconds(both)
 
@@ -171,26 +174,7 @@ def layers(case: Case, peer: Peer | None) -> Iterator[tuple[str, Callable[[], Ca
             y: Tensor = layer(x)
         return y
 
-    parameters = list(layer.parameters())
-
-    def trained(x: Tensor, *_: Tensor) -> Tensor:
-        return call(x)
-
-    x = torch.randn(case.shape)
-
-    def both() -> Callable[[], float]:
-        leaf = x.clone().requires_grad_()
-        grads: list[Tensor] = []
-
-        def run() -> None:
-            y = call(leaf)
-            if not grads:
-                grads.append(torch.randn_like(y))
-            torch.autograd.grad(y, [leaf, *parameters], grads[0], allow_unused=True)
-
-        return seconds(run)
-
-    yield "ours", both if case.backward else partial(passes, trained, [x], False)
+    yield "ours", partial(passes, call, [torch.randn(case.shape)], case.backward, list(layer.parameters()))
     if peer is not None:
         name = kind.__name__
         yield "original", partial(peer.make, name, case.shape, case.dtype, case.backward, **options)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import FUSED, choose, direct
 from gateloop_transformer.ops.gate_loop import gate_loop
-from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale
+from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale, scale_gradient
 from gateloop_transformer.ops.linear_scan import linear_scan
 from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype, take
 
@@ -64,11 +64,8 @@ def channel_gate_loop(
         y, re, im, _ = forward(qkv, [projections], s, b, start, gate, float(fraction), reverse, chosen)
         return y, (re, im)
     q, k, v = (x.unsqueeze(-1) for x in qkv.chunk(3, -1))
-    if fraction != 1:
-        held = projections.detach()
-        projections = held + (projections - held) * fraction
     wide = compute_dtype(projections.dtype)
-    first, second = projections.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = scale_gradient(projections, fraction).to(wide).unflatten(-1, (-1, 2)).unbind(-1)
     if bias is not None:
         first, second = first + bias[0].to(wide), second + bias[1].to(wide)
     if gate == "ring":
@@ -118,8 +115,10 @@ def simple_gate_loop(
     wide = compute_dtype(qkva.dtype)
     gates = torch.sigmoid(a.to(wide))
     h = linear_scan(gates, kv.to(wide), None if initial is None else initial.to(wide), reverse=reverse, backend=chosen)
-    start = [h.new_zeros(B, packed // 3) if initial is None else initial.to(wide)]
-    last = torch.stack([start[0], *([h[:, 0 if reverse else -1]] if h.shape[1] else [])])[-1]
+    if h.shape[1]:
+        last = h[:, 0 if reverse else -1]
+    else:
+        last = h.new_zeros(B, packed // 3) if initial is None else initial.to(wide, copy=True)
     return q * h.to(q.dtype), last
 
 

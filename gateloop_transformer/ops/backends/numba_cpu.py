@@ -1,7 +1,8 @@
 """Numba on the CPU: fills in the kernels' arguments. Elementwise recurrences here, matrix states in `numba_matrix.py`.
 
-B batch, T time, H heads, K key size, V value size, D channels. Nothing is copied on the way in: kernels read any
-strides. Results do not depend on the number of threads.
+B batch, T time, H heads, K key size, V value size, D channels. Recurrences read their inputs in any strides; they are
+copied only to float64, where one of them has it. The norm wants its rows in order. Results do not depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -75,6 +76,11 @@ class _Channels(NamedTuple):
         order = self.order()
         x = x.reshape(-1, self.D)
         return x.to(dtype, copy=True).contiguous() if order is None else x[:, order].to(dtype)
+
+    def spread_state(self, state: Pair | None, parts: int, dtype: torch.dtype) -> list[Tensor]:
+        """`spread` of the first `parts` parts of a state, zero for None and for a missing imaginary part."""
+        given = [None, None] if state is None else [state.re, state.im]
+        return [self.spread(part, dtype) for part in given[:parts]]
 
     def gathered(self, lanes: Tensor) -> Tensor:
         """The opposite of `spread`."""
@@ -151,9 +157,8 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     wide = compute_dtype(dtype)
     dtype = wide if parts == 2 else dtype
     c = _channels(inputs.re.shape, wide == torch.float64)
-    start = Pair(None, None) if initial is None else initial  # type: ignore[arg-type]
     states = [new_memory(inputs.re, *inputs.re.shape, dtype=dtype) for _ in range(parts)]
-    carry = [c.spread(part, wide) for part in (start.re, start.im)[:parts]]
+    carry = c.spread_state(initial, parts, wide)
     tensors = [gates.re, gates.im, inputs.re, inputs.im]
     kernel = scan_forward(
         kind_of(gates.re.dtype),
@@ -185,9 +190,7 @@ def linear_scan_backward(
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
     c = _channels(inputs.re.shape, wide == torch.float64)
     parts = len(states.parts())
-    start = Pair(None, None) if initial is None else initial  # type: ignore[arg-type]
-    before = [c.spread(part, wide) for part in (start.re, start.im)[:parts]]
-    carry = [c.spread(None, wide) for _ in range(parts)]
+    before, carry = c.spread_state(initial, parts, wide), c.spread_state(None, parts, wide)
     grad = grad.map(_materialized)
     tensors = [grad.re, grad.im, gates.re, gates.im, states.re, states.im]
     kernel = scan_backward(
@@ -277,8 +280,7 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
     from gateloop_transformer.ops.backends.numba_loops import loop_forward as build
 
     c, wide, parts = _shares(loop), _wide(loop), _parts(loop)
-    start = [None] * parts if initial is None else [initial.re, initial.im][:parts]
-    carry = [c.spread(part, wide) for part in start]
+    carry = c.spread_state(initial, parts, wide)
     kept, y = in_huge_pages(loop_kept(loop)), new_memory(loop.queries, *loop.queries.shape)
     biases = _biases(loop)
     kernel = build(
@@ -301,7 +303,7 @@ def _loop_backward(
     from gateloop_transformer.ops.backends.numba_loops import loop_backward as build
 
     c, wide, parts = _shares(loop), _wide(loop), _parts(loop)
-    carry = [c.spread(part, wide) for part in grad_final.parts()[:parts]]
+    carry = c.spread_state(grad_final, parts, wide)
     sums = [] if loop.bias is None else [torch.zeros_like(_states(loop, kept)[0]) for _ in range(2)]
     biases, grad = _biases(loop), _materialized(grad)
     kernel = build(

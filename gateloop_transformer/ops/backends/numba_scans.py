@@ -64,7 +64,6 @@ def place(p: Any, item: int) -> Any:
 
 # The carry is the running state (B, lanes of all vectors): where vectors overlap, each has its own.
 SCAN_A, SCAN_A_IM, SCAN_X, SCAN_X_IM, SCAN_H, SCAN_H_IM, SCAN_CARRY, SCAN_CARRY_IM = range(OPERANDS, OPERANDS + 32, 4)
-SCAN_FORWARD = OPERANDS + 32
 
 
 @functools.cache

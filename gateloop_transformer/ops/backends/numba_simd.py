@@ -146,7 +146,6 @@ def _unary(name: str) -> Any:
 
 sqrt = _unary("sqrt")
 absolute = _unary("fabs")
-rint = _unary("rint")
 _library_exp = _unary("exp")
 _library_sin = _unary("sin")
 _library_cos = _unary("cos")
@@ -456,20 +455,6 @@ def zeros(typingctx: Any, kind: Any, lanes: Any) -> Any:
 
 
 @intrinsic
-def _scale_by_power(typingctx: Any, x: Vector, power: Vector) -> Any:
-    """x · 2^power for float32 and whole powers from -126 to 127."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        integers = ir.VectorType(_I32, sig.return_type.lanes)
-        lanes = sig.return_type.lanes
-        exponent = builder.add(builder.fptosi(args[1], integers), ir.Constant(integers, [127] * lanes))
-        bits = builder.shl(exponent, ir.Constant(integers, [23] * lanes))
-        return builder.fmul(args[0], builder.bitcast(bits, sig.return_type.llvm))
-
-    return x(x, power), codegen
-
-
-@intrinsic
 def _quadrant(typingctx: Any, x: Vector) -> Any:
     """x (float32) less the nearest multiple of π/2, taken in float64, and that multiple modulo 4."""
 
@@ -487,35 +472,6 @@ def _quadrant(typingctx: Any, x: Vector) -> Any:
         return context.make_tuple(builder, sig.return_type, parts)
 
     return types.UniTuple(x, 2)(x), codegen
-
-
-def exp(x: Any) -> Any:
-    """e^x, within 2 ulp."""
-    raise NotImplementedError("inside Numba only")
-
-
-@overload(exp)
-def _exp(x: Any) -> Any:
-    return _exp64 if x.bits == 64 else _exp32
-
-
-def _exp64(x: Any) -> Any:
-    return _library_exp(x)
-
-
-def _exp32(x: Any) -> Any:
-    x = where_less(x, -87.0, full(x, -87.0), x)
-    x = where_less(x, 88.0, x, full(x, 88.0))
-    n = rint(x * 1.4426950408889634)
-    r = fms(n, full(x, 0.693359375), x)
-    r = fms(n, full(x, -2.12194440e-4), r)
-    p = full(x, 1.9875691500e-4)
-    p = fma(p, r, full(x, 1.3981999507e-3))
-    p = fma(p, r, full(x, 8.3334519073e-3))
-    p = fma(p, r, full(x, 4.1665795894e-2))
-    p = fma(p, r, full(x, 1.6666665459e-1))
-    p = fma(p, r, full(x, 5.0000001201e-1))
-    return _scale_by_power(fma(p, r * r, r) + 1.0, n)
 
 
 @intrinsic

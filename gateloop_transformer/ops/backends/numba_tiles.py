@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from numba import carray, njit
 
 from gateloop_transformer.ops.backends.numba_launch import HEADER, Kernel, compiled
 from gateloop_transformer.ops.backends.numba_scans import MAX_ARGUMENTS
 from gateloop_transformer.ops.backends.numba_simd import (
+    AVX512,
     F32,
     F64,
     ITEM_SIZE,
@@ -35,7 +35,7 @@ from gateloop_transformer.ops.backends.numba_simd import (
 
 # Products of matrices go by tiles of this many rows and vectors: their sums fit the registers.
 _ROWS = 4
-_WIDE = 4 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 2
+_WIDE = 4 if AVX512 else 2
 # Integers of this type are no compile-time constants: a helper is compiled once for all their values.
 NO, YES = np.int64(0), np.int64(1)
 ONE = YES
