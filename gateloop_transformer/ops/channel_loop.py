@@ -10,7 +10,9 @@ from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import FUSED, choose, direct
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale, scale_gradient
-from gateloop_transformer.ops.linear_scan import linear_scan
+from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.linear_scan import last_states, linear_scan
 from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype, take
 
 RealPair = tuple[Tensor, Tensor]
@@ -28,6 +30,8 @@ def channel_gate_loop(
     swish: Tensor | None = None,
     fraction: float = 1.0,
     reverse: bool = False,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, RealPair]:
     """y[t] = Re(q[t] h[t]) · SiLU(s[t]) with h[t] = a[t] h[t-1] + k[t] v[t] and a = gate(projections), per channel.
@@ -39,16 +43,21 @@ def channel_gate_loop(
         qkv: q, k and v side by side (B, T, 3·D).
         projections: what the gate is made of, (B, T, 2·D): pairs, neighbours in memory; of `polar` (real, imaginary),
             of `paper` and `ring` (logit, phase).
-        initial: (real, imaginary) part of h before the first step, each (B, D); zero when None.
+        initial: (real, imaginary) part of h before the first step, each (B, D), or of each document (N, D); zero when
+            None.
         gate: "polar", "paper" or "ring", the last with its inputs scaled by `ring_input_scale`.
         bias: (D,) each, added to the projections; for "ring" only, which needs it.
         swish: s (B, T, D); None for no gate on the output.
         fraction: the gradient of the projections (not that of the bias) is multiplied by this.
         reverse: run from the last step to the first.
+        resets: (B, T) booleans: h is cleared before such a step; None: never.
+        cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n being
+            steps cu_seqlens[n] to cu_seqlens[n + 1]; each is computed as if alone and has its own states.
         backend: "auto", or one of `available_backends(qkv)`.
 
     Returns:
-        y (B, T, D) in qkv's dtype, and h after the last step, (real, imaginary), each (B, D) in float32 or better.
+        y (B, T, D) in qkv's dtype, and h after the last step, (real, imaginary), each (B, D), or (N, D), in float32 or
+        better.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or no gate or backend has that name.
@@ -56,12 +65,12 @@ def channel_gate_loop(
 
     Source: T. Katsch, GateLoop (2023), arXiv 2311.01927, section 3.2, "maximally many heads".
     """
-    _check(qkv, projections, initial, gate, bias, swish)
+    layout = _check(qkv, projections, initial, gate, bias, swish, resets, cu_seqlens)
     chosen = choose(backend, qkv.device, qkv.dtype)
     start, b, s = list(initial or ()), list(bias or ()), [] if swish is None else [swish]
     if chosen in FUSED:
         forward = _compute if direct(qkv, projections, *s, *b, *start) else _forward
-        y, re, im, _ = forward(qkv, [projections], s, b, start, gate, float(fraction), reverse, chosen)
+        y, re, im, _ = forward(qkv, [projections], s, b, start, gate, float(fraction), reverse, chosen, *layout)
         return y, (re, im)
     q, k, v = (x.unsqueeze(-1) for x in qkv.chunk(3, -1))
     wide = compute_dtype(projections.dtype)
@@ -72,24 +81,33 @@ def channel_gate_loop(
         k = k * ring_input_scale(first).to(k.dtype).unsqueeze(-1)
     a = {"polar": polar, "paper": paper, "ring": ring}[gate](first, second)
     state = None if initial is None else (initial[0][..., None, None], initial[1][..., None, None])
-    out, final = gate_loop(q, k, v, a, state, reverse=reverse, backend=chosen)
+    out, final = gate_loop(q, k, v, a, state, reverse=reverse, backend=chosen, **layout._asdict())
     y = out.squeeze(-1) if swish is None else out.squeeze(-1) * torch.nn.functional.silu(swish)
     return y, (final[0].flatten(1), final[1].flatten(1))
 
 
 def simple_gate_loop(
-    qkva: Tensor, initial: Tensor | None = None, *, reverse: bool = False, backend: str = "auto"
+    qkva: Tensor,
+    initial: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """y[t] = q[t] · h[t] with h[t] = σ(a[t]) h[t-1] + kv[t], per channel, all real.
 
     Args:
         qkva: q, kv and the gate's logits a side by side (B, T, 3·D).
-        initial: h before the first step (B, D); zero when None.
+        initial: h before the first step (B, D), or of each document (N, D); zero when None.
         reverse: run from the last step to the first.
+        resets: (B, T) booleans: h is cleared before such a step; None: never.
+        cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n being
+            steps cu_seqlens[n] to cu_seqlens[n + 1]; each is computed as if alone and has its own states.
         backend: "auto", or one of `available_backends(qkva)`.
 
     Returns:
-        y (B, T, D) in qkva's dtype, and h after the last step (B, D) in float32 or better.
+        y (B, T, D) in qkva's dtype, and h after the last step (B, D), or (N, D), in float32 or better.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or no backend has that name.
@@ -100,26 +118,25 @@ def simple_gate_loop(
     ([1.0, 1.5], 1.5)
     """
     _check_packed("simple_gate_loop", "qkva", qkva)
-    B, _, packed = qkva.shape
+    B, T, packed = qkva.shape
+    layout = read_layout("simple_gate_loop", resets, cu_seqlens, B, T)
     if initial is not None:
-        checks.same_shape("simple_gate_loop", "initial", initial, (B, packed // 3), "(B, D)")
+        shape = (layout.states(B), packed // 3)
+        checks.same_shape("simple_gate_loop", "initial", initial, shape, f"({layout.letter}, D)")
         checks.floating("simple_gate_loop", ("initial",), initial=initial)
-        checks.same_device("simple_gate_loop", qkva=qkva, initial=initial)
+    checks.same_device("simple_gate_loop", qkva=qkva, initial=initial, resets=resets)
     chosen = choose(backend, qkva.device, qkva.dtype)
     if chosen in FUSED:
         start = [] if initial is None else [initial]
         forward = _compute if direct(qkva, *start) else _forward
-        y, final, _ = forward(qkva, [], [], [], start, "sigmoid", 1.0, reverse, chosen)
+        y, final, _ = forward(qkva, [], [], [], start, "sigmoid", 1.0, reverse, chosen, *layout)
         return y, final
     q, kv, a = qkva.chunk(3, -1)
     wide = compute_dtype(qkva.dtype)
     gates = torch.sigmoid(a.to(wide))
-    h = linear_scan(gates, kv.to(wide), None if initial is None else initial.to(wide), reverse=reverse, backend=chosen)
-    if h.shape[1]:
-        last = h[:, 0 if reverse else -1]
-    else:
-        last = h.new_zeros(B, packed // 3) if initial is None else initial.to(wide, copy=True)
-    return q * h.to(q.dtype), last
+    before = None if initial is None else initial.to(wide)
+    h = linear_scan(gates, kv.to(wide), before, reverse=reverse, backend=chosen, **layout._asdict())
+    return q * h.to(q.dtype), last_states(h, before, reverse, layout)
 
 
 def _check_packed(operator: str, name: str, x: Tensor) -> None:
@@ -136,7 +153,9 @@ def _check(
     gate: str,
     bias: RealPair | None,
     swish: Tensor | None,
-) -> None:
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Layout:
     operator = "channel_gate_loop"
     if gate not in GATES:
         raise ValueError(f"{operator}: gate must be one of {', '.join(GATES)}, not {gate!r}")
@@ -149,15 +168,21 @@ def _check(
     checks.same_shape(operator, "projections", projections, (B, T, 2 * D), "(B, T, 2·D)")
     if swish is not None:
         checks.same_shape(operator, "swish", swish, (B, T, D), "(B, T, D)")
-    for name, pair, shape, meaning in (("initial", initial, (B, D), "(B, D)"), ("bias", bias, (D,), "(D,)")):
+    layout = read_layout(operator, resets, cu_seqlens, B, T)
+    states = (layout.states(B), D)
+    for name, pair, shape, meaning in (
+        ("initial", initial, states, f"({layout.letter}, D)"),
+        ("bias", bias, (D,), "(D,)"),
+    ):
         for n, part in enumerate(pair or ()):
             checks.same_shape(operator, name, part, shape, meaning)
             tensors[f"{name}[{n}]"] = part
     checks.floating(operator, tuple(tensors), **tensors)
-    checks.same_device(operator, **tensors)
+    checks.same_device(operator, **tensors, resets=resets)
     for name, x in (("projections", projections), ("swish", swish)):
         if x is not None and x.dtype != qkv.dtype:
             raise ValueError(f"{operator}: {name} must have qkv's dtype {qkv.dtype}, not {x.dtype}")
+    return layout
 
 
 def _loop(
@@ -168,18 +193,19 @@ def _loop(
     gate: str,
     fraction: float,
     reverse: bool,
+    layout: Layout,
 ) -> ChannelLoop:
     first, second, third = packed.chunk(3, -1)
     s, b = swish[0] if swish else None, Pair(*bias) if bias else None
     if gate == "sigmoid":
-        return ChannelLoop(first, None, second, Pair(third), s, b, gate, fraction, reverse)
-    return ChannelLoop(first, second, third, Pair(projections[0]), s, b, gate, fraction, reverse)
+        return ChannelLoop(first, None, second, Pair(third), s, b, gate, fraction, reverse, layout)
+    return ChannelLoop(first, second, third, Pair(projections[0]), s, b, gate, fraction, reverse, layout)
 
 
-def _final(packed: Tensor, projections: Sequence[Tensor]) -> list[Tensor]:
+def _final(packed: Tensor, projections: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     dtype = compute_dtype(packed.dtype, *(x.dtype for x in projections))
     D = packed.shape[-1] // 3
-    return [packed.new_empty((packed.shape[0], D), dtype=dtype) for _ in range(2 if projections else 1)]
+    return [packed.new_empty((layout.states(packed.shape[0]), D), dtype=dtype) for _ in range(2 if projections else 1)]
 
 
 @checks.full_precision
@@ -193,16 +219,18 @@ def _compute(
     fraction: float,
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse)
+    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse, Layout(resets, cu_seqlens))
     start = Pair(*initial) if initial else None
     if packed.numel() == 0:
-        final = [x.zero_() for x in _final(packed, projections)]
+        final = [x.zero_() for x in _final(packed, projections, loop.layout)]
         state = Pair(*final) if start is None else start
         unchanged = [part.clone() for part in checks.fit(state, final)]
         return [torch.empty_like(loop.queries), *unchanged, FUSED[backend].loop_kept(loop)]
     y, state, kept = FUSED[backend].loop_forward(loop, start)
-    return [y, *checks.fit(state, _final(packed, projections)), kept]
+    return [y, *checks.fit(state, _final(packed, projections, loop.layout)), kept]
 
 
 _forward = torch.library.custom_op("gateloop::channel_loop", mutates_args=())(_compute)
@@ -219,10 +247,12 @@ def _(
     fraction: float,
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse)
+    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse, Layout(resets, cu_seqlens))
     y = packed.new_empty(loop.queries.shape)
-    return [y, *_final(packed, projections), FUSED[backend].loop_kept(loop)]
+    return [y, *_final(packed, projections, loop.layout), FUSED[backend].loop_kept(loop)]
 
 
 @torch.library.custom_op("gateloop::channel_loop_backward", mutates_args=())
@@ -239,11 +269,13 @@ def _backward(
     fraction: float,
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     if packed.numel() == 0:
         through = checks.fit(Pair(*grad[1:]), list(initial)) if initial else []
         return [*checks.no_gradient(packed, *projections, *swish, *bias), *(part.clone() for part in through)]
-    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse)
+    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse, Layout(resets, cu_seqlens))
     results, d_bias, d_initial = FUSED[backend].loop_backward(loop, grad[0], Pair(*grad[1:]), kept, packed)
     d_start = checks.fit(d_initial, list(initial)) if initial else []
     d_packed, d_projections, d_swish = results
@@ -268,6 +300,8 @@ def _(
     fraction: float,
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     return checks.no_gradient(packed, *projections, *swish, *bias, *initial)
 
@@ -290,7 +324,7 @@ def _gradient(ctx: Any, grad: list[Tensor | None]) -> tuple[Any, ...]:
     ]
     gradients = _backward(given, inputs[0][0], *inputs[1:], kept, *ctx.rest)
     (d_packed,), *others = take(gradients, ctx.lengths)
-    return (d_packed, *others, None, None, None, None)
+    return (d_packed, *others, *[None] * len(ctx.rest))
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.layout import layout as read_layout
 from gateloop_transformer.ops.pairs import Pair
 
 
@@ -70,8 +72,15 @@ def same_device(operator: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"{operator}: all tensors must be on one device, not {devices}")
 
 
-def scan(operator: str, gates: Tensor, inputs: Tensor, initial: Tensor | None) -> None:
-    """Shapes, dtypes and devices of an elementwise recurrence.
+def scan(
+    operator: str,
+    gates: Tensor,
+    inputs: Tensor,
+    initial: Tensor | None,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Layout:
+    """Shapes, dtypes and devices of an elementwise recurrence, and how its batch is laid out.
 
     Raises:
         ValueError: they do not fit.
@@ -79,13 +88,25 @@ def scan(operator: str, gates: Tensor, inputs: Tensor, initial: Tensor | None) -
     tensors(operator, gates=gates, inputs=inputs, **({} if initial is None else {"initial": initial}))
     dims(operator, "inputs", inputs, "B T D")
     same_shape(operator, "gates", gates, tuple(inputs.shape), "(B, T, D), that of inputs,")
+    layout = read_layout(operator, resets, cu_seqlens, inputs.shape[0], inputs.shape[1])
     if initial is not None:
-        same_shape(operator, "initial", initial, (inputs.shape[0], inputs.shape[2]), "(B, D)")
+        states = layout.states(inputs.shape[0])
+        same_shape(operator, "initial", initial, (states, inputs.shape[2]), f"({layout.letter}, D)")
     floating(operator, gates=gates, inputs=inputs, initial=initial)
-    same_device(operator, inputs=inputs, gates=gates, initial=initial)
+    same_device(operator, inputs=inputs, gates=gates, initial=initial, resets=resets)
+    return layout
 
 
-def gate_loop(operator: str, queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None) -> None:
+def gate_loop(
+    operator: str,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Layout:
     """Shapes, dtypes and devices of a gate loop's arguments.
 
     Raises:
@@ -105,8 +126,10 @@ def gate_loop(operator: str, queries: Tensor, keys: Tensor, values: Tensor, gate
             )
     if gates.im is not None and gates.im.shape != gates.re.shape:
         raise ValueError(f"{operator}: the gates' real and imaginary parts must have one shape")
+    layout = read_layout(operator, resets, cu_seqlens, B, T)
     for part in [] if initial is None else initial.parts():
-        same_shape(operator, "initial", part, (B, H, K, values.shape[-1]), "(B, H, K, V)")
+        shape = (layout.states(B), H, K, values.shape[-1])
+        same_shape(operator, "initial", part, shape, f"({layout.letter}, H, K, V)")
     named: dict[str, Tensor | None] = {"queries": queries, "keys": keys, "values": values}
     named |= {"gates": gates.re, "gates[1]": gates.im}
     if initial is not None:
@@ -118,6 +141,7 @@ def gate_loop(operator: str, queries: Tensor, keys: Tensor, values: Tensor, gate
             f"{operator}: queries, keys and values must have one dtype, "
             f"not {queries.dtype}, {keys.dtype}, {values.dtype}"
         )
+    return layout
 
 
 Body = TypeVar("Body", bound=Callable[..., Any])

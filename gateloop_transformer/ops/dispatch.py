@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops.backends import chunkwise, eager, jax_xla, numba_cpu
+from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.pairs import ChannelLoop, Pair
 
 
@@ -48,8 +49,51 @@ class Backend(Protocol):
         """Gradients of queries, keys, values, gates and the initial state."""
 
 
-class FusedBackend(Backend, Protocol):
-    """A backend that also runs in one pass what surrounds the recurrences."""
+class FusedBackend(Protocol):
+    """A backend whose kernels read a layout, and run in one pass what surrounds the recurrences."""
+
+    def linear_scan_forward(
+        self, gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout
+    ) -> Pair:
+        """All states."""
+
+    def linear_scan_backward(
+        self,
+        grad: Pair,
+        gates: Pair,
+        inputs: Pair,
+        states: Pair,
+        initial: Pair | None,
+        reverse: bool,
+        layout: Layout,
+    ) -> tuple[Pair, Pair, Pair]:
+        """Gradients of gates, inputs and the initial state."""
+
+    def gate_loop_forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        gates: Pair,
+        initial: Pair | None,
+        reverse: bool,
+        layout: Layout,
+    ) -> tuple[Tensor, Pair]:
+        """Outputs and the final state. With a layout, gates are one per head unless heads are of size 1."""
+
+    def gate_loop_backward(
+        self,
+        grad: Tensor,
+        grad_final: Pair,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        gates: Pair,
+        initial: Pair | None,
+        reverse: bool,
+        layout: Layout,
+    ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+        """Gradients of queries, keys, values, gates and the initial state."""
 
     def loop_kept(self, loop: ChannelLoop) -> Tensor:
         """An empty tensor for what the forward pass keeps for the backward pass."""
@@ -108,6 +152,11 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             return name
     reasons = "; ".join(f"{name}: {reason}" for name, reason in reasons_against(device, dtype).items())
     raise NotImplementedError(f"no backend can run {dtype} on {device}: {reasons}")
+
+
+def reads_layout(backend: str, keys: Tensor, values: Tensor, gates: Pair) -> bool:
+    """Whether a gate loop's kernels there know resets and documents."""
+    return backend in FUSED and (gates.re.ndim == 3 or keys.shape[-1] == values.shape[-1] == 1)
 
 
 def direct(*tensors: Tensor) -> bool:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
-from gateloop_transformer.ops.dispatch import TABLE, choose, direct
+from gateloop_transformer.ops.dispatch import FUSED, TABLE, choose, direct, reads_layout
+from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.packing import by_documents, cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 RealPair = tuple[Tensor, Tensor]
@@ -22,6 +24,8 @@ def gate_loop(
     initial: Tensor | None = None,
     *,
     reverse: bool = False,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -35,6 +39,8 @@ def gate_loop(
     initial: RealPair | None = None,
     *,
     reverse: bool = False,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, RealPair]: ...
 
@@ -47,6 +53,8 @@ def gate_loop(
     initial: Tensor | RealPair | None = None,
     *,
     reverse: bool = False,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | RealPair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t]): the operator of GateLoop.
@@ -61,13 +69,17 @@ def gate_loop(
         values: v (B, T, H, V).
         gates: a, one per head (B, T, H) or one per key channel (B, T, H, K); real, complex, or a tuple
             (real part, imaginary part) of real tensors. Any value, 0 (forget all) included.
-        initial: S before the first step (B, H, K, V), a tuple where `gates` is one; zero when None.
+        initial: S before the first step (B, H, K, V), or of each document (N, H, K, V), a tuple where `gates` is one;
+            zero when None.
         reverse: run from the last step to the first.
+        resets: (B, T) booleans: S is cleared before such a step (its gate counts as 0); None: never.
+        cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n being
+            steps cu_seqlens[n] to cu_seqlens[n + 1]; each is computed as if alone and has its own states.
         backend: "auto", or one of `available_backends(queries)`.
 
     Returns:
-        y (B, T, H, V) in the queries' dtype, and S after the last step (B, H, K, V) in float32 or better:
-        complex if the gates or `initial` are, a tuple (real, imaginary) if `gates` is one.
+        y (B, T, H, V) in the queries' dtype, and S after the last step (B, H, K, V), or (N, H, K, V), in float32 or
+        better: complex if the gates or `initial` are, a tuple (real, imaginary) if `gates` is one.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or no backend has that name.
@@ -81,23 +93,68 @@ def gate_loop(
     ([1.0, 1.5, 1.75], 1.75)
     """
     a, start = split(gates), None if initial is None else split(initial)
-    checks.gate_loop("gate_loop", queries, keys, values, a, start)
+    layout = checks.gate_loop("gate_loop", queries, keys, values, a, start, resets, cu_seqlens)
     if isinstance(gates, tuple) != isinstance(initial, tuple) and initial is not None:
         raise ValueError("gate_loop: gates and initial must both be tensors or both be tuples (real, imaginary)")
     chosen = choose(backend, queries.device, queries.dtype)
-    forward = (
-        _compute if direct(queries, keys, values, *a.parts(), *([] if start is None else start.parts())) else _forward
-    )
-    y, *final = forward(queries, keys, values, a.parts(), [] if start is None else start.parts(), reverse, chosen)
+    inputs = queries, keys, values
+    if layout.plain or reads_layout(chosen, keys, values, a):
+        y, final = _run(*inputs, a, start, reverse, chosen, layout)
+    else:
+        y, final = _as_rows(*inputs, cleared(a, resets), start, reverse, chosen, layout)
     if isinstance(gates, tuple):
         return y, (final[0], final[1])
     return y, Pair(*final).complex()
 
 
-def _empty_final(queries: Tensor, values: Tensor, gates: Sequence[Tensor], initial: Sequence[Tensor]) -> list[Tensor]:
+def _run(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    backend: str,
+    layout: Layout,
+) -> tuple[Tensor, list[Tensor]]:
+    a, start = gates.parts(), [] if initial is None else initial.parts()
+    forward = _compute if direct(queries, keys, values, *a, *start) else _forward
+    y, *final = forward(queries, keys, values, a, start, reverse, backend, *layout)
+    return y, final
+
+
+def _as_rows(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    backend: str,
+    layout: Layout,
+) -> tuple[Tensor, list[Tensor]]:
+    """Documents as rows of batches."""
+    if layout.cu_seqlens is None:
+        return _run(queries, keys, values, gates, initial, reverse, backend, PLAIN)
+
+    def loop(rows: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        q, k, v, *a = rows
+        y, final = _run(q, k, v, Pair(*a), Pair(*start) if start else None, reverse, backend, PLAIN)
+        return [y], final
+
+    inputs = [(x, 0.0) for x in (queries, keys, values)] + list(zip(gates.parts(), (1.0, 0.0), strict=False))
+    start = [] if initial is None else initial.parts()
+    (y,), final = by_documents(loop, inputs, start, layout.bounds(queries.shape[1]))
+    return y, final
+
+
+def _empty_final(
+    queries: Tensor, values: Tensor, gates: Sequence[Tensor], initial: Sequence[Tensor], layout: Layout
+) -> list[Tensor]:
     B, _, H, K = queries.shape
     dtype = compute_dtype(queries.dtype, gates[0].dtype)
-    return [queries.new_empty((B, H, K, values.shape[-1]), dtype=dtype) for _ in range(max(len(gates), len(initial)))]
+    shape = (layout.states(B), H, K, values.shape[-1])
+    return [queries.new_empty(shape, dtype=dtype) for _ in range(max(len(gates), len(initial)))]
 
 
 @checks.full_precision
@@ -109,13 +166,20 @@ def _compute(
     initial: Sequence[Tensor],
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    final = _empty_final(queries, values, gates, initial)
+    layout = Layout(resets, cu_seqlens)
+    final = _empty_final(queries, values, gates, initial, layout)
     start = Pair(*initial) if initial else None
     if queries.numel() == 0 or values.numel() == 0:
         state = Pair(torch.zeros_like(final[0])) if start is None else start
         return [queries.new_zeros(values.shape), *(part.clone() for part in checks.fit(state, final))]
-    outputs, state = TABLE[backend].gate_loop_forward(queries, keys, values, Pair(*gates), start, reverse)
+    arguments = queries, keys, values, Pair(*gates), start, reverse
+    if layout.plain:
+        outputs, state = TABLE[backend].gate_loop_forward(*arguments)
+    else:
+        outputs, state = FUSED[backend].gate_loop_forward(*arguments, layout)
     return [outputs, *checks.fit(state, final)]
 
 
@@ -131,8 +195,10 @@ def _(
     initial: Sequence[Tensor],
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    return [queries.new_empty(values.shape), *_empty_final(queries, values, gates, initial)]
+    return [queries.new_empty(values.shape), *_empty_final(queries, values, gates, initial, Layout(resets, cu_seqlens))]
 
 
 @torch.library.custom_op("gateloop::gate_loop_backward", mutates_args=())
@@ -146,20 +212,19 @@ def _backward(
     initial: Sequence[Tensor],
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     if queries.numel() == 0 or values.numel() == 0:
         through = checks.fit(Pair(*grad[1:]), list(initial)) if initial else []
         return [*checks.no_gradient(queries, keys, values, *gates), *(part.clone() for part in through)]
-    dq, dk, dv, d_gates, d_initial = TABLE[backend].gate_loop_backward(
-        grad[0],
-        Pair(*grad[1:]),
-        queries,
-        keys,
-        values,
-        Pair(*gates),
-        Pair(*initial) if initial else None,
-        reverse,
-    )
+    start = Pair(*initial) if initial else None
+    arguments = grad[0], Pair(*grad[1:]), queries, keys, values, Pair(*gates), start, reverse
+    layout = Layout(resets, cu_seqlens)
+    if layout.plain:
+        dq, dk, dv, d_gates, d_initial = TABLE[backend].gate_loop_backward(*arguments)
+    else:
+        dq, dk, dv, d_gates, d_initial = FUSED[backend].gate_loop_backward(*arguments, layout)
     d_inputs = [x.to(queries.dtype).contiguous() for x in (dq, dk, dv)]
     d_start = checks.fit(d_initial, list(initial)) if initial else []
     return [*d_inputs, *checks.fit(d_gates, list(gates)), *d_start]
@@ -175,21 +240,23 @@ def _(
     initial: Sequence[Tensor],
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     return checks.no_gradient(queries, keys, values, *gates, *initial)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    queries, keys, values, gates, initial, ctx.reverse, ctx.backend = inputs
+    queries, keys, values, gates, initial, *ctx.rest = inputs
     ctx.lengths = 3, len(gates), len(initial)
     ctx.save_for_backward(queries, keys, values, *gates, *initial)
 
 
 def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
     inputs, gates, initial = take(ctx.saved_tensors, ctx.lengths)
-    gradients = _backward(grad, *inputs, gates, initial, ctx.reverse, ctx.backend)
+    gradients = _backward(grad, *inputs, gates, initial, *ctx.rest)
     d_inputs, d_gates, d_initial = take(gradients, ctx.lengths)
-    return (*d_inputs, d_gates, d_initial, None, None)
+    return (*d_inputs, d_gates, d_initial, None, None, None, None)
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)

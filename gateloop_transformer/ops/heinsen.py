@@ -9,10 +9,18 @@ from torch import Tensor
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.associative_scan import Elements, associative_scan
 from gateloop_transformer.ops.dispatch import TABLE, choose
+from gateloop_transformer.ops.packing import by_documents, cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
 
 
-def heinsen_scan(gates: Tensor, inputs: Tensor, initial: Tensor | None = None) -> Tensor:
+def heinsen_scan(
+    gates: Tensor,
+    inputs: Tensor,
+    initial: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """h[t] = a[t] h[t-1] + x[t] with every product and sum carried as a logarithm.
 
     States far below the smallest float on the way to representable ones survive; nothing else is gained over
@@ -26,7 +34,9 @@ def heinsen_scan(gates: Tensor, inputs: Tensor, initial: Tensor | None = None) -
     Args:
         gates: a (B, T, D), real, in [0, 1].
         inputs: x (B, T, D), real.
-        initial: h before the first step (B, D); zero when None.
+        initial: h before the first step (B, D), or of each document (N, D); zero when None.
+        resets: (B, T) booleans: h is cleared before such a step (its gate counts as 0); None: never.
+        cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in one row, as in `linear_scan`.
 
     Returns:
         All states (B, T, D), computed in float32 or better, in the dtype that gates and inputs promote to. A gate
@@ -40,10 +50,17 @@ def heinsen_scan(gates: Tensor, inputs: Tensor, initial: Tensor | None = None) -
     >>> heinsen_scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)).flatten()
     tensor([1.0000, 1.5000, 1.7500])
     """
-    checks.scan("heinsen_scan", gates, inputs, initial)
+    layout = checks.scan("heinsen_scan", gates, inputs, initial, resets, cu_seqlens)
     checks.floating("heinsen_scan", ("gates", "inputs", "initial"), gates=gates, inputs=inputs, initial=initial)
-    result: Tensor = _forward(gates, inputs, [] if initial is None else [initial])
-    return result
+    gates, start = cleared(Pair(gates), resets).re, [] if initial is None else [initial]
+    if cu_seqlens is None:
+        result: Tensor = _forward(gates, inputs, start)
+        return result
+    bounds = layout.bounds(inputs.shape[1])
+    (states,), _ = by_documents(
+        lambda rows, first: ([_forward(*rows, first)], []), [(gates, 1), (inputs, 0)], start, bounds
+    )
+    return states
 
 
 def _combine(left: Elements, right: Elements) -> Elements:

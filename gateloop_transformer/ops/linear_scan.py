@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
-from gateloop_transformer.ops.dispatch import TABLE, choose, direct
+from gateloop_transformer.ops.dispatch import FUSED, TABLE, choose, direct
+from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.packing import by_documents, cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 
@@ -17,6 +19,8 @@ def linear_scan(
     initial: Tensor | None = None,
     *,
     reverse: bool = False,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """h[t] = a[t] h[t-1] + x[t], every channel on its own.
@@ -27,8 +31,11 @@ def linear_scan(
     Args:
         gates: a (B, T, D), real or complex; any value, 0 (forget all) included.
         inputs: x (B, T, D), real or complex.
-        initial: h before the first step (B, D), real or complex; zero when None.
+        initial: h before the first step (B, D), or of each document (N, D), real or complex; zero when None.
         reverse: run from the last step to the first: h[t] = a[t] h[t+1] + x[t].
+        resets: (B, T) booleans: h is cleared before such a step (its gate counts as 0); None: never.
+        cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n being
+            steps cu_seqlens[n] to cu_seqlens[n + 1]; each is computed as if alone, `initial` holds one state for each.
         backend: "auto", or one of `available_backends(inputs)`.
 
     Returns:
@@ -41,12 +48,41 @@ def linear_scan(
     >>> linear_scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)).flatten().tolist()
     [1.0, 1.5, 1.75]
     """
-    checks.scan("linear_scan", gates, inputs, initial)
+    layout = checks.scan("linear_scan", gates, inputs, initial, resets, cu_seqlens)
     chosen = choose(backend, inputs.device, inputs.dtype)
+    if not (layout.plain or chosen in FUSED):
+        return _as_rows(cleared(split(gates), resets).complex(), inputs, initial, reverse, chosen, layout)
     h = [] if initial is None else split(initial).parts()
     a, x = split(gates).parts(), split(inputs).parts()
     forward = _compute if direct(*a, *x, *h) else _forward
-    return Pair(*forward(a, x, h, reverse, chosen)).complex()
+    return Pair(*forward(a, x, h, reverse, chosen, *layout)).complex()
+
+
+def _as_rows(
+    gates: Tensor, inputs: Tensor, initial: Tensor | None, reverse: bool, backend: str, layout: Layout
+) -> Tensor:
+    """Documents as rows of batches."""
+    if layout.cu_seqlens is None:
+        return linear_scan(gates, inputs, initial, reverse=reverse, backend=backend)
+
+    def scan(rows: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return [linear_scan(rows[0], rows[1], start[0] if start else None, reverse=reverse, backend=backend)], []
+
+    bounds = layout.bounds(inputs.shape[1])
+    (states,), _ = by_documents(scan, [(gates, 1), (inputs, 0)], [] if initial is None else [initial], bounds)
+    return states
+
+
+def last_states(states: Tensor, initial: Tensor | None, reverse: bool, layout: Layout) -> Tensor:
+    """The state after the last step of every row or document (B or N, D), from those after all steps (B, T, D)."""
+    B, T, D = states.shape
+    if T == 0:
+        return states.new_zeros(layout.states(B), D) if initial is None else initial.to(states.dtype, copy=True)
+    if layout.cu_seqlens is None:
+        return states[:, 0 if reverse else -1]
+    starts, ends = (part.to(states.device).long() for part in (layout.cu_seqlens[:-1], layout.cu_seqlens[1:]))
+    last = states[0, starts.clamp(max=T - 1) if reverse else (ends - 1).clamp(min=0)]
+    return torch.where((starts == ends)[:, None], 0 if initial is None else initial.to(states.dtype), last)
 
 
 def _empty_states(
@@ -61,12 +97,23 @@ def _empty_states(
 
 @checks.full_precision
 def _compute(
-    gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor], reverse: bool, backend: str
+    gates: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    reverse: bool,
+    backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
+    layout = Layout(resets, cu_seqlens)
     if inputs[0].numel() == 0:
         return _empty_states(gates, inputs, initial, inputs[0].shape)
     start = Pair(*initial) if initial else None
-    states = TABLE[backend].linear_scan_forward(Pair(*gates), Pair(*inputs), start, reverse)
+    arguments = Pair(*gates), Pair(*inputs), start, reverse
+    if layout.plain:
+        states = TABLE[backend].linear_scan_forward(*arguments)
+    else:
+        states = FUSED[backend].linear_scan_forward(*arguments, layout)
     return checks.fit(states, _empty_states(gates, inputs, initial, [0]))
 
 
@@ -75,7 +122,13 @@ _forward = torch.library.custom_op("gateloop::linear_scan", mutates_args=())(_co
 
 @_forward.register_fake
 def _(
-    gates: Sequence[Tensor], inputs: Sequence[Tensor], initial: Sequence[Tensor], reverse: bool, backend: str
+    gates: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    initial: Sequence[Tensor],
+    reverse: bool,
+    backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     return _empty_states(gates, inputs, initial, inputs[0].shape)
 
@@ -90,13 +143,18 @@ def _backward(
     initial: Sequence[Tensor],
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     if inputs[0].numel() == 0:
         return checks.no_gradient(*gates, *inputs, *initial)
     start = Pair(*initial) if initial else None
-    d_gates, d_inputs, d_initial = TABLE[backend].linear_scan_backward(
-        Pair(*grad), Pair(*gates), Pair(*inputs), Pair(*states), start, reverse
-    )
+    layout = Layout(resets, cu_seqlens)
+    arguments = Pair(*grad), Pair(*gates), Pair(*inputs), Pair(*states), start, reverse
+    if layout.plain:
+        d_gates, d_inputs, d_initial = TABLE[backend].linear_scan_backward(*arguments)
+    else:
+        d_gates, d_inputs, d_initial = FUSED[backend].linear_scan_backward(*arguments, layout)
     d_start = checks.fit(d_initial, list(initial)) if initial else []
     return [*checks.fit(d_gates, list(gates)), *checks.fit(d_inputs, list(inputs)), *d_start]
 
@@ -110,20 +168,22 @@ def _(
     initial: Sequence[Tensor],
     reverse: bool,
     backend: str,
+    resets: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     return checks.no_gradient(*gates, *inputs, *initial)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    gates, xs, initial, ctx.reverse, ctx.backend = inputs
+    gates, xs, initial, *ctx.rest = inputs
     ctx.lengths = len(gates), len(xs), len(output), len(initial)
     ctx.save_for_backward(*gates, *xs, *output, *initial)
 
 
 def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
     gates, inputs, states, initial = take(ctx.saved_tensors, ctx.lengths)
-    gradients = _backward(grad, gates, inputs, states, initial, ctx.reverse, ctx.backend)
-    return (*take(gradients, (len(gates), len(inputs), len(initial))), None, None)
+    gradients = _backward(grad, gates, inputs, states, initial, *ctx.rest)
+    return (*take(gradients, (len(gates), len(inputs), len(initial))), None, None, None, None)
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)

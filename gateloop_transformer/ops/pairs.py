@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.layout import PLAIN, Layout
+
 
 class Pair(NamedTuple):
     """re + i·im, both of one shape; im is None where the number is real."""
@@ -88,6 +90,7 @@ class ChannelLoop(NamedTuple):
     gate: str
     fraction: float
     reverse: bool
+    layout: Layout = PLAIN
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:

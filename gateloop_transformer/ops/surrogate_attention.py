@@ -8,10 +8,19 @@ from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import TABLE, choose
+from gateloop_transformer.ops.packing import by_documents, cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 
-def surrogate_attention(queries: Tensor, keys: Tensor, values: Tensor, gates: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+def surrogate_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor | tuple[Tensor, Tensor],
+    *,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """y[i] = Σ_{j ≤ i} Re(q[i] k[j] a[j+1] ··· a[i]) v[j]: the outputs of `gate_loop`, the attention way.
 
     Memory and time grow with T²: it shows what the recurrence attends to and checks the linear forms; train with
@@ -23,6 +32,8 @@ def surrogate_attention(queries: Tensor, keys: Tensor, values: Tensor, gates: Te
         keys: k (B, T, H, K).
         values: v (B, T, H, V).
         gates: a, per head (B, T, H) or per key channel (B, T, H, K); real, complex, or a tuple (real, imaginary).
+        resets: (B, T) booleans: such a step sees none before it (its gate counts as 0); None: never.
+        cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in one row, as in `gate_loop`.
 
     Returns:
         y (B, T, H, V) in the queries' dtype, computed in float32 or better.
@@ -37,9 +48,15 @@ def surrogate_attention(queries: Tensor, keys: Tensor, values: Tensor, gates: Te
     tensor([1.0000, 1.5000, 1.7500])
     """
     a = split(gates)
-    checks.gate_loop("surrogate_attention", queries, keys, values, a, None)
-    result: Tensor = _forward(queries, keys, values, a.parts())
-    return result
+    layout = checks.gate_loop("surrogate_attention", queries, keys, values, a, None, resets, cu_seqlens)
+    a = cleared(a, resets)
+    if cu_seqlens is None:
+        result: Tensor = _forward(queries, keys, values, a.parts())
+        return result
+    inputs = [(x, 0.0) for x in (queries, keys, values)] + list(zip(a.parts(), (1.0, 0.0), strict=False))
+    bounds = layout.bounds(queries.shape[1])
+    (y,), _ = by_documents(lambda rows, _: ([_forward(*rows[:3], rows[3:])], []), inputs, [], bounds)
+    return y
 
 
 def _decay(gates: Tensor, imaginary: Tensor | None) -> Tensor:

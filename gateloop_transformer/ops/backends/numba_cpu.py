@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gateloop_transformer.ops.backends import chunkwise, numba_matrix
 from gateloop_transformer.ops.backends.numba_memory import in_huge_pages, kind_of, new_memory
+from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class _Channels(NamedTuple):
-    """How D channels are shared out: in vectors of `lanes`, the last overlapping where lanes do not divide D."""
+    """How D channels of B sequences are shared out: in vectors of `lanes`, the last overlapping where lanes do not
+    divide D. T: steps of a row.
+    """
 
     B: int
     T: int
@@ -97,11 +100,11 @@ def _lanes(D: int, double: bool) -> int:
     return lanes if lanes <= D else 1
 
 
-def _channels(shape: torch.Size, double: bool) -> _Channels:
+def _channels(shape: torch.Size, double: bool, layout: Layout) -> _Channels:
     B, T, D = shape
     # Waking a thread costs more than the few steps of a decoded token.
     threads = torch.get_num_threads() if B * T * D > _ALONE else 1
-    return _Channels(B, T, D, _lanes(D, double), threads)
+    return _Channels(layout.states(B), T, D, _lanes(D, double), threads)
 
 
 def _operand(x: Tensor | None, reverse: bool = False) -> list[int]:
@@ -122,17 +125,31 @@ def _strided(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors)
 
 
-def _run(kernel: Kernel, channels: _Channels, operands: list[list[int]], slots: int, double: bool, *more: int) -> None:
-    """Launch a kernel over all blocks of all rows; `slots` vectors of scratch per step of a chunk and vector."""
-    from gateloop_transformer.ops.backends.numba_launch import launch, threads_for
+def _run(
+    kernel: Kernel,
+    channels: _Channels,
+    operands: list[list[int]],
+    slots: int,
+    double: bool,
+    layout: Layout,
+    backwards: bool,
+    *more: int,
+) -> None:
+    """Launch a kernel over all blocks of all sequences; `slots` vectors of scratch per step of a chunk and vector."""
+    from gateloop_transformer.ops.backends.numba_launch import HEADER, launch, threads_for
     from gateloop_transformer.ops.backends.numba_scans import CHUNK
 
     c = channels
     items = c.B * c.blocks
     room = (CHUNK + 1) * c.width * c.lanes * slots * (8 if double else 4)
     scratch = torch.empty(room * threads_for(items), dtype=torch.uint8)
+    resets = None if layout.resets is None else layout.resets.unsqueeze(-1)
+    arguments = [*(number for operand in [_operand(resets, backwards), *operands] for number in operand), *more]
+    documents = layout.table(c.T, CHUNK, backwards)
     head = [c.blocks, c.vectors, c.width, c.T, c.D, scratch.data_ptr(), room]
-    launch(kernel, items, [*head, *(number for operand in operands for number in operand), *more])
+    # The table of documents stands behind all else.
+    head.append(HEADER + len(head) + 1 + len(arguments) if documents else 0)
+    launch(kernel, items, [*head, *arguments, *documents])
 
 
 def _one_width(*pairs: Pair) -> tuple[Pair, ...]:
@@ -145,7 +162,7 @@ def _one_width(*pairs: Pair) -> tuple[Pair, ...]:
 # ---- h[t] = a[t] h[t-1] + x[t] ----------------------------------------------------------------------------
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
+def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
     """h[t] = a[t] h[t-1] + x[t]."""
     from gateloop_transformer.ops.backends.numba_scans import scan_forward
 
@@ -156,7 +173,7 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
     wide = compute_dtype(dtype)
     dtype = wide if parts == 2 else dtype
-    c = _channels(inputs.re.shape, wide == torch.float64)
+    c = _channels(inputs.re.shape, wide == torch.float64, layout)
     states = [new_memory(inputs.re, *inputs.re.shape, dtype=dtype) for _ in range(parts)]
     carry = c.spread_state(initial, parts, wide)
     tensors = [gates.re, gates.im, inputs.re, inputs.im]
@@ -171,7 +188,7 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     )
     operands = [_operand(x, reverse) for x in (*tensors, states[0], states[1] if parts == 2 else None)]
     operands += [_operand(x) for x in (carry[0], carry[1] if parts == 2 else None)]
-    _run(kernel, c, operands, 0, wide == torch.float64)
+    _run(kernel, c, operands, 0, wide == torch.float64, layout, reverse)
     return Pair(*states)
 
 
@@ -181,14 +198,20 @@ def _materialized(x: Tensor) -> Tensor:
 
 
 def linear_scan_backward(
-    grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
+    grad: Pair,
+    gates: Pair,
+    inputs: Pair,
+    states: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Pair, Pair, Pair]:
     """One pass against the order of the first."""
     from gateloop_transformer.ops.backends.numba_scans import scan_backward
 
     gates, inputs, grad, states = _one_width(gates, inputs, grad, states)
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
-    c = _channels(inputs.re.shape, wide == torch.float64)
+    c = _channels(inputs.re.shape, wide == torch.float64, layout)
     parts = len(states.parts())
     before, carry = c.spread_state(initial, parts, wide), c.spread_state(None, parts, wide)
     grad = grad.map(_materialized)
@@ -210,7 +233,7 @@ def linear_scan_backward(
     operands += [_operand(before[0]), _operand(before[1] if parts == 2 else None)]
     operands += [_operand(x, not reverse) for x in (d_gates.re, d_gates.im, d_inputs.re, d_inputs.im)]
     operands += [_operand(carry[0]), _operand(carry[1] if parts == 2 else None)]
-    _run(kernel, c, operands, 0, wide == torch.float64)
+    _run(kernel, c, operands, 0, wide == torch.float64, layout, not reverse)
     return d_gates, d_inputs, Pair(*(c.gathered(part) for part in carry))
 
 
@@ -228,7 +251,7 @@ def _parts(loop: ChannelLoop) -> int:
 
 
 def _shares(loop: ChannelLoop) -> _Channels:
-    return _channels(loop.queries.shape, _wide(loop) == torch.float64)
+    return _channels(loop.queries.shape, _wide(loop) == torch.float64, loop.layout)
 
 
 def _gate_code(loop: ChannelLoop) -> int:
@@ -265,14 +288,18 @@ def loop_kept(loop: ChannelLoop) -> Tensor:
     B, T, D = loop.queries.shape
     lanes = _lanes(D, _wide(loop) == torch.float64)
     # Flat: a dimension that may be 1 would tie a traced program to it.
-    size = _parts(loop) * B * ((T + CHUNK - 1) // CHUNK) * (-(-D // lanes) * lanes)
+    chunks = B * ((T + CHUNK - 1) // CHUNK)
+    if loop.layout.cu_seqlens is not None:
+        # Enough for documents of whatever lengths.
+        chunks = T // CHUNK + loop.layout.states(B)
+    size = _parts(loop) * chunks * (-(-D // lanes) * lanes)
     return loop.queries.new_empty(size, dtype=_wide(loop))
 
 
 def _states(loop: ChannelLoop, kept: Tensor) -> Tensor:
-    """What is kept as (parts, B, chunks, lanes of all vectors)."""
+    """What is kept as (parts, chunks of all sequences, lanes of all vectors)."""
     c = _shares(loop)
-    return kept.view(_parts(loop), c.B, -1, c.vectors * c.lanes)
+    return kept.view(_parts(loop), -1, c.vectors * c.lanes)
 
 
 def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair, Tensor]:
@@ -292,7 +319,7 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
         c.lanes,
     )
     operands = [*_operands(loop, biases, carry, kept), _operand(y, loop.reverse)]
-    _run(kernel, c, operands, 0, wide == torch.float64)
+    _run(kernel, c, operands, 0, wide == torch.float64, loop.layout, loop.reverse)
     return y, Pair(*(c.gathered(part) for part in carry)), kept
 
 
@@ -317,8 +344,8 @@ def _loop_backward(
     operands = [*_operands(loop, biases, carry, kept), *(_operand(x, loop.reverse) for x in (grad, *results))]
     operands += [_operand(x) for x in sums] if sums else [_operand(None)] * 2
     fraction = struct.unpack("<q", struct.pack("<d", loop.fraction))[0]
-    _run(kernel, c, operands, 3 * parts, wide == torch.float64, fraction)
-    d_bias = Pair(*(c.gathered(x.sum((0, 1))[None])[0] for x in sums)) if sums else None
+    _run(kernel, c, operands, 3 * parts, wide == torch.float64, loop.layout, loop.reverse, fraction)
+    d_bias = Pair(*(c.gathered(x.sum(0)[None])[0] for x in sums)) if sums else None
     return d_bias, Pair(*(c.gathered(part) for part in carry))
 
 
@@ -344,14 +371,14 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _given(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool, layout: Layout
 ) -> ChannelLoop:
     gates = gates.map(_flat)
     if torch.float64 in (queries.dtype, gates.re.dtype):
         queries, keys, values, gates = (*(x.double() for x in (queries, keys, values)), gates.to(torch.float64))
     if initial is not None and initial.im is not None:
         gates = gates.as_complex()
-    return ChannelLoop(_flat(queries), _flat(keys), _flat(values), gates, None, None, "given", 1.0, reverse)
+    return ChannelLoop(_flat(queries), _flat(keys), _flat(values), gates, None, None, "given", 1.0, reverse, layout)
 
 
 def _flat_state(state: Pair) -> Pair:
@@ -363,16 +390,22 @@ def _elementwise(keys: Tensor, values: Tensor) -> bool:
 
 
 def gate_loop_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
     if _elementwise(keys, values):
-        loop = _given(queries, keys, values, gates, initial, reverse)
+        loop = _given(queries, keys, values, gates, initial, reverse, layout)
         y, final, _ = loop_forward(loop, None if initial is None else _flat_state(initial))
         return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
     if gates.re.ndim == 4:
         return chunkwise.gate_loop_forward(queries, keys, values, gates, initial, reverse)
-    return numba_matrix.forward(queries, keys, values, gates, initial, reverse)
+    return numba_matrix.forward(queries, keys, values, gates, initial, reverse, layout)
 
 
 def gate_loop_backward(
@@ -384,14 +417,15 @@ def gate_loop_backward(
     gates: Pair,
     initial: Pair | None,
     reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """Gradients; states before each chunk are computed again."""
     arguments = grad, grad_final, queries, keys, values, gates, initial, reverse
     if _elementwise(keys, values):
-        return _channels_backward(*arguments)
+        return _channels_backward(*arguments, layout)
     if gates.re.ndim == 4:
         return chunkwise.gate_loop_backward(*arguments)
-    return numba_matrix.backward(*arguments)
+    return numba_matrix.backward(*arguments, layout)
 
 
 def _channels_backward(
@@ -403,8 +437,9 @@ def _channels_backward(
     gates: Pair,
     initial: Pair | None,
     reverse: bool,
+    layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
-    loop = _given(queries, keys, values, gates, initial, reverse)
+    loop = _given(queries, keys, values, gates, initial, reverse, layout)
     grad = grad.to(loop.queries.dtype)
     _, _, kept = loop_forward(loop, None if initial is None else _flat_state(initial))
     dq, dk, dv = (new_memory(loop.queries, *x.shape[:3]) for x in (queries, keys, values))

@@ -1,6 +1,6 @@
 """Kernels of the gate loop at head size 1: gates, recurrence, output and SiLU gate in one pass over memory.
 
-B batch, T time, D channels. One item is a block of channels of one row of the batch, from the first step to the last.
+B batch, T time, D channels. One item is a block of channels of one sequence, from the first step to the last.
 The forward pass keeps the state before each chunk of steps; the backward pass computes those inside again from it.
 """
 
@@ -15,15 +15,19 @@ from gateloop_transformer.ops.backends.numba_launch import Kernel, compiled
 from gateloop_transformer.ops.backends.numba_scans import (
     AHEAD,
     CHUNK,
+    DOCUMENTS,
     MAX_ARGUMENTS,
     OPERANDS,
     ROOM,
     SCRATCH,
     D,
     T,
+    clear,
     fetch,
     place,
+    resets,
     row_of,
+    stretch,
 )
 from gateloop_transformer.ops.backends.numba_simd import (
     F32,
@@ -48,12 +52,13 @@ from gateloop_transformer.ops.backends.numba_simd import (
     store_pairs,
     take_ticket,
     where_less,
+    zeros,
 )
 
 # Where gates come from: given (real, complex), or computed from projections.
 GIVEN_REAL, GIVEN_COMPLEX, POLAR, PAPER, RING, SIGMOID = range(6)
 
-# Operands. The carry, states before chunks (B, chunks, PADDED) and biases hold each vector's own numbers.
+# Operands. The carry, states before chunks (chunks of all sequences, PADDED) and biases hold each vector's own numbers.
 Q, K, V, P, P_IM, S, BIAS, BIAS_IM, CARRY, CARRY_IM, BEFORE, BEFORE_IM = range(OPERANDS, OPERANDS + 48, 4)
 Y = OPERANDS + 48
 DY, DQ, DK, DV, DP, DP_IM, DS, DBIAS, DBIAS_IM = range(OPERANDS + 48, OPERANDS + 84, 4)
@@ -200,11 +205,16 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
             item = take_ticket(pointer, 0)
             if item >= p[2]:
                 break
-            b, first, end = place(p, item)
-            carry, carry_im = row_of(p, CARRY, b, 0), row_of(p, CARRY_IM, b, 0)
-            for t in range(p[T]):
-                if t % CHUNK == 0:
-                    _keep(p, b, t // CHUNK, first, end, COMPLEX, WIDE, LANES)
+            sequence, first, end = place(p, item)
+            b, begin, steps, chunk = stretch(p, p[DOCUMENTS], p[T], sequence, CHUNK)
+            carry, carry_im = row_of(p, CARRY, sequence, 0), row_of(p, CARRY_IM, sequence, 0)
+            for t in range(begin, begin + steps):
+                if (t - begin) % CHUNK == 0:
+                    _keep(p, sequence, chunk + (t - begin) // CHUNK, first, end, COMPLEX, WIDE, LANES)
+                if resets(p, b, t):
+                    clear(carry, first, end, WIDE, LANES)
+                    if COMPLEX:
+                        clear(carry_im, first, end, WIDE, LANES)
                 k_row, v_row, q_row = row_of(p, K, b, t), row_of(p, V, b, t), row_of(p, Q, b, t)
                 a_row, a_row_im = row_of(p, P, b, t), row_of(p, P_IM, b, t)
                 s_row, y_row = row_of(p, S, b, t), row_of(p, Y, b, t)
@@ -233,13 +243,14 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
 
 
 @njit
-def _keep(p: Any, b: int, chunk: int, first: int, end: int, complex_: Any, wide: Any, lanes: Any) -> None:
+def _keep(p: Any, sequence: int, chunk: int, first: int, end: int, complex_: Any, wide: Any, lanes: Any) -> None:
     """The state before a chunk, for the backward pass."""
     for n in range(first, end):
-        store(row_of(p, BEFORE, b, chunk), n * lanes, load(row_of(p, CARRY, b, 0), n * lanes, wide, lanes), wide)
+        h = load(row_of(p, CARRY, sequence, 0), n * lanes, wide, lanes)
+        store(row_of(p, BEFORE, chunk, 0), n * lanes, h, wide)
         if complex_:
-            h_im = load(row_of(p, CARRY_IM, b, 0), n * lanes, wide, lanes)
-            store(row_of(p, BEFORE_IM, b, chunk), n * lanes, h_im, wide)
+            h_im = load(row_of(p, CARRY_IM, sequence, 0), n * lanes, wide, lanes)
+            store(row_of(p, BEFORE_IM, chunk, 0), n * lanes, h_im, wide)
 
 
 @functools.cache
@@ -258,37 +269,42 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
         p = carray(pointer, (MAX_ARGUMENTS,))
         last = p[D] - LANES
         room = p[SCRATCH] + take_ticket(pointer, 1) * p[ROOM]
-        chunks = (p[T] + CHUNK - 1) // CHUNK
         fraction = real_number(p[FRACTION])
-        item, chunk = 0, 0
+        item, left = 0, 0
         while True:
-            chunk -= 1
-            if chunk < 0:
-                item, chunk = take_ticket(pointer, 0), chunks - 1
+            if left == 0:
+                item = take_ticket(pointer, 0)
                 if item >= p[2]:
                     break
-            b, first, end = place(p, item)
-            start, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, p[T])
+            sequence, first, end = place(p, item)
+            b, begin, steps, chunk = stretch(p, p[DOCUMENTS], p[T], sequence, CHUNK)
+            left = (left if left > 0 else (steps + CHUNK - 1) // CHUNK) - 1
+            if left < 0:
+                left = 0
+                continue
+            chunk += left
+            start, stop = begin + left * CHUNK, begin + min((left + 1) * CHUNK, steps)
             stride = (end - first) * SLOTS * LANES
             cell = 0
             for n in range(first, end):
-                store(room, cell + H * LANES, load(row_of(p, BEFORE, b, chunk), n * LANES, WIDE, LANES), WIDE)
+                store(room, cell + H * LANES, load(row_of(p, BEFORE, chunk, 0), n * LANES, WIDE, LANES), WIDE)
                 if COMPLEX:
-                    h_im = load(row_of(p, BEFORE_IM, b, chunk), n * LANES, WIDE, LANES)
+                    h_im = load(row_of(p, BEFORE_IM, chunk, 0), n * LANES, WIDE, LANES)
                     store(room, cell + H_IM * LANES, h_im, WIDE)
                 cell += SLOTS * LANES
             cell = 0
             for t in range(start, stop):
                 k_row, v_row = row_of(p, K, b, t), row_of(p, V, b, t)
                 a_row, a_row_im = row_of(p, P, b, t), row_of(p, P_IM, b, t)
+                anew = resets(p, b, t)
                 for n in range(first, end):
                     c = min(n * LANES, last)
                     u, u_im, m, rest = _read_gate(GATE, A, WIDE, STRIDED, LANES, p, a_row, a_row_im, c, n)
                     m = u if GATE == GIVEN_REAL else m
                     added = _read_input(GATE, X, STRIDED, LANES, p, k_row, v_row, c, m, rest)
-                    h = load(room, cell + H * LANES, WIDE, LANES)
+                    h = zeros(WIDE, LANES) if anew else load(room, cell + H * LANES, WIDE, LANES)
                     if COMPLEX:
-                        h_im = load(room, cell + H_IM * LANES, WIDE, LANES)
+                        h_im = zeros(WIDE, LANES) if anew else load(room, cell + H_IM * LANES, WIDE, LANES)
                         a, a_im = u * m, u_im * m
                         store(room, cell, u, WIDE)
                         store(room, cell + U_IM * LANES, u_im, WIDE)
@@ -299,16 +315,16 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                     store(room, cell + M * LANES, m, WIDE)
                     store(room, cell + REST * LANES, rest, WIDE)
                     cell += SLOTS * LANES
-            carry, carry_im = row_of(p, CARRY, b, 0), row_of(p, CARRY_IM, b, 0)
+            carry, carry_im = row_of(p, CARRY, sequence, 0), row_of(p, CARRY_IM, sequence, 0)
             for t in range(stop - 1, start - 1, -1):
-                cell = (t - start) * stride
+                cell, anew = (t - start) * stride, resets(p, b, t)
                 k_row, v_row = row_of(p, K, b, t), row_of(p, V, b, t)
                 q_row, s_row, dy_row = row_of(p, Q, b, t), row_of(p, S, b, t), row_of(p, DY, b, t)
                 dq_row, dk_row, dv_row = row_of(p, DQ, b, t), row_of(p, DK, b, t), row_of(p, DV, b, t)
                 dp_row, dp_row_im, ds_row = row_of(p, DP, b, t), row_of(p, DP_IM, b, t), row_of(p, DS, b, t)
                 for n in range(first, end):
                     c = min(n * LANES, last)
-                    before = load(room, cell + H * LANES, WIDE, LANES)
+                    before = zeros(WIDE, LANES) if anew else load(room, cell + H * LANES, WIDE, LANES)
                     now = load(room, cell + stride + H * LANES, WIDE, LANES)
                     m = load(room, cell + M * LANES, WIDE, LANES)
                     rest = load(room, cell + REST * LANES, WIDE, LANES)
@@ -346,7 +362,7 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                         store(dk_row, c, scaled * v, X)
                         store(dv_row, c, scaled * k, X)
                         if COMPLEX:
-                            before_im = load(room, cell + H_IM * LANES, WIDE, LANES)
+                            before_im = zeros(WIDE, LANES) if anew else load(room, cell + H_IM * LANES, WIDE, LANES)
                             da = fma(g_im, before_im, da)
                             da_im = fms(g, before_im, g_im * before)
                             dz, dz_im = _projection_gradient(GATE, u, u_im, m, rest, da, da_im)
@@ -354,10 +370,10 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                                 # Of the scale of the inputs, by the logit.
                                 slope = (m * m) * sqrt(rest / (m + 1.0))
                                 dz = fms((g * k) * v, slope, dz)
-                                sums = load(row_of(p, DBIAS, b, chunk), n * LANES, WIDE, LANES)
-                                store(row_of(p, DBIAS, b, chunk), n * LANES, sums + dz, WIDE)
-                                sums = load(row_of(p, DBIAS_IM, b, chunk), n * LANES, WIDE, LANES)
-                                store(row_of(p, DBIAS_IM, b, chunk), n * LANES, sums + dz_im, WIDE)
+                                sums = load(row_of(p, DBIAS, chunk, 0), n * LANES, WIDE, LANES)
+                                store(row_of(p, DBIAS, chunk, 0), n * LANES, sums + dz, WIDE)
+                                sums = load(row_of(p, DBIAS_IM, chunk, 0), n * LANES, WIDE, LANES)
+                                store(row_of(p, DBIAS_IM, chunk, 0), n * LANES, sums + dz_im, WIDE)
                             if GATE == GIVEN_COMPLEX:
                                 store(dp_row, c, dz, A)
                                 store(dp_row_im, c, dz_im, A)
@@ -366,5 +382,9 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                         else:
                             store(dp_row, c, da, A)
                     cell += SLOTS * LANES
+                if anew:
+                    clear(carry, first, end, WIDE, LANES)
+                    if COMPLEX:
+                        clear(carry_im, first, end, WIDE, LANES)
 
     return compiled(kernel)

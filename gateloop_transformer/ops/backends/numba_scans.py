@@ -1,8 +1,9 @@
 """Kernels of the elementwise recurrences: one thread runs a block of channels of one row of the batch through time.
 
-B batch, T time, D channels. A block's state stays in the cache; every number of the inputs is read once from memory
-and every result written once. Where D is not a multiple of the lanes the last vector overlaps the one before: its
-channels are computed twice, to the same bits. Arguments: see `numba_cpu.py`, which fills them in this order.
+B batch, T time, D channels. A sequence is a row of the batch, or a document packed among others in a row. A block's
+state stays in the cache; every number of the inputs is read once from memory and every result written once. Where D is
+not a multiple of the lanes the last vector overlaps the one before: its channels are computed twice, to the same bits.
+Arguments: see `numba_cpu.py`, which fills them in this order.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gateloop_transformer.ops.backends.numba_simd import (
     F32,
     F64,
     ITEM_SIZE,
+    byte,
     fma,
     fms,
     gather,
@@ -24,6 +26,7 @@ from gateloop_transformer.ops.backends.numba_simd import (
     prefetch,
     store,
     take_ticket,
+    zeros,
 )
 
 # Steps between two states that the forward pass keeps for the backward pass.
@@ -38,9 +41,9 @@ def fetch(row: Any, channel: Any, stride: Any, kind: Any, lanes: Any, strided: A
 
 
 # Arguments that all kernels begin with. BLOCKS: of channels in a row of the batch; WIDTH: vectors in a block; SCRATCH,
-# ROOM: address and size of a thread's memory.
-BLOCKS, VECTORS, WIDTH, T, D, SCRATCH, ROOM = range(HEADER, HEADER + 7)
-OPERANDS = HEADER + 7
+# ROOM: address and size of a thread's memory; DOCUMENTS: see `stretch`; RESETS: an operand, see `row_of`, of bytes.
+BLOCKS, VECTORS, WIDTH, T, D, SCRATCH, ROOM, DOCUMENTS, RESETS = range(HEADER, HEADER + 9)
+OPERANDS = HEADER + 12
 # Steps that memory is asked for ahead: the processor's own guesses end at every page.
 AHEAD = 8
 
@@ -55,14 +58,39 @@ def row_of(p: Any, operand: int, b: int, t: int) -> Any:
 
 @njit
 def place(p: Any, item: int) -> Any:
-    """What an item is: its row of the batch, its first vector and the one after its last."""
+    """What an item is: its sequence, its first vector and the one after its last."""
     first = (item % p[BLOCKS]) * p[WIDTH]
     return item // p[BLOCKS], first, min(first + p[WIDTH], p[VECTORS])
 
 
+@njit
+def stretch(p: Any, documents: int, T: int, n: int, chunk: int) -> Any:
+    """Where sequence n lies: its row of the batch, its first step, its steps, and how many chunks (of `chunk` steps)
+    the sequences before it have. `documents`: where the arguments list these three numbers for each document; 0 for
+    rows of one length.
+    """
+    if documents == 0:
+        return n, 0, T, n * ((T + chunk - 1) // chunk)
+    at = documents + 3 * n
+    return 0, p[at], p[at + 1], p[at + 2]
+
+
+@njit
+def resets(p: Any, b: int, t: int) -> Any:
+    """Whether a step begins anew."""
+    return p[RESETS] != 0 and byte(row_of(p, RESETS, b, t)) != 0
+
+
+@njit
+def clear(state: int, first: int, end: int, kind: Any, lanes: Any) -> None:
+    """Zero for some vectors of a state."""
+    for n in range(first, end):
+        store(state, n * lanes, zeros(kind, lanes), kind)
+
+
 # ---- h[t] = a[t] h[t-1] + x[t] ---------------------------------------------------------------------------
 
-# The carry is the running state (B, lanes of all vectors): where vectors overlap, each has its own.
+# The carry is the running state (sequences, lanes of all vectors): where vectors overlap, each has its own.
 SCAN_A, SCAN_A_IM, SCAN_X, SCAN_X_IM, SCAN_H, SCAN_H_IM, SCAN_CARRY, SCAN_CARRY_IM = range(OPERANDS, OPERANDS + 32, 4)
 
 
@@ -79,9 +107,14 @@ def scan_forward(A: int, X: int, H: int, COMPLEX_A: bool, COMPLEX_X: bool, STRID
             item = take_ticket(pointer, 0)
             if item >= p[2]:
                 break
-            b, first, end = place(p, item)
-            carry, carry_im = row_of(p, SCAN_CARRY, b, 0), row_of(p, SCAN_CARRY_IM, b, 0)
-            for t in range(p[T]):
+            sequence, first, end = place(p, item)
+            b, begin, steps, _ = stretch(p, p[DOCUMENTS], p[T], sequence, CHUNK)
+            carry, carry_im = row_of(p, SCAN_CARRY, sequence, 0), row_of(p, SCAN_CARRY_IM, sequence, 0)
+            for t in range(begin, begin + steps):
+                if resets(p, b, t):
+                    clear(carry, first, end, WIDE, LANES)
+                    if COMPLEX:
+                        clear(carry_im, first, end, WIDE, LANES)
                 a_row, a_row_im = row_of(p, SCAN_A, b, t), row_of(p, SCAN_A_IM, b, t)
                 x_row, x_row_im = row_of(p, SCAN_X, b, t), row_of(p, SCAN_X_IM, b, t)
                 h_row, h_row_im = row_of(p, SCAN_H, b, t), row_of(p, SCAN_H_IM, b, t)
@@ -134,15 +167,17 @@ def scan_backward(
             item = take_ticket(pointer, 0)
             if item >= p[2]:
                 break
-            b, first, end = place(p, item)
-            carry, carry_im = row_of(p, SCAN_B_CARRY, b, 0), row_of(p, SCAN_B_CARRY_IM, b, 0)
-            for t in range(p[T]):
+            sequence, first, end = place(p, item)
+            b, begin, steps, _ = stretch(p, p[DOCUMENTS], p[T], sequence, CHUNK)
+            carry, carry_im = row_of(p, SCAN_B_CARRY, sequence, 0), row_of(p, SCAN_B_CARRY_IM, sequence, 0)
+            start, start_im = row_of(p, SCAN_B_START, sequence, 0), row_of(p, SCAN_B_START_IM, sequence, 0)
+            for t in range(begin, begin + steps):
                 g_row, g_row_im = row_of(p, SCAN_B_DH, b, t), row_of(p, SCAN_B_DH_IM, b, t)
                 a_row, a_row_im = row_of(p, SCAN_B_A, b, t), row_of(p, SCAN_B_A_IM, b, t)
                 h_row, h_row_im = row_of(p, SCAN_B_H, b, t + 1), row_of(p, SCAN_B_H_IM, b, t + 1)
                 da_row, da_row_im = row_of(p, SCAN_B_DA, b, t), row_of(p, SCAN_B_DA_IM, b, t)
                 dx_row, dx_row_im = row_of(p, SCAN_B_DX, b, t), row_of(p, SCAN_B_DX_IM, b, t)
-                final = t + 1 == p[T]
+                final, anew = t + 1 == begin + steps, resets(p, b, t)
                 for n in range(first, end):
                     c = min(n * LANES, last)
                     if not STRIDED:
@@ -151,8 +186,10 @@ def scan_backward(
                         prefetch(h_row + AHEAD * p[SCAN_B_H + 2] + c * ITEM_SIZE[H])
                     a = fetch(a_row, c, p[SCAN_B_A + 3], A, LANES, STRIDED)
                     g = fetch(g_row, c, p[SCAN_B_DH + 3], DH, LANES, STRIDED) + load(carry, n * LANES, WIDE, LANES)
-                    if final:
-                        h = load(row_of(p, SCAN_B_START, b, 0), n * LANES, WIDE, LANES)
+                    if anew:
+                        h = zeros(WIDE, LANES)
+                    elif final:
+                        h = load(start, n * LANES, WIDE, LANES)
                     else:
                         h = fetch(h_row, c, p[SCAN_B_H + 3], H, LANES, STRIDED)
                     da = g * h
@@ -160,8 +197,10 @@ def scan_backward(
                     if COMPLEX:
                         g_im = load(carry_im, n * LANES, WIDE, LANES)
                         g_im = g_im + fetch(g_row_im, c, p[SCAN_B_DH_IM + 3], DH, LANES, STRIDED)
-                        if final:
-                            h_im = load(row_of(p, SCAN_B_START_IM, b, 0), n * LANES, WIDE, LANES)
+                        if anew:
+                            h_im = zeros(WIDE, LANES)
+                        elif final:
+                            h_im = load(start_im, n * LANES, WIDE, LANES)
                         else:
                             h_im = fetch(h_row_im, c, p[SCAN_B_H_IM + 3], H, LANES, STRIDED)
                         da = fma(g_im, h_im, da)
@@ -177,5 +216,9 @@ def scan_backward(
                     store(carry, n * LANES, pulled, WIDE)
                     store(da_row, c, da, A)
                     store(dx_row, c, g, X)
+                if anew:
+                    clear(carry, first, end, WIDE, LANES)
+                    if COMPLEX:
+                        clear(carry_im, first, end, WIDE, LANES)
 
     return compiled(kernel)

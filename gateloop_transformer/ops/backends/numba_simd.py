@@ -440,6 +440,17 @@ def real_number(typingctx: Any, bits: Any) -> Any:
     return types.float64(types.int64), codegen
 
 
+@intrinsic
+def byte(typingctx: Any, address: Any) -> Any:
+    """The byte at an address."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = builder.load(builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        return builder.zext(value, ir.IntType(64))
+
+    return types.int64(types.int64), codegen
+
+
 @intrinsic(prefer_literal=True)
 def zeros(typingctx: Any, kind: Any, lanes: Any) -> Any:
     """A vector of zeros in the precision that numbers of `kind` are computed in."""

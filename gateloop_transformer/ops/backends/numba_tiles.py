@@ -1,7 +1,8 @@
 """Kernels of the gate loop with a matrix state: chunks of time as small matrix products, everything kept in cache.
 
-B batch, T time, H heads, K key size, V value size; C steps per chunk. One item is a head of a row of the batch, from
-the first step to the last (backward: from the last to the first). Derivation: docs/math.md.
+B batch, T time, H heads, K key size, V value size; C steps per chunk. One item is a head of a sequence (a row of the
+batch, or a document packed in a row), from the first step to the last (backward: from the last to the first).
+Derivation: docs/math.md.
 
 Within a chunk D[i, j] = a[j+1] ··· a[i] for i ≥ j, else 0, built row by row: exact at a gate of 0. P[i] is the product
 from the chunk's start to i, E[j] that from after j to its end, w that over all of it.
@@ -16,7 +17,7 @@ import numpy as np
 from numba import carray, njit
 
 from gateloop_transformer.ops.backends.numba_launch import HEADER, Kernel, compiled
-from gateloop_transformer.ops.backends.numba_scans import MAX_ARGUMENTS
+from gateloop_transformer.ops.backends.numba_scans import MAX_ARGUMENTS, stretch
 from gateloop_transformer.ops.backends.numba_simd import (
     AVX512,
     F32,
@@ -43,13 +44,14 @@ FULL, LOWER, UPPER = np.int64(0), np.int64(1), np.int64(2)
 
 # Arguments: sizes (KP, VP: K and V filled up to whole vectors; C a multiple of the lanes and of _ROWS), the memory of a
 # thread,
-HEADS, T, K, V, KP, VP, C, SCRATCH, ROOM = range(HEADER, HEADER + 9)
+HEADS, T, K, V, KP, VP, C, SCRATCH, ROOM, DOCUMENTS = range(HEADER, HEADER + 10)
 # operands (address, strides of batch, time and head in bytes), and states, real and imaginary part side by side: STATE
-# (B, H, 2, KP, VP), the running one, and BEFORE (B, H, chunks, 2, KP, VP), those before each chunk.
+# (sequences, H, 2, KP, VP), the running one, and BEFORE, those before each chunk: sequence by sequence (H, chunks, 2,
+# KP, VP).
 QUERY, KEY, VALUE, GATE, GATE_IM, OUT, DY, DQ, DK, DV, DA, DA_IM = (
-    np.int64(place) for place in range(HEADER + 9, HEADER + 57, 4)
+    np.int64(place) for place in range(HEADER + 10, HEADER + 58, 4)
 )
-STATE, BEFORE = HEADER + 57, HEADER + 58
+STATE, BEFORE = HEADER + 58, HEADER + 59
 
 
 @njit
@@ -283,17 +285,19 @@ def tiles_forward(X: int, A: int, COMPLEX: bool, STATES: bool, LANES: int) -> Ke
             item = take_ticket(pointer, 0)
             if item >= p[2]:
                 break
-            b, h = item // p[HEADS], item % p[HEADS]
+            sequence, h = item // p[HEADS], item % p[HEADS]
+            b, begin, length, earlier = stretch(p, p[DOCUMENTS], p[T], sequence, c)
             state = p[STATE] + item * PARTS * state_size * SIZE
-            chunks = (p[T] + c - 1) // c
+            chunks = (length + c - 1) // c
+            kept_before = p[BEFORE] + (earlier * p[HEADS] + h * chunks) * PARTS * state_size * SIZE
             for chunk in range(chunks):
-                start = chunk * c
-                steps = min(c, p[T] - start)
+                start = begin + chunk * c
+                steps = min(c, length - chunk * c)
                 _tile(X, WIDE, LANES, p, KEY, b, h, start, steps, p[K], kp, k)
                 _tile(X, WIDE, LANES, p, VALUE, b, h, start, steps, p[V], vp, v)
                 _gates(A, WIDE, COMPLEX, LANES, p, b, h, start, steps, gates, inside, starts)
                 if STATES:
-                    kept = p[BEFORE] + (item * chunks + chunk) * PARTS * state_size * SIZE
+                    kept = kept_before + chunk * PARTS * state_size * SIZE
                     _move(WIDE, WIDE, LANES, state, kept, PARTS * state_size)
                 else:
                     _tile(X, WIDE, LANES, p, QUERY, b, h, start, steps, p[K], kp, q)
@@ -472,13 +476,15 @@ def tiles_backward(X: int, A: int, COMPLEX: bool, LANES: int) -> Kernel:
             item = take_ticket(pointer, 0)
             if item >= p[2]:
                 break
-            b, h = item // p[HEADS], item % p[HEADS]
+            sequence, h = item // p[HEADS], item % p[HEADS]
+            b, begin, length, earlier = stretch(p, p[DOCUMENTS], p[T], sequence, c)
             after = p[STATE] + item * PARTS * state_size * SIZE
-            chunks = (p[T] + c - 1) // c
+            chunks = (length + c - 1) // c
+            kept_before = p[BEFORE] + (earlier * p[HEADS] + h * chunks) * PARTS * state_size * SIZE
             for chunk in range(chunks - 1, -1, -1):
-                start = chunk * c
-                steps = min(c, p[T] - start)
-                before = p[BEFORE] + (item * chunks + chunk) * PARTS * state_size * SIZE
+                start = begin + chunk * c
+                steps = min(c, length - chunk * c)
+                before = kept_before + chunk * PARTS * state_size * SIZE
                 _tile(X, WIDE, LANES, p, QUERY, b, h, start, steps, p[K], kp, q)
                 _tile(X, WIDE, LANES, p, KEY, b, h, start, steps, p[K], kp, k)
                 _tile(X, WIDE, LANES, p, VALUE, b, h, start, steps, p[V], vp, v)
