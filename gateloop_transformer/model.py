@@ -14,9 +14,12 @@ from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention, check_fraction
 from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
+from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.state import TransformerState
 from gateloop_transformer.ops.channel_loop import GATES
 from gateloop_transformer.ops.dispatch import check_name
+from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.layout import layout as read_layout
 
 
 def parse_pattern(pattern: str, depth: int) -> list[str]:
@@ -69,6 +72,7 @@ class Transformer(nn.Module):
         qk_norm: RMS norm on queries and keys of every mixer.
         conv_size: taps of the causal convolution in gate loop layers; 0 for none.
         max_memory: steps; the longest memory that "ring" gates start with.
+        attn_window: steps that attention layers see at most, so that decoding needs constant memory; None: all.
         dropout: probability of zeroing what a block adds, in training.
         backend: of all operators: "auto", or a backend's name.
 
@@ -104,6 +108,7 @@ class Transformer(nn.Module):
         qk_norm: bool = False,
         conv_size: int = 0,
         max_memory: float = 1024,
+        attn_window: int | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
@@ -111,6 +116,7 @@ class Transformer(nn.Module):
         sizes = {"dim": dim, "num_tokens": num_tokens, "depth": depth, "ff_mult": ff_mult}
         sizes |= {"dim_head": dim_head, "heads": heads}
         optional = {"gate_loop_heads": gate_loop_heads, "dim_gate_looped_attn": dim_gate_looped_attn}
+        optional |= {"attn_window": attn_window}
         sizes |= {name: size for name, size in optional.items() if size is not None}
         wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
         if wrong:
@@ -154,6 +160,7 @@ class Transformer(nn.Module):
                 "frac_gradient_data_dependent_rel_pos": frac_gradient_state_transition,
                 "softmax_normalize": attn_softmax_normalize,
                 "qk_norm": qk_norm,
+                "window": attn_window,
                 "backend": backend,
             },
         }
@@ -181,6 +188,9 @@ class Transformer(nn.Module):
         ablate_complex: bool | None = None,
         ablate_state_transition: bool | None = None,
         *,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         return_loss: bool = False,
         return_state: bool = False,
     ) -> Any:
@@ -192,8 +202,13 @@ class Transformer(nn.Module):
                 original's second argument, return_loss.
             ablate_complex: gates are real; None: as constructed.
             ablate_state_transition: gates are 1; None: as constructed.
+            resets: (B, T) booleans: such a token begins a document; None: never.
+            cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
+                being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
+            mask: (B, T) booleans, False for padding, on whatever side: such steps change no state and give 0.
             return_loss: return the mean cross entropy (nats) of predicting ids[:, 1:] from ids[:, :-1]; T ≥ 2. A
-                returned state has then read ids[:, :-1].
+                returned state has then read ids[:, :-1]; with cu_seqlens or a mask all ids. No document is asked for
+                the first token of the next.
             return_state: return (logits or loss, state).
 
         Returns:
@@ -206,13 +221,33 @@ class Transformer(nn.Module):
             return_loss, state = bool(state), None
         self._check(ids, state, return_loss)
         ids = ids.long()
-        flags = {
+        if mask is not None:
+            padding = Padding("Transformer", mask, ids.shape[0], ids.shape[1], resets, cu_seqlens)
+            result = self(
+                padding.pack(ids),
+                state,
+                ablate_complex,
+                ablate_state_transition,
+                resets=padding.resets,
+                cu_seqlens=padding.cu_seqlens,
+                return_loss=return_loss,
+                return_state=return_state,
+            )
+            return result if return_loss else padding.result(result, return_state)
+        layout = read_layout("Transformer", resets, cu_seqlens, *ids.shape)
+        targets = self._targets(ids, layout) if return_loss else None
+        if targets is not None and cu_seqlens is None:
+            ids, targets = ids[:, :-1], targets[:, :-1]
+            layout = Layout(None if resets is None else resets[:, :-1])
+        flags: dict[str, Any] = {
             "ablate_complex": self.ablate_complex if ablate_complex is None else ablate_complex,
             "ablate_state_transition": (
                 self.ablate_state_transition if ablate_state_transition is None else ablate_state_transition
             ),
         }
-        x = self.token_emb(ids[:, :-1] if return_loss else ids)
+        # A plain batch is given nothing, as other mixers may take nothing.
+        flags |= {name: mark for name, mark in layout._asdict().items() if mark is not None}
+        x = self.token_emb(ids)
         states = []
         for n, block in enumerate(self.layers):
             mixer, feedforward = cast(nn.ModuleList, block)
@@ -224,9 +259,21 @@ class Transformer(nn.Module):
                 x = mixer(x, state=past, **flags)
             x = feedforward(x)
         result = self.to_logits(x)
-        if return_loss:
-            result = F.cross_entropy(result.flatten(0, 1), ids[:, 1:].flatten())
+        if targets is not None:
+            result = F.cross_entropy(result.flatten(0, 1), targets.flatten())
         return (result, TransformerState(tuple(states))) if return_state else result
+
+    def _targets(self, ids: Tensor, layout: Layout) -> Tensor:
+        """The token after each (B, T); -100 where there is none, for cross_entropy to pass over."""
+        targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+        if layout.resets is not None:
+            targets = targets.masked_fill(F.pad(layout.resets[:, 1:], (0, 1)), -100)
+        if layout.cu_seqlens is not None:
+            ends = layout.cu_seqlens[1:].to(ids.device).long() - 1
+            targets = targets.index_fill(1, ends[ends >= 0], -100)
+        if not torch.compiler.is_compiling() and not layout.plain and not bool((targets >= 0).any()):
+            raise ValueError("Transformer: a loss needs a document of two tokens or more")
+        return targets
 
     def _check(self, ids: Tensor, state: TransformerState | None, return_loss: bool) -> None:
         if not isinstance(ids, Tensor):

@@ -183,7 +183,7 @@ def layers(case: Case, peer: Peer | None) -> Iterator[tuple[str, Callable[[], Ca
 class _NoRecurrence(GateLoopedAttention):
     """The layer with plain products in the place of the recurrence."""
 
-    def _channels(self, x: Tensor, mixed: Tensor, state: Any) -> Any:
+    def _channels(self, x: Tensor, mixed: Tensor, state: Any, layout: Any) -> Any:
         q, k, v = self.to_qkv(mixed).chunk(3, -1)
         first, second = self.to_a(mixed).chunk(2, -1)
         y = q * k * v * first * second

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, overload
+import itertools
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,18 @@ from torch import Tensor, nn
 
 from gateloop_transformer.layers.gate_looped import check_fraction, check_input
 from gateloop_transformer.layers.norm import HeadRMSNorm
+from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.state import AttentionState, check_state
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import polar, scale_gradient
+from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.packing import groups
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
+
+# ablate_complex, ablate_state_transition
+_Flags = tuple[bool, bool]
 
 
 class RotaryEmbedding(nn.Module):
@@ -36,18 +44,82 @@ class RotaryEmbedding(nn.Module):
     def _frequencies(self) -> Tensor:
         return 10000.0 ** (-torch.arange(0, self.dim, 2).float() / self.dim)
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """x (B, heads, T, dim), its first step at position `start`."""
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (B, heads, T, dim), at positions (T,) or (B, 1, T)."""
         wide = compute_dtype(x.dtype)
-        positions = torch.arange(start, start + x.shape[2], device=x.device, dtype=wide)
         # In a module of half precision the parameter has lost the digits that positions of a thousand steps need.
         exact = self.freqs.dtype in (torch.float32, torch.float64)
         freqs = self.freqs if exact else self._frequencies().to(x.device)
-        angles = positions[:, None] * freqs.to(wide)
+        angles = positions.to(wide)[..., None] * freqs.to(wide)
         even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = angles.cos(), angles.sin()
         turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
         return turned.flatten(-2).to(x.dtype)
+
+
+class View(NamedTuple):
+    """Which of the keys, `past` old and T new ones, each of T steps sees.
+
+    positions: of the steps in their sequence, (T,) or (B, 1, T); seen: (B,) steps since the start of the sequence,
+    after the last step; old: (B, past), the old keys that belong to it, or None: all; segment: (B, T), how many resets
+    there were up to a step, or None: none.
+    """
+
+    past: int
+    positions: Tensor
+    seen: Tensor
+    old: Tensor | None
+    segment: Tensor | None
+    window: int | None
+
+    @staticmethod
+    def of(x: Tensor, past: int, before: Tensor | None, resets: Tensor | None, window: int | None) -> View:
+        """That of x (B, T, dim) after `before` (B,) steps, of which the last `past` have keys."""
+        B, T = x.shape[:2]
+        steps = torch.arange(T, device=x.device)
+        if before is None:
+            positions, old = steps, None
+            before = torch.zeros(B, dtype=torch.long, device=x.device)
+        else:
+            positions = (before[:, None] + steps)[:, None]
+            old = torch.arange(past, 0, -1, device=x.device) <= before[:, None]
+            # A mask costs more than no mask.
+            old = None if not torch.compiler.is_compiling() and bool(old.all()) else old
+        if resets is None:
+            return View(past, positions, before + T, old, None, window)
+        segment = resets.cumsum(1)
+        latest = torch.where(resets, steps, -1).cummax(1).values if T else steps.expand(B, T)
+        since = torch.where(latest < 0, before[:, None] + steps, steps - latest)
+        seen = since[:, -1] + 1 if T else before
+        return View(past, since[:, None], seen, old, segment, window)
+
+    @property
+    def causal(self) -> bool:
+        """Nothing but causal: every step sees all before it, and there are no old keys."""
+        T = self.positions.shape[-1]
+        return self.past == 0 and self.segment is None and (self.window is None or self.window >= T)
+
+    def mask(self, steps: slice = slice(None), keys: slice = slice(None)) -> Tensor:
+        """(B or 1, 1, steps, keys), True where a key is seen: all, or a part."""
+        device, T = self.positions.device, self.positions.shape[-1]
+        query = torch.arange(T, device=device)[steps, None]
+        key = torch.arange(-self.past, T, device=device)[keys]
+        seen = (key <= query)[None, None]
+        if self.window is not None:
+            seen = seen & (query - key < self.window)
+        if self.old is not None:
+            mine = torch.cat([self.old, self.old.new_ones(len(self.old), T)], 1)[:, keys]
+            seen = seen & mine[:, None, None]
+        if self.segment is not None:
+            segments = F.pad(self.segment, (self.past, 0))[:, keys]
+            seen = seen & (segments[:, None] == self.segment[:, steps, None])[:, None]
+        return seen
+
+
+def _last(x: Tensor, beyond: Tensor, count: int) -> Tensor:
+    """The last `count` steps of x (n, heads, L, d) but for each row's `beyond` (n,) ones; 0 where there are fewer."""
+    places = x.shape[2] - beyond[:, None] + torch.arange(count, device=x.device)
+    return F.pad(x, (0, 0, count, 0)).gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 class CausalFullAttention(nn.Module):
@@ -65,6 +137,7 @@ class CausalFullAttention(nn.Module):
         frac_gradient_data_dependent_rel_pos: the gradient into that gate's projection is scaled by this.
         softmax_normalize: softmax over the scores, or the bare scores; None: softmax unless data_dependent_rel_pos.
         qk_norm: RMS norm of each head's queries and keys, before the rotary embedding.
+        window: every step sees this many steps at most, itself included: memory in decoding is constant; None: all.
         backend: of the gate loop in data_dependent_rel_pos="gate_loop".
 
     Raises:
@@ -83,9 +156,13 @@ class CausalFullAttention(nn.Module):
         frac_gradient_data_dependent_rel_pos: float = 0.5,
         softmax_normalize: bool | None = None,
         qk_norm: bool = False,
+        window: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if window is not None and window < 1:
+            raise ValueError(f"CausalFullAttention: window must be at least 1 step, not {window}")
+        self.window = window
         if min(dim, dim_head, heads) < 1:
             raise ValueError(
                 f"CausalFullAttention: dim, dim_head and heads must be positive, got {dim}, {dim_head}, {heads}"
@@ -122,6 +199,9 @@ class CausalFullAttention(nn.Module):
         state: AttentionState | bool | None = None,
         ablate_state_transition: bool = False,
         *,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         ablate_complex: bool = False,
         return_state: Literal[False] = False,
     ) -> Tensor: ...
@@ -133,6 +213,9 @@ class CausalFullAttention(nn.Module):
         state: AttentionState | bool | None = None,
         ablate_state_transition: bool = False,
         *,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         ablate_complex: bool = False,
         return_state: Literal[True],
     ) -> tuple[Tensor, AttentionState]: ...
@@ -143,6 +226,9 @@ class CausalFullAttention(nn.Module):
         state: AttentionState | bool | None = None,
         ablate_state_transition: bool = False,
         *,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         ablate_complex: bool = False,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, AttentionState]:
@@ -153,6 +239,10 @@ class CausalFullAttention(nn.Module):
             state: where an earlier call with return_state ended; None: the start. A bool in this place is the
                 original's second argument, ablate_complex.
             ablate_state_transition: no data-dependent position.
+            resets: (B, T) booleans: such a step sees none before it; None: never.
+            cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
+                being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
+            mask: (B, T) booleans, False for padding, on whatever side: such steps change no state and give 0.
             ablate_complex: its gates are real.
             return_state: return (y, state) instead of y.
 
@@ -160,38 +250,103 @@ class CausalFullAttention(nn.Module):
             y (B, T, dim) in x's dtype (under autocast: what a Linear gives), or (y, state).
 
         Raises:
-            ValueError: x or state has another shape or kind.
+            ValueError: x, state, resets, cu_seqlens or mask has another shape or kind.
         """
         if isinstance(state, int):
             ablate_complex, state = bool(state), None
         check_input("CausalFullAttention", x, self.dim, self)
-        self._check_state(x, state)
-        q, k, v = self._project(x, 0 if state is None else state.keys.shape[2])
+        flags = ablate_complex, ablate_state_transition
+        if mask is not None:
+            padding = Padding("CausalFullAttention", mask, x.shape[0], x.shape[1], resets, cu_seqlens)
+            marks = {"resets": padding.resets, "cu_seqlens": padding.cu_seqlens}
+            result = self(padding.pack(x), state, flags[1], ablate_complex=flags[0], return_state=return_state, **marks)
+            return cast(Tensor, padding.result(result, return_state))
+        layout = read_layout("CausalFullAttention", resets, cu_seqlens, x.shape[0], x.shape[1])
+        self._check_state(x, state, layout)
+        if layout.cu_seqlens is not None:
+            y, new = self._documents(x, state, layout, flags)
+        else:
+            y, new = self._rows(x, state, resets, None, flags)
+            new = self._recent(new)
+        y = self._output(x, y)
+        return (y, new) if return_state else y
+
+    def _rows(
+        self, x: Tensor, state: AttentionState | None, resets: Tensor | None, there: Tensor | None, flags: _Flags
+    ) -> tuple[Tensor, AttentionState]:
+        """The heads' outputs (B, heads, T, dim_head), and the keys and values of all steps, old and new.
+
+        `there` (B, T): False behind the end of a row.
+        """
+        past = 0 if state is None else state.keys.shape[2]
+        view = View.of(x, past, None if state is None else state.seen, resets, self.window)
+        q, k, v = self._project(x, view.positions)
         values = v if state is None else torch.cat([state.values, v], 2)
         imaginary = k.new_empty(x.shape[0], self.heads, 0, self.dim_head)
         if self.data_dependent_rel_pos == "gate_loop":
-            gates = self._time_gates(x, ablate_complex, ablate_state_transition)
+            gates = self._time_gates(x, *flags)
+            if there is not None:
+                # Keys are decayed to the last step of a row, not to what fills it up.
+                behind = ~there[..., None, None]
+                gates = gates[0].masked_fill(behind, 1), gates[1].masked_fill(behind, 0)
             scores, keys, imaginary = self._gated_scores(q, k, gates, state)
-            y = self._attend(scores, values)
+            y = self._attend(scores, values, view)
         else:
-            if self.data_dependent_rel_pos and not ablate_state_transition:
-                q, k = self._channel_gates(x, q, k, ablate_complex)
+            if self.data_dependent_rel_pos and not flags[1]:
+                q, k = self._channel_gates(x, q, k, flags[0])
             keys = k if state is None else torch.cat([state.keys, k], 2)
             # The released position makes scores of 1e8: a fused backward that computes them again rounds otherwise.
             if self.softmax_normalize and not self.data_dependent_rel_pos:
-                y = self._softmax_attention(q, keys, values)
+                y = self._softmax_attention(q, keys, values, view)
             else:
                 with torch.autocast(x.device.type, enabled=False):
-                    y = self._attend(q @ keys.transpose(-1, -2).to(q.dtype), values)
-        y = self._output(x, y)
-        return (y, AttentionState(keys, imaginary, values)) if return_state else y
+                    y = self._attend(q @ keys.transpose(-1, -2).to(q.dtype), values, view)
+        return y, AttentionState(keys, imaginary, values, view.seen)
 
-    def _check_state(self, x: Tensor, state: AttentionState | None) -> None:
+    def _recent(self, state: AttentionState) -> AttentionState:
+        """Without the keys and values that no later step can see."""
+        past = state.keys.shape[2]
+        if self.window is None or past < self.window:
+            return state
+        keys, imaginary, values = (part[:, :, max(part.shape[2] - self.window + 1, 0) :].clone() for part in state[:3])
+        return AttentionState(keys, imaginary, values, state.seen)
+
+    def _documents(
+        self, x: Tensor, state: AttentionState | None, layout: Layout, flags: _Flags
+    ) -> tuple[Tensor, AttentionState]:
+        """Documents as rows of batches, those of like length together; the state has a row for each."""
+        N, T = layout.states(1), x.shape[1]
+        bounds = layout.bounds(T)
+        past = 0 if state is None else state.keys.shape[2]
+        longest = max([b - a for a, b in itertools.pairwise(bounds)], default=0)
+        kept = past + longest if self.window is None else min(past + longest, self.window - 1)
+        if state is None:
+            shape = (N, self.heads, 0, self.dim_head)
+            none = torch.zeros(N, dtype=torch.long, device=x.device)
+            state = AttentionState(x.new_zeros(shape), x.new_zeros(shape), x.new_zeros(shape), none)
+        outputs, order, states, documents = [], [], [], []
+        for group in groups(bounds, x.device):
+            resets = None if layout.resets is None else group.rows(layout.resets, False)
+            own = state.select(group.documents)
+            y, own = self._rows(group.rows(x, 0.0), own, resets, group.there, flags)
+            outputs.append(y.transpose(1, 2)[group.there])
+            order.append(group.steps[group.there])
+            beyond = (~group.there).sum(1)
+            counts = kept, kept if self.data_dependent_rel_pos == "gate_loop" else 0, kept
+            parts = [_last(part, beyond, count) for part, count in zip(own[:3], counts, strict=True)]
+            states.append((*parts, own.seen - beyond))
+            documents.append(group.documents)
+        numbers = torch.cat(documents).argsort()
+        y = torch.cat(outputs)[torch.cat(order).argsort()].unsqueeze(0).transpose(1, 2)
+        return y, AttentionState(*(torch.cat(part)[numbers] for part in zip(*states, strict=True)))
+
+    def _check_state(self, x: Tensor, state: AttentionState | None, layout: Layout) -> None:
         if state is None:
             return
-        kind = (x.shape[0], self.heads, None, self.dim_head)
+        rows = layout.states(x.shape[0])
         names = ("keys", "keys_imaginary", "values")
-        check_state("CausalFullAttention", state, AttentionState, dict.fromkeys(names, kind))
+        shapes = dict.fromkeys(names, (rows, self.heads, None, self.dim_head))
+        check_state("CausalFullAttention", state, AttentionState, {**shapes, "seen": (rows,)})
         past = state.keys.shape[2]
         imaginary = past if self.data_dependent_rel_pos == "gate_loop" else 0
         if state.values.shape[2] != past or state.keys_imaginary.shape[2] != imaginary:
@@ -205,7 +360,7 @@ class CausalFullAttention(nn.Module):
         heads: Tensor = x.unflatten(-1, (self.heads, self.dim_head))
         return heads.transpose(1, 2)
 
-    def _project(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (scaled), keys and values (B, heads, T, dim_head)."""
         q, k, v = self.to_qkv(x).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -214,7 +369,7 @@ class CausalFullAttention(nn.Module):
             k = self.k_norm(k.unflatten(-1, shape)).flatten(-2).to(v.dtype)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         if self.rotary_emb is not None:
-            q, k = self.rotary_emb(q, start), self.rotary_emb(k, start)
+            q, k = self.rotary_emb(q, positions), self.rotary_emb(k, positions)
         return q * self.dim_head**-0.5, k, v
 
     def _gates(self, x: Tensor, ablate_complex: bool) -> Pair:
@@ -272,21 +427,34 @@ class CausalFullAttention(nn.Module):
         keys, imaginary = (part.transpose(-1, -2) for part in final)
         return scores.transpose(1, 2), keys, imaginary
 
-    def _attend(self, scores: Tensor, values: Tensor) -> Tensor:
-        """Weights from scores (B, heads, T, past + T), causally, times values."""
-        past = scores.shape[-1] - scores.shape[-2]
+    def _attend(self, scores: Tensor, values: Tensor, view: View) -> Tensor:
+        """Weights from scores (B, heads, T, past + T), of what is seen, times values."""
+        seen = view.mask()
         if not self.softmax_normalize:
-            return (scores.tril(past) @ values.to(scores.dtype)).to(values.dtype)
-        future = torch.ones_like(scores, dtype=torch.bool).triu(past + 1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+            return (scores.masked_fill(~seen, 0) @ values.to(scores.dtype)).to(values.dtype)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return (weights @ values.to(weights.dtype)).to(values.dtype)
 
-    def _softmax_attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        past = keys.shape[2] - q.shape[2]
-        if past == 0:
+    def _softmax_attention(self, q: Tensor, keys: Tensor, values: Tensor, view: View) -> Tensor:
+        if view.causal:
             return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=1.0)
-        seen = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(past)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=1.0)
+        if self.window is not None and q.shape[2] > 2 * self.window:
+            return self._local_attention(q, keys, values, view, self.window)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=view.mask(), scale=1.0)
+
+    def _local_attention(self, q: Tensor, keys: Tensor, values: Tensor, view: View, window: int) -> Tensor:
+        """Stretches of `window` queries with the 2·window keys that they can see: linear in time and memory."""
+        parts = []
+        for start in range(0, q.shape[2], window):
+            end = min(start + window, q.shape[2])
+            first = max(view.past + start - window + 1, 0)
+            stretch = slice(first, view.past + end)
+            mask = view.mask(slice(start, end), stretch)
+            part = F.scaled_dot_product_attention(
+                q[:, :, start:end], keys[:, :, stretch], values[:, :, stretch], attn_mask=mask, scale=1.0
+            )
+            parts.append(part)
+        return torch.cat(parts, 2)
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
         """Swish gate and output projection of the heads' outputs (B, heads, T, dim_head)."""

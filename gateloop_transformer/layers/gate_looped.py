@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from gateloop_transformer.layers.norm import HeadRMSNorm
+from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.short_conv import ShortConv
 from gateloop_transformer.layers.state import GateLoopState, check_state
 from gateloop_transformer.ops.channel_loop import GATES, channel_gate_loop
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale, ring_start, scale_gradient
+from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.layout import layout as read_layout
 from gateloop_transformer.ops.pairs import compute_dtype
 
 
@@ -66,6 +69,7 @@ class GateLoopedAttention(nn.Module):
         qk_norm: RMS norm of each head's queries and keys. Head size above 1.
         conv_size: taps of a causal depthwise convolution before q, k, v and the gate; 0 for none.
         max_memory: steps; the longest memory that "ring" starts with.
+        reverse: run from the last step to the first, the convolution too; a state is then what comes after x.
         backend: "auto", or a backend's name.
 
     Raises:
@@ -90,6 +94,7 @@ class GateLoopedAttention(nn.Module):
         qk_norm: bool = False,
         conv_size: int = 0,
         max_memory: float = 1024,
+        reverse: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -109,7 +114,7 @@ class GateLoopedAttention(nn.Module):
         check_fraction("GateLoopedAttention", "frac_gradient_state_transition", frac_gradient_state_transition)
         check_name(backend)
         self.dim, self.heads, self.gate, self.backend = dim, heads, gate, backend
-        self.dim_head = dim_inner // heads
+        self.dim_head, self.reverse = dim_inner // heads, reverse
         self.checkpoint_gate_looped_attn = checkpoint_gate_looped_attn
         self.frac_gradient_state_transition = frac_gradient_state_transition
         self.conv = ShortConv(dim, conv_size) if conv_size else None
@@ -139,6 +144,9 @@ class GateLoopedAttention(nn.Module):
         state: GateLoopState | bool | None = None,
         ablate_state_transition: bool = False,
         *,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         ablate_complex: bool = False,
         return_state: Literal[False] = False,
     ) -> Tensor: ...
@@ -150,6 +158,9 @@ class GateLoopedAttention(nn.Module):
         state: GateLoopState | bool | None = None,
         ablate_state_transition: bool = False,
         *,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         ablate_complex: bool = False,
         return_state: Literal[True],
     ) -> tuple[Tensor, GateLoopState]: ...
@@ -160,6 +171,9 @@ class GateLoopedAttention(nn.Module):
         state: GateLoopState | bool | None = None,
         ablate_state_transition: bool = False,
         *,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         ablate_complex: bool = False,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, GateLoopState]:
@@ -170,6 +184,10 @@ class GateLoopedAttention(nn.Module):
             state: where an earlier call with return_state ended; None: the start. A bool in this place is the
                 original's second argument, ablate_complex.
             ablate_state_transition: all gates are 1.
+            resets: (B, T) booleans: the state is cleared before such a step; None: never.
+            cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
+                being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
+            mask: (B, T) booleans, False for padding, on whatever side: such steps change no state and give 0.
             ablate_complex: gates are real: the imaginary projection ("polar") or the phase is dropped.
             return_state: return (y, state) instead of y.
 
@@ -177,32 +195,55 @@ class GateLoopedAttention(nn.Module):
             y (B, T, dim) in x's dtype (under autocast: what a Linear gives), or (y, state).
 
         Raises:
-            ValueError: x or state has another shape or kind.
+            ValueError: x, state, resets, cu_seqlens or mask has another shape or kind.
         """
         if isinstance(state, int):
             ablate_complex, state = bool(state), None
         check_input("GateLoopedAttention", x, self.dim, self)
-        past = self._past(x, state)
+        if mask is not None:
+            padding = Padding("GateLoopedAttention", mask, x.shape[0], x.shape[1], resets, cu_seqlens)
+            result = self(
+                padding.pack(x),
+                state,
+                ablate_state_transition,
+                resets=padding.resets,
+                cu_seqlens=padding.cu_seqlens,
+                ablate_complex=ablate_complex,
+                return_state=return_state,
+            )
+            return cast(Tensor, padding.result(result, return_state))
+        layout = read_layout("GateLoopedAttention", resets, cu_seqlens, x.shape[0], x.shape[1])
+        past = self._past(x, state, layout)
         mixed = x
         if self.conv is not None:
-            mixed, past = self.conv(x, past)
+            mixed, past = self._convolve(self.conv, x, past, layout)
         if self.dim_head == 1 and not (ablate_complex or ablate_state_transition):
-            y, (re, im) = self._channels(x, mixed, state)
+            y, (re, im) = self._channels(x, mixed, state, layout)
             return (y, GateLoopState(re[..., None, None], im[..., None, None], past)) if return_state else y
         q, k, v = (part.unflatten(-1, (self.heads, self.dim_head)) for part in self.to_qkv(mixed).chunk(3, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         real, imaginary, k = self._gates(mixed, k, ablate_complex, ablate_state_transition)
         if state is None and imaginary is None and not return_state:
-            y, _ = gate_loop(q, k, v, real, backend=self.backend)
+            y, _ = gate_loop(q, k, v, real, reverse=self.reverse, backend=self.backend, **layout._asdict())
             return self._output(x, y)
         gates = real, torch.zeros_like(real) if imaginary is None else imaginary
         initial = None if state is None else (state.real, state.imaginary)
-        y, final = gate_loop(q, k, v, gates, initial, backend=self.backend)
+        y, final = gate_loop(q, k, v, gates, initial, reverse=self.reverse, backend=self.backend, **layout._asdict())
         y = self._output(x, y)
         return (y, GateLoopState(*final, past)) if return_state else y
 
-    def _channels(self, x: Tensor, mixed: Tensor, state: GateLoopState | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _convolve(self, conv: ShortConv, x: Tensor, past: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        if not self.reverse:
+            return conv(x, past, layout)  # type: ignore[no-any-return]
+        # The other way round: the last step first, and the last document first.
+        packed = layout.cu_seqlens is not None
+        y, past = conv(x.flip(1), past.flip(0) if packed else past, layout.flipped())
+        return y.flip(1), past.flip(0) if packed else past
+
+    def _channels(
+        self, x: Tensor, mixed: Tensor, state: GateLoopState | None, layout: Layout
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Head size 1: output and the state's parts (B, heads), gates and recurrence in one pass."""
         # A norm between the recurrence and its SiLU gate keeps the two apart.
         fused = self.to_gates is not None and isinstance(self.maybe_sub_ln, nn.Identity)
@@ -214,17 +255,20 @@ class GateLoopedAttention(nn.Module):
             bias=(self.ring_logit, self.ring_phase) if self.gate == "ring" else None,
             swish=self.to_gates[0](x) if self.to_gates is not None and fused else None,
             fraction=self.frac_gradient_state_transition,
+            reverse=self.reverse,
             backend=self.backend,
+            **layout._asdict(),
         )
         return cast(Tensor, self.to_out(y)) if fused else self._output(x, y.unsqueeze(-1)), final
 
-    def _past(self, x: Tensor, state: GateLoopState | None) -> Tensor:
+    def _past(self, x: Tensor, state: GateLoopState | None, layout: Layout) -> Tensor:
         """The inputs before x that the convolution needs."""
+        rows = layout.states(x.shape[0])
         taps = 0 if self.conv is None else self.conv.taps - 1
         if state is None:
-            return x.new_zeros(x.shape[0], taps, self.dim)
-        matrix = (x.shape[0], self.heads, self.dim_head, self.dim_head)
-        shapes = {"real": matrix, "imaginary": matrix, "inputs": (x.shape[0], taps, self.dim)}
+            return x.new_zeros(rows, taps, self.dim)
+        matrix = (rows, self.heads, self.dim_head, self.dim_head)
+        shapes = {"real": matrix, "imaginary": matrix, "inputs": (rows, taps, self.dim)}
         check_state("GateLoopedAttention", state, GateLoopState, shapes)
         return state.inputs
 
@@ -265,4 +309,6 @@ class GateLoopedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""
-        return f"dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}, gate={self.gate!r}"
+        return f"dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}, gate={self.gate!r}" + (
+            ", reverse=True" if self.reverse else ""
+        )

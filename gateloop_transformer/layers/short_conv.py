@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gateloop_transformer.ops.layout import PLAIN, Layout
+
 
 class ShortConv(nn.Module):
     """y[t] = Σ_i weight[:, 0, i] · x[t - (taps-1) + i], a depthwise causal convolution that starts as the identity.
@@ -21,19 +23,61 @@ class ShortConv(nn.Module):
         weight[:, :, -1] += 1.0
         self.weight = nn.Parameter(weight)
 
-    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, past: Tensor, layout: Layout = PLAIN) -> tuple[Tensor, Tensor]:
         """Convolve, and keep what the next call needs.
 
         Args:
             x: (B, T, dim).
-            past: the last taps - 1 inputs before x (B, taps - 1, dim); zeros at the start.
+            past: the last taps - 1 inputs before x (B, taps - 1, dim), or of each document (N, taps - 1, dim); zeros
+                at the start.
+            layout: where sequences begin; nothing is seen across.
 
         Returns:
-            y (B, T, dim) and the last taps - 1 inputs (B, taps - 1, dim).
+            y (B, T, dim) and the last taps - 1 inputs (B or N, taps - 1, dim).
         """
-        T = x.shape[1]
-        padded = torch.cat([past.to(x.dtype), x], 1)
-        y = padded[:, :T] * self.weight[:, 0, 0]
-        for tap in range(1, self.taps):
-            y = y + padded[:, tap : tap + T] * self.weight[:, 0, tap]
-        return y, padded[:, T:]
+        past = past.to(x.dtype)
+        if layout.cu_seqlens is not None:
+            return self._documents(x, past, layout.resets, layout.cu_seqlens.to(x.device).long())
+        T, kept = x.shape[1], self.taps - 1
+        inputs = torch.cat([past, x], 1)
+        if layout.resets is None:
+            return self._filter(inputs, None), inputs[:, T:]
+        segment = torch.cat([layout.resets.new_zeros(x.shape[0], kept), layout.resets], 1).cumsum(1)
+        left = inputs[:, T:]
+        if kept:
+            left = left.masked_fill((segment[:, T:] != segment[:, -1:]).unsqueeze(-1), 0)
+        return self._filter(inputs, segment), left
+
+    def _filter(self, inputs: Tensor, segment: Tensor | None) -> Tensor:
+        """Outputs from the taps-th input on; with `segment` (B, L), of inputs of one segment each."""
+        T = inputs.shape[1] - self.taps + 1
+        y = None
+        for tap in range(self.taps):
+            part = inputs[:, tap : tap + T] * self.weight[:, 0, tap]
+            if segment is not None and tap < self.taps - 1:
+                same = segment[:, tap : tap + T] == segment[:, self.taps - 1 :]
+                part = part.masked_fill(~same.unsqueeze(-1), 0)
+            y = part if y is None else y + part
+        assert y is not None
+        return y
+
+    def _documents(self, x: Tensor, past: Tensor, resets: Tensor | None, bounds: Tensor) -> tuple[Tensor, Tensor]:
+        """Every document with its past put before it, all in one row."""
+        kept, T = self.taps - 1, x.shape[1]
+        N = bounds.shape[0] - 1
+        numbers = torch.arange(N, device=x.device)
+        before = (bounds[:-1] + numbers * kept)[:, None] + torch.arange(kept, device=x.device)
+        document = numbers.repeat_interleave(bounds.diff(), output_size=T)
+        steps = torch.arange(T, device=x.device) + (document + 1) * kept
+        order = torch.cat([before.flatten(), steps]).argsort()
+        inputs = torch.cat([past.reshape(1, N * kept, x.shape[-1]), x], 1)[:, order]
+        ends = (bounds[1:] + (numbers + 1) * kept)[:, None] - kept + torch.arange(kept, device=x.device)
+        left = inputs[0, ends]
+        segment = None
+        if resets is not None:
+            segment = resets.new_zeros(1, inputs.shape[1]).index_copy(1, steps, resets).cumsum(1)
+            if kept:
+                last = segment[0, ends]
+                left = left.masked_fill((last != last[:, -1:]).unsqueeze(-1), 0)
+        y = self._filter(inputs, segment) if T or N else x
+        return y[:, steps - kept], left

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import RMSNorm
+from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.state import SimpleGateLoopState, check_state
 from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
 from gateloop_transformer.ops.channel_loop import simple_gate_loop
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.heinsen import heinsen_scan
+from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.linear_scan import last_states
 from gateloop_transformer.ops.pairs import compute_dtype
 
 
@@ -29,7 +33,7 @@ class SimpleGateLoopLayer(nn.Module):
         use_heinsen: scan in log space (see `heinsen_scan`).
         use_jax_associative_scan: scan in JAX, on CPU tensors; not together with use_heinsen.
         post_ln: LayerNorm of the output.
-        reverse: run time backwards; a cache or state is then where the scan starts, and none is returned.
+        reverse: run time backwards; a cache or state is then what comes after x, and no cache is returned.
         backend: "auto", or a backend's name.
 
     Raises:
@@ -72,6 +76,9 @@ class SimpleGateLoopLayer(nn.Module):
         return_cache: bool = False,
         *,
         state: SimpleGateLoopState | None = None,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
         return_state: bool = False,
     ) -> Any:
         """Mix over time.
@@ -83,24 +90,39 @@ class SimpleGateLoopLayer(nn.Module):
                 `SimpleGateLoopState` in this place is taken as `state`.
             return_cache: return (y, cache).
             state: where an earlier call with return_state ended; None: h = 0.
+            resets: (B, T) booleans: the state is cleared before such a step; None: never.
+            cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
+                being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
+            mask: (B, T) booleans, False for padding, on whatever side: such steps change no state and give 0.
             return_state: return (y, state).
 
         Returns:
             y (B, T, dim) in x's dtype (under autocast: what a Linear gives); (y, cache) or (y, state) on request.
 
         Raises:
-            ValueError: wrong shapes, both a cache and a state, or either to return with reverse=True.
+            ValueError: wrong shapes, both a cache and a state, a cache to return with reverse=True, or a cache with
+                resets, documents or padding.
         """
         check_input("SimpleGateLoopLayer", x, self.dim, self)
         if isinstance(cache, SimpleGateLoopState):
             cache, state = None, cache
         if (cache is not None and state is not None) or (return_cache and return_state):
             raise ValueError("SimpleGateLoopLayer: use either cache and return_cache or state and return_state")
-        if self.reverse and (return_cache or return_state):
-            raise ValueError("SimpleGateLoopLayer: reverse=True has no cache or state to return: it ends at the start")
-        initial = self._initial(x, cache, state)
+        if self.reverse and return_cache:
+            raise ValueError("SimpleGateLoopLayer: reverse=True has no cache to return; use return_state")
+        marks = [
+            name for name, mark in (("resets", resets), ("cu_seqlens", cu_seqlens), ("mask", mask)) if mark is not None
+        ]
+        if marks and (cache is not None or return_cache):
+            raise ValueError(f"SimpleGateLoopLayer: with {' and '.join(marks)} use state and return_state, not a cache")
+        if mask is not None:
+            padding = Padding("SimpleGateLoopLayer", mask, x.shape[0], x.shape[1], resets, cu_seqlens)
+            marked = {"resets": padding.resets, "cu_seqlens": padding.cu_seqlens}
+            return padding.result(self(padding.pack(x), state=state, return_state=return_state, **marked), return_state)
+        layout = read_layout("SimpleGateLoopLayer", resets, cu_seqlens, x.shape[0], x.shape[1])
+        initial = self._initial(x, cache, state, layout)
         qkva = self.to_qkva(self.norm(x))
-        y, last = self._loop(qkva, initial)
+        y, last = self._loop(qkva, initial, layout)
         y = cast(Tensor, self.maybe_post_ln(y))
         if return_state:
             return y, SimpleGateLoopState(last)
@@ -110,10 +132,13 @@ class SimpleGateLoopLayer(nn.Module):
         product = gates.prod(1).reshape(-1, 1)
         return y, (product if cache is None else product * cache[0], last.reshape(-1, 1))
 
-    def _initial(self, x: Tensor, cache: Sequence[Tensor] | None, state: SimpleGateLoopState | None) -> Tensor | None:
+    def _initial(
+        self, x: Tensor, cache: Sequence[Tensor] | None, state: SimpleGateLoopState | None, layout: Layout
+    ) -> Tensor | None:
         """h before the first step (B, dim)."""
         if state is not None:
-            check_state("SimpleGateLoopLayer", state, SimpleGateLoopState, {"hidden": (x.shape[0], self.dim)})
+            rows = layout.states(x.shape[0])
+            check_state("SimpleGateLoopLayer", state, SimpleGateLoopState, {"hidden": (rows, self.dim)})
             return state.hidden
         if cache is None:
             return None
@@ -126,19 +151,20 @@ class SimpleGateLoopLayer(nn.Module):
             )
         return cache[1].reshape(x.shape[0], self.dim)
 
-    def _loop(self, qkva: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _loop(self, qkva: Tensor, initial: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """q · h (B, T, dim) and the last h (B, dim)."""
         if not self.use_heinsen:
-            return simple_gate_loop(qkva, initial, reverse=self.reverse, backend=self.backend)
+            return simple_gate_loop(qkva, initial, reverse=self.reverse, backend=self.backend, **layout._asdict())
         q, kv, a = qkva.chunk(3, dim=-1)
         gates = torch.sigmoid(a.to(compute_dtype(a.dtype)))
         inputs = kv.to(gates.dtype)
         if self.reverse:
-            hidden = heinsen_scan(gates.flip(1), inputs.flip(1), initial).flip(1)
+            backwards = layout.flipped()
+            start = initial if initial is None or layout.cu_seqlens is None else initial.flip(0)
+            hidden = heinsen_scan(gates.flip(1), inputs.flip(1), start, **backwards._asdict()).flip(1)
         else:
-            hidden = heinsen_scan(gates, inputs, initial)
-        start = hidden.new_zeros(hidden.shape[0], 1, self.dim) if initial is None else initial[:, None].to(hidden.dtype)
-        return q * hidden.to(q.dtype), torch.cat([start, hidden], 1)[:, -1]
+            hidden = heinsen_scan(gates, inputs, initial, **layout._asdict())
+        return q * hidden.to(q.dtype), last_states(hidden, initial, self.reverse, layout)
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""

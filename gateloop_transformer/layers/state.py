@@ -18,7 +18,7 @@ from torch import Tensor
 Self = TypeVar("Self", bound="State")
 
 _FORMAT = "gateloop-state"
-_VERSION = "1"
+_VERSION = "2"
 
 
 class State:
@@ -115,13 +115,15 @@ class _AttentionFields(NamedTuple):
     keys: Tensor
     keys_imaginary: Tensor
     values: Tensor
+    seen: Tensor
 
 
 class AttentionState(_AttentionFields, State):
-    """Of a `CausalFullAttention`: keys and values of all past steps (B, heads, T, dim_head).
+    """Of a `CausalFullAttention`: keys and values of past steps (B, heads, L, dim_head), the latest last.
 
     With data_dependent_rel_pos="gate_loop" the keys are complex and already decayed to the last step;
-    otherwise keys_imaginary has T = 0.
+    otherwise keys_imaginary has L = 0. seen (B,): steps since the start of the sequence; where fewer than L, what
+    stands before them in a row is not looked at. With a window L is less than it.
     """
 
     __slots__ = ()

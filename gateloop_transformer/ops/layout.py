@@ -50,6 +50,13 @@ class Layout(NamedTuple):
             raise ValueError(f"cu_seqlens must ascend from 0 to T = {T}, not {shown}")
         return bounds
 
+    def flipped(self) -> Layout:
+        """That of the batch with the last step first, and the last document first."""
+        resets, bounds = self
+        return Layout(
+            None if resets is None else resets.flip(1), None if bounds is None else bounds[-1] - bounds.flip(0)
+        )
+
     def table(self, T: int, chunk: int, backwards: bool) -> list[int]:
         """For each document its first step, its steps, and how many chunks those before it have; none without
         documents. Backwards steps are counted from the last.

@@ -37,18 +37,19 @@ class Group(NamedTuple):
 
 
 def groups(bounds: list[int], device: torch.device) -> Iterator[Group]:
-    """Documents that are not empty, those of one length up to the next power of two together."""
+    """Documents whose lengths have the same number of binary digits, together. At least one group, maybe empty."""
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     sizes: dict[int, list[int]] = {}
     for n, length in enumerate(lengths):
-        if length:
-            sizes.setdefault((length - 1).bit_length(), []).append(n)
-    for members in sizes.values():
-        first = torch.tensor([bounds[n] for n in members], device=device)
-        own = torch.tensor([lengths[n] for n in members], device=device)
-        place = torch.arange(max(lengths[n] for n in members), device=device)
+        sizes.setdefault(length.bit_length(), []).append(n)
+    for members in sizes.values() or [[]]:
+        first = torch.tensor([bounds[n] for n in members], dtype=torch.long, device=device)
+        own = torch.tensor([lengths[n] for n in members], dtype=torch.long, device=device)
+        place = torch.arange(max((lengths[n] for n in members), default=0), device=device)
         there = place < own[:, None]
-        yield Group(torch.tensor(members, device=device), torch.where(there, first[:, None] + place, 0), there)
+        yield Group(
+            torch.tensor(members, dtype=torch.long, device=device), torch.where(there, first[:, None] + place, 0), there
+        )
 
 
 def by_documents(
@@ -57,7 +58,7 @@ def by_documents(
     """`function` of every document.
 
     Args:
-        function: what to compute; asked once at least.
+        function: what to compute; of rows without a step it passes the states through.
         inputs: pairs of a tensor (1, T, ...) and what fills its rows behind their end: a number with which `function`
             leaves a state as it is.
         initial: states before the documents (N, ...).
@@ -66,25 +67,14 @@ def by_documents(
     Returns:
         Results (1, T, ...) and final states (N, ...), those of empty documents 0, or their initial ones.
     """
-    device = inputs[0][0].device
     results, finals, steps, documents = [], [], [], []
-    for group in groups(bounds, device):
+    for group in groups(bounds, inputs[0][0].device):
         y, final = function([group.rows(*x) for x in inputs], [part[group.documents] for part in initial])
         results.append([part[group.there] for part in y])
         finals.append(final)
         steps.append(group.steps[group.there])
         documents.append(group.documents)
-    starts = torch.tensor(bounds)
-    empty = (starts[1:] == starts[:-1]).nonzero().flatten().to(device)
-    if len(empty) or not results:
-        # Rows without a step pass their states through.
-        none = [x.new_zeros(len(empty), 0, *x.shape[2:]) for x, _ in inputs]
-        y, final = function(none, [part[empty] for part in initial])
-        results.append([part.flatten(0, 1) for part in y])
-        finals.append(final)
-        documents.append(empty)
-    order = torch.cat(steps).argsort() if steps else empty.new_zeros(0)
-    numbers = torch.cat(documents).argsort()
+    order, numbers = torch.cat(steps).argsort(), torch.cat(documents).argsort()
     whole = [torch.cat(parts)[order].unsqueeze(0) for parts in zip(*results, strict=True)]
     return whole, [torch.cat(parts)[numbers] for parts in zip(*finals, strict=True)]
 
