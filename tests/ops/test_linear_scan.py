@@ -82,12 +82,12 @@ def test_opcheck(kinds: str) -> None:
         return [x.real.clone(), x.imag.clone()] if x.is_complex() else [x]
 
     args = [split(x) for x in make_scan(T=9, kinds=kinds)]
-    states = _forward(*args, False, "chunkwise")
+    states = _forward(*args, False, "chunkwise", None, None)
     grad = [torch.randn_like(x) for x in states]
     for backend in ("eager", "chunkwise", "numba"):
-        torch.library.opcheck(_backward, (grad, *args[:2], states, args[2], True, backend))
+        torch.library.opcheck(_backward, (grad, *args[:2], states, args[2], True, backend, None, None))
     leaves = [[x.requires_grad_() for x in pair] for pair in args]
-    torch.library.opcheck(_forward, (*leaves, False, "eager"))
+    torch.library.opcheck(_forward, (*leaves, False, "eager", None, None))
 
 
 @pytest.mark.parametrize(("B", "T", "D"), [(2, 0, 3), (0, 5, 3), (2, 5, 0)])
