@@ -35,8 +35,13 @@ class State:
         return self.map(Tensor.detach)
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Every tensor moved or converted as by `Tensor.to`."""
-        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+        """Every tensor moved or converted as by `Tensor.to`; counts stay integers."""
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = tensor.to(*args, **kwargs)
+            return converted if tensor.is_floating_point() else converted.to(tensor.dtype)
+
+        return self.map(convert)
 
     def select(self: Self, index: Tensor | list[int]) -> Self:
         """The rows `index` of the batch, in that order, repeats allowed: reorder, pick or repeat.

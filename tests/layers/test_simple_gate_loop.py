@@ -162,10 +162,15 @@ def test_bad_caches_are_named() -> None:
         layer(x, return_cache=True, return_state=True)
 
 
-@pytest.mark.parametrize("wish", ["return_cache", "return_state"])
-def test_reverse_has_no_cache_to_return(wish: str) -> None:
-    with pytest.raises(ValueError, match="reverse=True has no cache or state"):
-        build(reverse=True)(make_input(), **{wish: True})
+def test_reverse_has_no_cache_to_return() -> None:
+    with pytest.raises(ValueError, match="reverse=True has no cache"):
+        build(reverse=True)(make_input(), return_cache=True)
+
+
+def test_a_cache_knows_no_documents() -> None:
+    resets = torch.zeros(make_input().shape[:2], dtype=torch.bool)
+    with pytest.raises(ValueError, match="with resets use state and return_state, not a cache"):
+        build()(make_input(), return_cache=True, resets=resets)
 
 
 def test_two_scans_at_once_and_no_width_are_refused() -> None:
