@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gateloop_transformer.layers.attention import CausalFullAttention
     from gateloop_transformer.layers.gate_looped import GateLoopedAttention
     from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
-    from gateloop_transformer.layers.state import load_state, save_state
+    from gateloop_transformer.layers.state import describe_state, load_state, save_state
     from gateloop_transformer.model import Transformer
 
 __version__ = "1.0.0.dev0"
@@ -22,6 +22,7 @@ _HOMES = {
     "GateLoopedAttention": "gateloop_transformer.layers.gate_looped",
     "SimpleGateLoopLayer": "gateloop_transformer.layers.simple_gate_loop",
     "Transformer": "gateloop_transformer.model",
+    "describe_state": "gateloop_transformer.layers.state",
     "load_state": "gateloop_transformer.layers.state",
     "save_state": "gateloop_transformer.layers.state",
 }
@@ -31,6 +32,7 @@ __all__ = [
     "GateLoopedAttention",
     "SimpleGateLoopLayer",
     "Transformer",
+    "describe_state",
     "load_state",
     "save_state",
 ]

@@ -7,9 +7,11 @@ safetensors file with `save_state` and `load_state`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ Self = TypeVar("Self", bound="State")
 
 _FORMAT = "gateloop-state"
 _VERSION = "2"
+_CHECKSUM = "sha256"
 
 
 class State:
@@ -156,32 +159,99 @@ def _describe(state: Any) -> Any:
     return type(state).__name__
 
 
-def save_state(state: State, path: str | os.PathLike[str]) -> None:
+def save_state(state: State, path: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> None:
     """Write a state of a layer or a model to a safetensors file, whole or not at all.
+
+    The file carries a checksum of all its bytes: `load_state` refuses it if one of them has changed.
 
     Args:
         state: any state of this library.
         path: of the file; an existing one is replaced.
+        about: what else the file is to say, for `describe_state`.
 
     Raises:
         ValueError: not a state.
         OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if not isinstance(state, State):
         raise ValueError(f"save_state takes a state of this library, not {type(state).__name__}")
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _leaves(state, "")}
-    aside = f"{os.fspath(path)}.partial"
     metadata = {"format": _FORMAT, "version": _VERSION, "kind": json.dumps(_describe(state))}
+    metadata |= {"about": json.dumps(dict(about or {})), _CHECKSUM: "0" * 64}
+    path = os.path.abspath(os.fspath(path))
+    aside = f"{path}.partial"
     try:
-        save_file(tensors, aside, metadata)
+        content = _sealed(save(tensors, metadata))
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             os.unlink(aside)
-        raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
+        raise OSError(f"cannot write {path!r}: {error}") from error
+
+
+def _place_of_checksum(content: bytes) -> int:
+    """Where the digits of the checksum stand in a file; -1 where there is none."""
+    header = 8 + int.from_bytes(content[:8], "little")
+    key = f'"{_CHECKSUM}":"'.encode()
+    place = content.find(key, 8, header)
+    return place if place < 0 else place + len(key)
+
+
+def _digest(content: bytes, place: int) -> bytes:
+    """SHA-256 of a file in which the checksum itself is zeros."""
+    return hashlib.sha256(content[:place] + b"0" * 64 + content[place + 64 :]).hexdigest().encode()
+
+
+def _sealed(content: bytes) -> bytes:
+    place = _place_of_checksum(content)
+    return content[:place] + _digest(content, place) + content[place + 64 :]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a state file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no state file {os.fspath(path)!r}")
+    content = Path(path).read_bytes()
+    try:
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header.get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{os.fspath(path)!r} holds no gate loop state, or is damaged")
+    if metadata.get("version") != _VERSION:
+        raise ValueError(
+            f"{os.fspath(path)!r} is of state format {metadata.get('version')}, this library reads {_VERSION}"
+        )
+    place = _place_of_checksum(content)
+    if place < 0 or content[place : place + 64] != _digest(content, place):
+        raise ValueError(f"{os.fspath(path)!r} is damaged: its content does not have the checksum it was written with")
+    return tensors, metadata
+
+
+def describe_state(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What `save_state` was told about a state.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds something else, or is of another format.
+    """
+    about: dict[str, str] = json.loads(_read(path)[1]["about"])
+    return about
 
 
 def load_state(path: str | os.PathLike[str]) -> State:
@@ -192,24 +262,9 @@ def load_state(path: str | os.PathLike[str]) -> State:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds something else, or is of a newer format.
+        ValueError: the file is damaged (not a byte may differ), holds something else, or is of another format.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no state file {os.fspath(path)!r}")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{os.fspath(path)!r} holds no gate loop state")
-    if metadata.get("version") != _VERSION:
-        raise ValueError(
-            f"{os.fspath(path)!r} is of state format {metadata.get('version')}, this library reads {_VERSION}"
-        )
+    tensors, metadata = _read(path)
     try:
         kind = json.loads(metadata["kind"])
         if isinstance(kind, str):

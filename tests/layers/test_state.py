@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gateloop_transformer import Transformer, load_state, save_state
+from gateloop_transformer import Transformer, describe_state, load_state, save_state
 from gateloop_transformer.layers.state import (
     AttentionState,
     GateLoopState,
@@ -128,20 +129,34 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "2"}, "state format 2, this library reads 1"),
-        ({"kind": '"NewState"'}, "damaged.*NewState"),
-        ({"kind": '"AttentionState"'}, "damaged.*keys"),
-        ({"kind": "not json"}, "damaged"),
+        ({"version": "1"}, "state format 1, this library reads 2"),
+        ({"version": "3"}, "state format 3, this library reads 2"),
+        ({"kind": '"NewState"'}, "damaged.*checksum"),
+        ({}, "damaged.*checksum"),
     ],
-    ids=["newer", "unknown kind", "other kind", "no kind"],
+    ids=["older", "newer", "another kind", "no checksum"],
 )
 def test_files_of_another_format_are_refused(changes: dict[str, str], message: str, tmp_path: Path) -> None:
     path = tmp_path / "state"
     save_state(make_states()["gate"], path)
     tensors = load_file(path)
-    save_file(tensors, path, {"format": "gateloop-state", "version": "1", "kind": '"GateLoopState"', **changes})
+    save_file(tensors, path, {"format": "gateloop-state", "version": "2", "kind": '"GateLoopState"', **changes})
     with pytest.raises(ValueError, match=message):
         load_state(path)
+
+
+def test_no_byte_of_a_file_may_change(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    save_state(make_states()["gate"].select([0]), path, {"position": "7"})
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for other in (whole[place] ^ 1, whole[place] ^ 0x80, 0x20 if whole[place] != 0x20 else 0x09):
+            path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
+            with pytest.raises(ValueError, match=r"damaged|state format|no gate loop state"):
+                load_state(path)
+    path.write_bytes(whole)
+    load_state(path)
+    assert describe_state(path) == {"position": "7"}
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,11 +164,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     save_state(make_states()["simple"], path)
     before = path.read_bytes()
 
-    def fail(tensors: Any, filename: str, metadata: Any) -> None:
-        Path(filename).write_bytes(b"half")
+    def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save_state(make_states()["gate"], path)
     assert path.read_bytes() == before
