@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo
 
-.PHONY: demo test check slow bench format clean
+.PHONY: demo test check slow examples bench format clean
 
 demo: .venv/train
 	$(BIN)/gateloop train --preset tiny --out $(OUT) --overwrite
@@ -22,6 +22,11 @@ check: .venv/dev
 
 slow: .venv/dev
 	$(BIN)/pytest -m slow
+
+# The examples that train for minutes, in full; the tests run them with few steps.
+examples: .venv/dev
+	$(BIN)/python examples/classify_digits.py
+	$(BIN)/python examples/classify_digits.py --model gru
 
 # Figures of this machine: docs/results/cpu.{json,md,png}. The original and mambapy run in an environment of their own.
 bench: .venv/dev .venv-peers/ready
@@ -42,7 +47,7 @@ $(BIN)/python:
 	@touch $@
 
 .venv/dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,jax,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,jax,examples,dev]'
 	@touch $@
 
 .venv-peers/ready: constraints.txt
