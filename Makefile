@@ -25,6 +25,7 @@ slow: .venv/dev
 
 # The examples that train for minutes, in full; the tests run them with few steps.
 examples: .venv/dev
+	$(BIN)/python examples/filter_a_signal.py
 	$(BIN)/python examples/classify_digits.py
 	$(BIN)/python examples/classify_digits.py --model gru
 

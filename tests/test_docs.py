@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-FEW_STEPS = {"classify_digits": ["--steps", "2"]}
+FEW_STEPS = {
+    "classify_digits": ["--steps", "2"],
+    "filter_a_signal": ["--steps", "2", "--window", "64", "--samples", "600", "--plot", "signal.png"],
+}
 
 
 def run(code: str | Path, cwd: Path, *arguments: str) -> str:

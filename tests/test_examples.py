@@ -37,6 +37,28 @@ def test_pixels_one_by_one_give_the_class_of_the_whole(model: str) -> None:
         assert_close(streamed[:, seen - 1], classifier(pixels[:, :seen])[0])
 
 
+def test_samples_one_by_one_give_the_filtered_whole() -> None:
+    example = load("filter_a_signal")
+    model = example.Filter().double().eval()
+    noisy, _ = example.make_signals(1, 300)
+    whole, _ = model(noisy.double())
+    streamed, states = example.filter_stream(model, noisy[0].double())
+    assert_close(streamed, whole[0])
+    _, first = example.filter_stream(model, noisy[0, :1].double())
+    assert example.size(states) == example.size(first)
+
+
+def test_the_linear_filter_is_the_best_of_its_length() -> None:
+    example = load("filter_a_signal")
+    noisy, clean = example.make_signals(20, 100)
+    weights = example.linear_filter(noisy, clean, 8)
+    past = example.lagged(noisy, 8)
+    assert torch.equal(past[..., -1:], noisy)
+    best = example.rms(past @ weights, clean)
+    for _ in range(10):
+        assert example.rms(past @ (weights + 0.01 * torch.randn_like(weights)), clean) > best
+
+
 @pytest.mark.parametrize("arguments", [["--model", "gateloop"], ["--model", "gru"], ["--permuted"]], ids="-".join)
 def test_a_seed_gives_the_same_digits_again(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     digits = load("classify_digits")
