@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gateloop_transformer.decoding.history import History
     from gateloop_transformer.layers.attention import CausalFullAttention
     from gateloop_transformer.layers.gate_looped import GateLoopedAttention
     from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
@@ -20,6 +21,7 @@ __version__ = "1.0.0.dev0"
 _HOMES = {
     "CausalFullAttention": "gateloop_transformer.layers.attention",
     "GateLoopedAttention": "gateloop_transformer.layers.gate_looped",
+    "History": "gateloop_transformer.decoding.history",
     "SimpleGateLoopLayer": "gateloop_transformer.layers.simple_gate_loop",
     "Transformer": "gateloop_transformer.model",
     "describe_state": "gateloop_transformer.layers.state",
@@ -30,6 +32,7 @@ _HOMES = {
 __all__ = [
     "CausalFullAttention",
     "GateLoopedAttention",
+    "History",
     "SimpleGateLoopLayer",
     "Transformer",
     "describe_state",

@@ -2,105 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gateloop_transformer.decoding.decoder import Decoder, evaluating
+from gateloop_transformer.decoding.sampling import Sampling
 from gateloop_transformer.layers.state import TransformerState
+
+__all__ = ["Decoder", "Sampling", "Stop", "evaluating", "generate", "stream"]
 
 Stop = int | Sequence[int | Sequence[int]] | None
 
 # Prompts are read in blocks of this many tokens, so that their logits never exist all at once.
 _PROMPT_BLOCK = 2048
-
-
-class Decoder(Protocol):
-    """What generation needs of a model: `Transformer` has it."""
-
-    num_tokens: int
-    training: bool
-
-    def __call__(self, ids: Tensor, *, state: TransformerState | None, return_state: bool) -> Any:
-        """(logits (B, T, num_tokens), state)."""
-
-    def train(self, mode: bool = True) -> Any:
-        """Training or evaluation mode."""
-
-    def modules(self) -> Iterator[Any]:
-        """All modules, each with a flag `training`."""
-
-    def check_vocabulary(self, ids: Tensor) -> None:
-        """Raise ValueError if an id is outside the vocabulary."""
-
-
-_TOP_K = "top_k must be an integer of at least 1"
-# Temperatures below it could only overflow on the way to the same choice.
-_GREEDY = 1e-6
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from logits; applied in the order of the fields.
-
-    Attributes:
-        repetition_penalty: logits of tokens already in the row are divided by it if positive, multiplied if negative;
-            1 changes nothing.
-        temperature: logits are divided by it; 0 (or below 1e-6) takes the likeliest token.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the likeliest tokens whose probabilities sum to at least p, in (0, 1].
-        min_p: keep tokens at least min_p times as likely as the likeliest, in [0, 1].
-    """
-
-    repetition_penalty: float = 1.0
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
-        checks = (
-            (self.repetition_penalty > 0, "repetition_penalty must be above 0", self.repetition_penalty),
-            (0 <= self.temperature < float("inf"), "temperature must be 0 or more", self.temperature),
-            (self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1), _TOP_K, self.top_k),
-            (self.top_p is None or 0 < self.top_p <= 1, "top_p must be in (0, 1]", self.top_p),
-            (self.min_p is None or 0 <= self.min_p <= 1, "min_p must be in [0, 1]", self.min_p),
-        )
-        for fine, rule, value in checks:
-            if not fine:
-                raise ValueError(f"{rule}, not {value}")
-
-    def pick(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The next token of each row (B,) from logits (B, vocabulary) and a mask of the tokens seen so far."""
-        logits = logits.float()
-        if not torch.isfinite(logits).all():
-            raise RuntimeError("the model gave logits that are not finite; its weights may be damaged")
-        if self.repetition_penalty != 1:
-            punished = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(seen, punished, logits)
-        if self.temperature < _GREEDY:
-            return logits.argmax(-1)
-        probabilities = self._filter((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-
-    def _filter(self, logits: Tensor) -> Tensor:
-        """-inf in place of what top_k, top_p and min_p exclude; the likeliest token always stays."""
-        if self.top_k is not None:
-            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        if self.top_p is not None:
-            ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
-            excluded = ordered.cumsum(-1) - ordered >= self.top_p
-            logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
-        if self.min_p is not None:
-            probabilities = logits.softmax(-1)
-            least = self.min_p * probabilities.amax(-1, keepdim=True)
-            logits = logits.masked_fill(probabilities < least, -torch.inf)
-        return logits
 
 
 def _stop_sequences(stop: Stop, num_tokens: int) -> list[list[int]]:
@@ -138,22 +54,6 @@ def _check_prompt(model: Decoder, ids: Tensor, max_new_tokens: int) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     model.check_vocabulary(ids.long())
-
-
-@contextlib.contextmanager
-def evaluating(model: Decoder) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode back afterwards.
-
-    Walking the modules costs as much as a small layer, so only where the model is training.
-    """
-    training = [module for module in model.modules() if module.training] if model.training else []
-    if training:
-        model.train(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What a layer remembers between calls: NamedTuples of tensors, batch first in every tensor.
 
-Every state (of a layer or of a model) has `detach`, `to`, `select` and `batch_size`, and goes to and from a
-safetensors file with `save_state` and `load_state`.
+Every state (of a layer or of a model) has `detach`, `to`, `copy`, `select`, `repeat` and `batch_size`, and goes to and
+from a safetensors file with `save_state` and `load_state`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,20 @@ class State:
             return converted if tensor.is_floating_point() else converted.to(tensor.dtype)
 
         return self.map(convert)
+
+    def copy(self: Self) -> Self:
+        """The same values in memory of their own."""
+        return self.map(Tensor.clone)
+
+    def repeat(self: Self, times: int) -> Self:
+        """Each row `times` times, copies of a row beside each other: (B, ...) → (B·times, ...).
+
+        Raises:
+            ValueError: times is no integer, or negative.
+        """
+        if not isinstance(times, int) or isinstance(times, bool) or times < 0:
+            raise ValueError(f"repeat takes how many times to repeat each row, 0 or more, not {times!r}")
+        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
 
     def select(self: Self, index: Tensor | list[int]) -> Self:
         """The rows `index` of the batch, in that order, repeats allowed: reorder, pick or repeat.

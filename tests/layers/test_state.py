@@ -55,6 +55,28 @@ def test_detach_cuts_the_graph(state: Any) -> None:
     assert all(torch.equal(x, y) for x, y in zip(leaves(cut), leaves(live), strict=True))
 
 
+def test_a_copy_has_memory_of_its_own(state: Any) -> None:
+    copy = state.copy()
+    assert type(copy) is type(state)
+    before = [x.clone() for x in leaves(state)]
+    for x in leaves(copy):
+        x.zero_()
+    assert all(torch.equal(x, y) for x, y in zip(leaves(state), before, strict=True))
+
+
+def test_repeat_puts_copies_of_a_row_beside_each_other(state: Any) -> None:
+    rows = state.batch_size
+    expected = state.select([row for row in range(rows) for _ in range(3)])
+    assert all(torch.equal(x, y) for x, y in zip(leaves(state.repeat(3)), leaves(expected), strict=True))
+    assert state.repeat(0).batch_size == 0
+
+
+@pytest.mark.parametrize("times", [-1, 1.0, True, None])
+def test_repeat_refuses_what_is_no_count(state: Any, times: Any) -> None:
+    with pytest.raises(ValueError, match="repeat takes"):
+        state.repeat(times)
+
+
 def test_to_converts_every_tensor(state: Any) -> None:
     for before, after in zip(leaves(state), leaves(state.to(torch.float64)), strict=True):
         assert after.dtype == (torch.float64 if before.is_floating_point() else torch.int64)
