@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gateloop_transformer.decoding.beam import beam_search, check_beams
 from gateloop_transformer.decoding.decoder import Decoder, evaluating
 from gateloop_transformer.decoding.sampling import Sampling
+from gateloop_transformer.decoding.speculative import DraftReport, Speculation, check_draft
 from gateloop_transformer.layers.state import TransformerState
 
-__all__ = ["Decoder", "Sampling", "Stop", "evaluating", "generate", "stream"]
+__all__ = ["Decoder", "DraftReport", "Sampling", "Stop", "evaluating", "generate", "stream"]
 
 Stop = int | Sequence[int | Sequence[int]] | None
 
@@ -19,7 +22,7 @@ Stop = int | Sequence[int | Sequence[int]] | None
 _PROMPT_BLOCK = 2048
 
 
-def _stop_sequences(stop: Stop, num_tokens: int) -> list[list[int]]:
+def _stop_sequences(stop: Stop, pad: int, num_tokens: int) -> list[list[int]]:
     if stop is None:
         return []
     plain = stop.tolist() if isinstance(stop, Tensor) else stop
@@ -28,6 +31,8 @@ def _stop_sequences(stop: Stop, num_tokens: int) -> list[list[int]]:
     for sequence in sequences:
         if not sequence or not all(isinstance(token, int) and 0 <= token < num_tokens for token in sequence):
             raise ValueError(f"stop must hold ids in [0, {num_tokens}) or non-empty sequences of them, not {sequence}")
+    if sequences and not 0 <= pad < num_tokens:
+        raise ValueError(f"pad must be an id in [0, {num_tokens}), not {pad}")
     return sequences
 
 
@@ -71,7 +76,7 @@ def stream(
     ids: Tensor,
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
@@ -81,18 +86,35 @@ def stream(
     generator: torch.Generator | None = None,
     seed: int | None = None,
     state: TransformerState | None = None,
+    num_beams: int = 1,
+    draft: Decoder | None = None,
+    draft_tokens: int = 4,
+    draft_report: DraftReport | None = None,
 ) -> Iterator[Tensor]:
-    """Yield new tokens (B,) one step at a time; arguments, errors and the end as in `generate`."""
+    """Yield new tokens (B,) one step at a time; arguments, errors and the end as in `generate`, without beams."""
+    if num_beams != 1:
+        raise ValueError("beam search knows its first token only at the end: use generate, or stream with num_beams=1")
     _check_prompt(model, ids, max_new_tokens)
-    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    stops = _stop_sequences(stop, model.num_tokens)
-    if stops and not 0 <= pad < model.num_tokens:
-        raise ValueError(f"pad must be an id in [0, {model.num_tokens}), not {pad}")
+    sampling = Sampling(repetition_penalty, 1.0 if temperature is None else temperature, top_k, top_p, min_p)
+    stops = _stop_sequences(stop, pad, model.num_tokens)
+    drafting = None
+    if draft is not None:
+        check_draft(model, draft, draft_tokens)
+        drafting = _Drafting(draft, draft_tokens, DraftReport() if draft_report is None else draft_report)
     random = _generator(generator, seed, ids.device)
-    # An integer type too small for the vocabulary cannot hold what is generated.
-    dtype = ids.dtype if torch.iinfo(ids.dtype).max >= model.num_tokens - 1 else torch.long
-    steps = _stream(model, ids.long(), max_new_tokens, sampling, stops, pad, random, state)
-    return (token.to(dtype) for token in steps)
+    steps = _stream(model, ids.long(), max_new_tokens, sampling, stops, pad, random, state, drafting)
+    return (token.to(_result_dtype(model, ids)) for token in steps)
+
+
+class _Drafting(NamedTuple):
+    draft: Decoder
+    tokens: int
+    report: DraftReport
+
+
+def _result_dtype(model: Decoder, ids: Tensor) -> torch.dtype:
+    """That of ids; an integer type too small for the vocabulary cannot hold what is generated."""
+    return ids.dtype if torch.iinfo(ids.dtype).max >= model.num_tokens - 1 else torch.long
 
 
 def _stream(
@@ -104,16 +126,24 @@ def _stream(
     pad: int,
     generator: torch.Generator | None,
     state: TransformerState | None,
+    drafting: _Drafting | None,
 ) -> Iterator[Tensor]:
+    speculation: Speculation | None = None
     seen = torch.zeros(ids.shape[0], model.num_tokens, dtype=torch.bool, device=ids.device)
     seen.scatter_(1, ids, True)
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     longest = max(map(len, stops), default=0)
     tail = ids.new_full((ids.shape[0], longest), -1, dtype=torch.long)
     fed = ids
-    for _ in range(max_new_tokens):
-        logits, state = _advance(model, fed, state)
-        token = sampling.pick(logits, seen, generator)
+    for step in range(max_new_tokens):
+        if drafting is None or not step:
+            logits, state = _advance(model, fed, state)
+            token = sampling.pick(logits, seen, generator)
+        else:
+            if speculation is None:
+                states = state, _advance(drafting.draft, ids, None)[1]
+                speculation = Speculation(model, states, *drafting, sampling, generator)
+            token = speculation.next(fed[:, 0], seen, done, max_new_tokens - step)
         token = torch.where(done, pad, token)
         seen.scatter_(1, token.unsqueeze(1), True)
         yield token
@@ -132,7 +162,7 @@ def generate(
     ids: Tensor,
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
@@ -142,16 +172,32 @@ def generate(
     generator: torch.Generator | None = None,
     seed: int | None = None,
     state: TransformerState | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    draft: Decoder | None = None,
+    draft_tokens: int = 4,
+    draft_report: DraftReport | None = None,
 ) -> Tensor:
     """Continue each row of `ids`: the prompt in parallel, then one step per token with carried state.
 
     The model is put in evaluation mode meanwhile; no gradient is recorded.
 
+    With `num_beams` above 1 the continuation is the best that beam search finds instead of a drawn one. A hypothesis
+    is a continuation, its log-probability the sum of those of its tokens, its score that sum divided by (number of
+    tokens) ** length_penalty. At each step every open hypothesis is continued by every token, and of all these the
+    `num_beams` of largest log-probability stay, less one for each hypothesis that has ended before. A hypothesis ends
+    with a stop sequence. The result is the best score among those that ended and those open after max_new_tokens.
+
+    With a `draft` the tokens are distributed as without one, but several come from each block that the model reads:
+    the draft proposes `draft_tokens` tokens, and each is kept with the probability that makes up for the difference
+    of the two models. It is faster where the draft is much faster than the model and often of its opinion. The same
+    seed gives other tokens than without a draft; temperature 0 gives the same, but for ties within rounding.
+
     Args:
         model: a `Transformer`, or what behaves like one.
         ids: prompts (B, T), integers, B ≥ 1 and T ≥ 1, all rows of one length.
         max_new_tokens: at most this many steps; 0 returns the prompt.
-        temperature: 0 takes the likeliest token at each step.
+        temperature: 0 takes the likeliest token at each step; None: 1, or 0 with beams.
         top_k: draw from the k likeliest tokens.
         top_p: draw from the likeliest tokens whose probabilities sum to at least p.
         min_p: draw from tokens at least min_p times as likely as the likeliest.
@@ -161,15 +207,33 @@ def generate(
         pad: the id that fills rows which ended before others.
         generator: source of randomness, on the device of ids.
         seed: of a generator made for this call; not together with `generator`. With neither, torch's default.
-        state: continue from here instead of from the start; `ids` then follow what it has read.
+        state: continue from here instead of from the start; `ids` then follow what it has read. A draft reads `ids`
+            alone.
+        num_beams: hypotheses that beam search follows; 1: no search.
+        length_penalty: of beam search, in [-10, 10]; 0 compares log-probabilities, 1 their means over tokens.
+        draft: a smaller model of the same vocabulary, on the same device.
+        draft_tokens: how many tokens it proposes at a time.
+        draft_report: counts what was proposed and what was accepted.
 
     Returns:
         Prompt and new ids (B, T + steps).
 
     Raises:
-        ValueError: an empty prompt or batch, ids outside the vocabulary, or an option without a meaning.
+        ValueError: an empty prompt or batch, ids outside the vocabulary, an option without a meaning, options that
+            contradict each other, or a draft of another vocabulary.
         RuntimeError: the model's logits are not finite.
+
+    Source: beams: see `gateloop_transformer.decoding.beam`; drafts: Leviathan et al. (2023), Chen et al. (2023), see
+    `gateloop_transformer.decoding.speculative`.
     """
+    check_beams(num_beams, length_penalty)
+    if num_beams > 1:
+        drawing = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p, "draft": draft}
+        given = [name for name, value in drawing.items() if value is not None]
+        if given:
+            raise ValueError(f"beam search draws nothing: with num_beams={num_beams} leave out {', '.join(given)}")
+        sampling = Sampling(repetition_penalty, 0.0)
+        return _search(model, ids, max_new_tokens, sampling, stop, pad, state, num_beams, length_penalty)
     steps = stream(
         model,
         ids,
@@ -184,5 +248,40 @@ def generate(
         generator=generator,
         seed=seed,
         state=state,
+        draft=draft,
+        draft_tokens=draft_tokens,
+        draft_report=draft_report,
     )
     return torch.cat([ids, *(token.unsqueeze(1) for token in steps)], 1)
+
+
+def _search(
+    model: Decoder,
+    ids: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Stop,
+    pad: int,
+    state: TransformerState | None,
+    num_beams: int,
+    length_penalty: float,
+) -> Tensor:
+    """Prompt and the best continuation that beam search finds."""
+    _check_prompt(model, ids, max_new_tokens)
+    stops = _stop_sequences(stop, pad, model.num_tokens)
+    if not max_new_tokens:
+        return ids
+    logits, state = _advance(model, ids.long(), state)
+    new = beam_search(
+        lambda tokens, past: _advance(model, tokens, past),
+        logits,
+        state,
+        torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids.long(), True),
+        max_new_tokens,
+        num_beams,
+        length_penalty=length_penalty,
+        stops=stops,
+        pad=pad,
+        sampling=sampling,
+    )
+    return torch.cat([ids, new.to(_result_dtype(model, ids))], 1)

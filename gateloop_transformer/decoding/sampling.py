@@ -48,12 +48,18 @@ class Sampling:
     def pick(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None) -> Tensor:
         """The next token of each row (B,) from logits (B, vocabulary) and a mask of the tokens seen so far."""
         logits = self.penalised(logits.float(), seen)
-        return logits.argmax(-1) if self.greedy else draw(self._chances(logits), generator)
+        return self.draw(logits if self.greedy else self._chances(logits), generator)
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
         """What `pick` draws from (B, vocabulary), float32; where it takes the likeliest token, 1 for that token."""
         logits = self.penalised(logits.float(), seen)
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float() if self.greedy else self._chances(logits)
+
+    def draw(self, probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One token of each row (B,), from probabilities (B, vocabulary) up to a factor; the likeliest where greedy."""
+        if self.greedy:
+            return probabilities.argmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
     @property
     def greedy(self) -> bool:
@@ -90,8 +96,3 @@ class Sampling:
             least = self.min_p * probabilities.amax(-1, keepdim=True)
             logits = logits.masked_fill(probabilities < least, -torch.inf)
         return logits
-
-
-def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token of each row (B,), drawn from probabilities (B, vocabulary) up to a factor."""
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
