@@ -211,6 +211,22 @@ def test_the_report_adds_up() -> None:
     assert (report.blocks, report.drafted, report.accepted, report.rate) == (3, 9, 9, 1.0)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_drafted_is_what_the_draft_would_say_to_the_text_so_far(name: str) -> None:
+    model, ids, report = build(name, 41).eval(), torch.randint(41, (1, 4)), DraftReport()
+    draft = like(model, 0.25)
+    greedy: dict[str, Any] = {"temperature": 0, "repetition_penalty": 3.0}
+    text = model.generate(ids, 40, **greedy, draft=draft, draft_tokens=3, draft_report=report)
+    place, accepted, blocks = 5, 0, 0
+    while place < 44:
+        count = min(3, 43 - place)
+        guess = draft.generate(text[:, :place], count, **greedy)[0, place:]
+        kept = int((guess == text[0, place : place + count]).long().cumprod(0).sum())
+        accepted, blocks, place = accepted + kept, blocks + bool(count), place + kept + 1
+    assert 0.1 < report.rate < 0.9
+    assert (report.accepted, report.blocks) == (accepted, blocks)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

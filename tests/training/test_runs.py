@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -268,6 +269,32 @@ def test_generate_prints_prompt_and_continuation(
     model = load_model(out)
     ids = model.generate(torch.tensor([list("ünd 1".encode())]), 20, temperature=0.8, seed=1)
     assert texts[0] == bytes(ids[0].tolist()).decode(errors="replace") + "\n"
+
+
+def test_generate_with_beams_or_a_draft(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, small = tmp_path / "run", tmp_path / "small"
+    assert train(text, out) == 0
+    assert train(text, small, "--dim", "8", "--depth", "1") == 0
+    capsys.readouterr()
+    command = ["generate", str(out), "--prompt", "1 times", "--tokens", "20"]
+    model = load_model(out)
+    ids = torch.tensor([list(b"1 times")])
+
+    def said(*flags: str) -> tuple[str, str]:
+        assert main([*command, *flags]) == 0
+        captured = capsys.readouterr()
+        return captured.out.rstrip("\n"), captured.err
+
+    def shown(row: torch.Tensor) -> str:
+        return bytes(row.tolist()).decode(errors="replace").rstrip("\n")
+
+    best = model.generate(ids, 20, num_beams=3, length_penalty=0.5)[0]
+    assert said("--num-beams", "3", "--length-penalty", "0.5") == (shown(best), "")
+    greedy = shown(model.generate(ids, 20, temperature=0)[0])
+    text_out, stats = said("--temperature", "0", "--draft", str(small), "--draft-tokens", "3", "--stats")
+    assert text_out == greedy
+    assert re.fullmatch(r"20 bytes in [\d.]+ s, [\d.]+ bytes/s; \d+ of \d+ drafted bytes accepted \(\d+%\)\n", stats)
+    assert re.fullmatch(r"20 bytes in [\d.]+ s, [\d.]+ bytes/s\n", said("--stats")[1])
 
 
 def test_loss_falls(text: Path, tmp_path: Path) -> None:
@@ -622,6 +649,12 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(
         (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature"),
         (["generate", "RUN", "--prompt", "a", "--stop", ""], "stop"),
         (["generate", "RUN", "--prompt", "a", "--seed", str(2**64)], "seed must be in"),
+        (["generate", "RUN", "--prompt", "a", "--num-beams", "0"], "num_beams must be"),
+        (["generate", "RUN", "--prompt", "a", "--num-beams", "2", "--temperature", "1"], "leave out temperature"),
+        (["generate", "RUN", "--prompt", "a", "--num-beams", "2", "--draft", "RUN"], "leave out draft"),
+        (["generate", "RUN", "--prompt", "a", "--num-beams", "2", "--length-penalty", "inf"], "length_penalty"),
+        (["generate", "RUN", "--prompt", "a", "--draft", "absent"], "no folder"),
+        (["generate", "RUN", "--prompt", "a", "--draft", "RUN", "--draft-tokens", "0"], "draft_tokens must be"),
         (["generate", "absent", "--prompt", "a"], "no folder"),
         (["generate", "ONE", "--prompt", "a"], "is a file, not the folder of a run"),
         (["eval", "ONE", "ONE"], "at least 2 bytes"),
