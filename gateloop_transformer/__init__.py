@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gateloop_transformer.decoding.history import History
     from gateloop_transformer.layers.attention import CausalFullAttention
     from gateloop_transformer.layers.gate_looped import GateLoopedAttention
+    from gateloop_transformer.layers.quantized import quantize
     from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
     from gateloop_transformer.layers.state import describe_state, load_state, save_state
     from gateloop_transformer.model import Transformer
@@ -26,6 +27,7 @@ _HOMES = {
     "Transformer": "gateloop_transformer.model",
     "describe_state": "gateloop_transformer.layers.state",
     "load_state": "gateloop_transformer.layers.state",
+    "quantize": "gateloop_transformer.layers.quantized",
     "save_state": "gateloop_transformer.layers.state",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "Transformer",
     "describe_state",
     "load_state",
+    "quantize",
     "save_state",
 ]
 

@@ -120,6 +120,14 @@ def _generate_parser(commands: Any) -> None:
         "--stats", action="store_true", help="say bytes per second, and how many drafted ones came, on standard error"
     )
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
+    _add_dtype(parser)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    from gateloop_transformer.layers.quantized import KINDS
+
+    text = "of the weights of Linear layers, gates excepted: smaller is faster (default: float32)"
+    parser.add_argument("--dtype", choices=KINDS, default="float32", help=text)
 
 
 def _bench_parser(commands: Any) -> None:
@@ -148,6 +156,7 @@ def _eval_parser(commands: Any) -> None:
     parser.add_argument("dir", metavar="DIR", type=_folder, help="folder of a run")
     parser.add_argument("data", metavar="DATA", help="a text file, a folder, a glob, or .gz or .xz files")
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
+    _add_dtype(parser)
     parser.add_argument("--json", action="store_true", help='print {"bits_per_byte": ..., "bytes": ...}')
 
 
@@ -253,6 +262,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
     from gateloop_transformer.generation import DraftReport
+    from gateloop_transformer.layers.quantized import quantize
     from gateloop_transformer.training.checkpoint import load_model, pick_device
 
     if arguments.tokens < 0:
@@ -261,7 +271,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     prompt = os.fsencode(arguments.prompt)
     if not prompt:
         raise ValueError("--prompt must not be empty; a newline starts from next to nothing")
-    model = load_model(arguments.dir).to(device)
+    model = quantize(load_model(arguments.dir), arguments.dtype).to(device)
     ids = torch.tensor([list(prompt)], device=device)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _SAMPLING}
     options["stop"] = [list(os.fsencode(text)) for text in arguments.stop or []]
@@ -270,7 +280,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         options["temperature"] = 0.8
     report = DraftReport()
     if arguments.draft is not None:
-        draft = load_model(arguments.draft).to(device)
+        draft = quantize(load_model(arguments.draft), arguments.dtype).to(device)
         options.update(draft=draft, draft_tokens=arguments.draft_tokens, draft_report=report)
     start = time.perf_counter()
     steps: Iterable[Any]
@@ -324,6 +334,7 @@ class _NoBar(contextlib.nullcontext["_NoBar"]):
 def _eval(arguments: argparse.Namespace) -> None:
     import numpy as np
 
+    from gateloop_transformer.layers.quantized import quantize
     from gateloop_transformer.training.checkpoint import load_model, pick_device
     from gateloop_transformer.training.data import count, read_documents
     from gateloop_transformer.training.evaluation import bits_per_byte
@@ -332,7 +343,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     short = [document.name for document in documents if len(document.content) < 2]
     if short:
         raise ValueError(f"{short[0]!r} is too short: evaluation needs at least 2 bytes a file")
-    model = load_model(arguments.dir).to(pick_device(arguments.device))
+    model = quantize(load_model(arguments.dir), arguments.dtype).to(pick_device(arguments.device))
     size = sum(len(document.content) for document in documents)
     total = 0.0
     with _bar(size) as bar:

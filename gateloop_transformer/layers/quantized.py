@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Model = TypeVar("Model", bound=nn.Module)
+
 KINDS = ("float32", "bfloat16", "int8")
 
-# Up to this many rows torch's product with 8-bit weights is faster than a bfloat16 product with weights converted for it.
+# Up to this many rows torch's product with 8-bit weights is faster than converting them for a bfloat16 product.
 _FEW_ROWS = 8
+# It reads its operands in pieces of this many columns, the last one past the end.
+_COLUMNS = 16
 
 
 class SmallLinear(nn.Module):
-    """A Linear layer whose weights are kept in bfloat16 or int8; for inference.
+    """A Linear layer whose weight is kept in bfloat16 or int8; for inference.
 
-    Inputs are rounded to bfloat16, products are summed in float32, the result has the input's dtype. An 8-bit weight
-    is an integer in [-127, 127] times its output's scale, max |weight| / 127.
+    Inputs and results are rounded to bfloat16, sums are float32, the bias is added in the input's dtype. An 8-bit
+    weight stands for itself, in [-127, 127], times its output's scale: max |weight| / 127, rounded to bfloat16.
 
     Args:
         linear: the layer to copy.
@@ -32,31 +37,67 @@ class SmallLinear(nn.Module):
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__()
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
-        exact = linear.weight.detach().float()
-        scale = None
+        weight, scale = linear.weight.detach(), None
         if kind == "int8":
-            # A row of zeros stays one, whatever its scale.
-            scale = exact.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny * 127) / 127
-            exact = (exact / scale.unsqueeze(1)).round()
-        self.register_buffer("weight", exact.to(torch.int8 if kind == "int8" else torch.bfloat16))
+            # Rounded first: so rounding the scale costs nothing. A row of zeros stays one, whatever its scale.
+            scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-30).to(torch.bfloat16)
+            weight = (weight.float() / scale.float().unsqueeze(1)).round().clamp(-127, 127)
+        self.register_buffer("weight", weight.to(torch.int8 if kind == "int8" else torch.bfloat16))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., out_features)."""
-        rows = x.to(torch.bfloat16).flatten(0, -2)
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
         if self.scale is None:
-            y = F.linear(rows, self.weight).to(x.dtype)
-        elif x.device.type == "cpu" and rows.shape[0] <= _FEW_ROWS:
-            ones = torch.ones(self.out_features, dtype=torch.bfloat16)
-            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, ones).to(x.dtype) * self.scale.to(x.dtype)
+            y = F.linear(rows, self.weight)
+        elif rows.device.type == "cpu" and rows.shape[0] <= _FEW_ROWS and self.in_features % _COLUMNS == 0:
+            y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
         else:
-            # Integers up to 127 are exact in bfloat16; the scale is not, and comes after the product.
-            y = F.linear(rows, self.weight.to(torch.bfloat16)).to(x.dtype) * self.scale.to(x.dtype)
-        y = y.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            # Integers up to 127 are exact in bfloat16.
+            y = F.linear(rows, self.weight.to(torch.bfloat16)) * self.scale
+        y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, kind={self.kind!r}"
+
+
+def check_kind(kind: str) -> None:
+    """It is one of KINDS.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantize: kind must be one of {', '.join(KINDS)}, not {kind!r}")
+
+
+def quantize(model: Model, kind: str) -> Model:
+    """A copy of a model with smaller weights, which decodes faster; the original stays as it is.
+
+    Linear layers become `SmallLinear`. Those that make gates do not: a gate near 1 is a long memory, and bfloat16 has
+    no number between 0.996 and 1. Gates, states, embeddings, convolutions and norms are float32. The copy is for
+    inference: its Linear layers have no gradients, and their weights are no parameters.
+
+    Args:
+        model: a `Transformer`, or any module whose gate projections are named by a method `gate_parameters`.
+        kind: "int8", "bfloat16", or "float32", which changes no layer.
+
+    Raises:
+        ValueError: another kind, or a model that is no module.
+    """
+    check_kind(kind)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"quantize: model must be a torch module, not {type(model).__name__}")
+    small = copy.deepcopy(model).float()
+    if kind == "float32":
+        return small
+    gates = {id(parameter) for module in small.modules() for parameter in getattr(module, "gate_parameters", list)()}
+    for module in list(small.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and id(child.weight) not in gates:
+                setattr(module, name, SmallLinear(child, kind))
+    return small

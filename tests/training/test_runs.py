@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from gateloop_transformer import Transformer
+from gateloop_transformer import Transformer, quantize
 from gateloop_transformer.cli import main
 from gateloop_transformer.training import checkpoint
 from gateloop_transformer.training.checkpoint import load_model
@@ -295,6 +295,25 @@ def test_generate_with_beams_or_a_draft(text: Path, tmp_path: Path, capsys: pyte
     assert text_out == greedy
     assert re.fullmatch(r"20 bytes in [\d.]+ s, [\d.]+ bytes/s; \d+ of \d+ drafted bytes accepted \(\d+%\)\n", stats)
     assert re.fullmatch(r"20 bytes in [\d.]+ s, [\d.]+ bytes/s\n", said("--stats")[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_generate_and_eval_with_smaller_weights(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out) == 0
+    capsys.readouterr()
+    small = quantize(load_model(out), dtype)
+    assert main(["generate", str(out), "--prompt", "a", "--tokens", "9", "--seed", "1", "--dtype", dtype]) == 0
+    ids = small.generate(torch.tensor([[97]]), 9, temperature=0.8, seed=1)
+    assert capsys.readouterr().out == bytes(ids[0].tolist()).decode(errors="replace") + "\n"
+    found = []
+    for which in ("float32", dtype):
+        assert main(["eval", str(out), str(text), "--json", "--dtype", which]) == 0
+        found.append(json.loads(capsys.readouterr().out)["bits_per_byte"])
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], abs=0.02)
 
 
 def test_loss_falls(text: Path, tmp_path: Path) -> None:
