@@ -29,7 +29,7 @@ examples: .venv/dev
 	$(BIN)/python examples/classify_digits.py
 	$(BIN)/python examples/classify_digits.py --model gru
 
-# Figures of this machine: docs/results/cpu.{json,md,png}. The original and mambapy run in an environment of their own.
+# Figures of this machine: docs/results/cpu.{json,md,png}. Peers run in an environment of their own.
 bench: .venv/dev .venv-peers/ready
 	$(BIN)/gateloop bench --peers .venv-peers/bin/python --out docs/results > /dev/null
 
@@ -51,7 +51,8 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,jax,examples,dev]'
 	@touch $@
 
-.venv-peers/ready: constraints.txt
+.venv-peers/ready: constraints.txt Makefile
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt gateloop-transformer==0.2.5 mambapy==1.2.0 torch numpy
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt \
+		gateloop-transformer==0.2.5 mambapy==1.2.0 transformers==5.23.0 torch numpy
 	@touch $@

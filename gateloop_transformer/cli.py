@@ -143,7 +143,9 @@ def _bench_parser(commands: Any) -> None:
         "--only", action="append", default=[], metavar="GROUP", help="a group of cases (may be repeated)"
     )
     parser.add_argument("--seconds", type=float, default=4.0, metavar="X", help="for each case (default: 4)")
-    parser.add_argument("--peers", type=Path, metavar="PYTHON", help="interpreter with the original 0.2.5 and mambapy")
+    parser.add_argument(
+        "--peers", type=Path, metavar="PYTHON", help="interpreter with the original 0.2.5, mambapy and transformers"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object, not as a table")
 
 

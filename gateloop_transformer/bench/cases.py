@@ -164,8 +164,16 @@ LAYERS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
+# Lengths up to which Hugging Face's Mamba ends in reasonable time: step by step, its backward pass takes T² time. It is
+# not timed in bfloat16: its scan stays in float32.
+MAMBA: dict[str, tuple[int, dict[str, Any]]] = {
+    "HF Mamba": (256, {}),
+    "HF Mamba, pscan": (1024, {"use_mambapy": True}),
+}
+
+
 def layers(case: Case, peer: Peer | None) -> Iterator[tuple[str, Callable[[], Callable[[], float]]]]:
-    """A layer of ours beside the original's."""
+    """A layer of ours beside the original's, and beside a Mamba layer of equal width: as it is, and with a scan."""
     kind, options = LAYERS[case.what]
     layer = kind(case.shape[2], **options)
 
@@ -176,8 +184,11 @@ def layers(case: Case, peer: Peer | None) -> Iterator[tuple[str, Callable[[], Ca
 
     yield "ours", partial(passes, call, [torch.randn(case.shape)], case.backward, list(layer.parameters()))
     if peer is not None:
-        name = kind.__name__
-        yield "original", partial(peer.make, name, case.shape, case.dtype, case.backward, **options)
+        arguments = case.shape, case.dtype, case.backward
+        yield "original", partial(peer.make, kind.__name__, *arguments, **options)
+        for name, (longest, choice) in MAMBA.items():
+            if case.shape[1] <= longest and case.dtype == "f32":
+                yield name, partial(peer.make, "mamba", *arguments, **choice)
 
 
 class _NoRecurrence(GateLoopedAttention):
@@ -229,20 +240,25 @@ def steps(case: Case, peer: Peer | None) -> Iterator[tuple[str, Callable[[], Cal
         yield "original", partial(peer.make, "model", case.shape, case.dtype, True, depth=6)
 
 
-# Tokens read before the decoding that is "far".
-FAR = 100_000
+# Tokens read before the decoding that is "far", by what the row is called.
+FAR = {f"a token, depth 6, far: after {tokens:,}": tokens for tokens in (1_000_000, 20_000)}
+
+
+def _after(model: Transformer, tokens: int) -> Any:
+    """The state after reading so many tokens, in blocks and, being many, in bfloat16; states are float32."""
+    state = None
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for block in torch.randint(256, (1, tokens)).split(4096, 1):
+            _, state = model(block, state, return_state=True)
+    return state
 
 
 def decoding(case: Case) -> Candidates:
-    """A token after 100 and after `FAR` others, and the products of the step's matrices alone."""
+    """A token after 100 and after many others, and the products of the step's matrices alone."""
     D = case.shape[2]
     model = Transformer(D, num_tokens=256, depth=6).eval()
     token = torch.tensor([[65]])
-    with torch.no_grad():
-        _, near = model(torch.randint(256, (1, 100)), return_state=True)
-        far = near
-        for _ in range(FAR // 4000):
-            _, far = model(torch.randint(256, (1, 4000)), far, return_state=True)
+    near, far = (_after(model, tokens) for tokens in (100, FAR[case.what]))
     matrices = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     vectors = [torch.randn(1, m.in_features) for m in matrices]
 
@@ -265,7 +281,8 @@ def decoding(case: Case) -> Candidates:
 
 def every_case(quick: bool) -> list[Case]:
     """All rows, the expensive ones left out if `quick`."""
-    shapes: list[Shape] = [(1, 1024, 512), (8, 2048, 512)] + ([] if quick else [(1, 4096, 512), (1, 65536, 512)])
+    shapes: list[Shape] = [(1, 1024, 512), (1, 4096, 512)]
+    shapes += [] if quick else [(8, 2048, 512), (1, 65536, 512)]
     cases = [
         Case("operators", what, shape, dtype, backward)
         for what in STREAMS
@@ -275,18 +292,20 @@ def every_case(quick: bool) -> list[Case]:
     ]
     lengths = (256, 1024, 4096) if quick else (256, 1024, 4096, 16384, 65536, 262144)
     cases += [Case("heads", "gate_loop, head size 64", (1, T, 512), "f32", True) for T in lengths]
-    layer_shapes: dict[str, Shape] = {
-        "SimpleGateLoopLayer": (1, 4096 if quick else 65536, 512),
-        "GateLoopedAttention": (1, 2048 if quick else 16384, 512),
-        "GateLoopedAttention, heads=8": (1, 256, 512),
-    }
-    cases += [Case("layers", what, shape, dtype, True) for what, shape in layer_shapes.items() for dtype in DTYPES]
+    longest = {"SimpleGateLoopLayer": 65536, "GateLoopedAttention": 16384, "GateLoopedAttention, heads=8": 1024}
+    cases += [
+        Case("layers", what, (1, T, 512), dtype, True)
+        for what in LAYERS
+        for T in ((256, 1024) if quick else (256, 1024, 4096, 16384, 65536))
+        if longest[what] >= T
+        for dtype in DTYPES
+    ]
     cases += [
         Case("training", "step of 4096 tokens", (4096 // T, T, 512), dtype, True)
         for T in ((1024,) if quick else (256, 1024, 4096))
         for dtype in DTYPES
     ]
-    return [*cases, Case("decoding", "a token, depth 6", (1, 1, 512), "f32", False)]
+    return [*cases, Case("decoding", list(FAR)[quick], (1, 1, 512), "f32", False)]
 
 
 def candidates(case: Case, peer: Peer | None) -> tuple[Candidates, dict[str, str]]:
@@ -295,6 +314,8 @@ def candidates(case: Case, peer: Peer | None) -> tuple[Candidates, dict[str, str
         return heads(case), {}
     if case.group == "decoding":
         return decoding(case), {}
+    if peer is not None:
+        peer.clear()
     builders = {"operators": operators, "layers": layers, "training": steps}[case.group](case, peer)
     results: Candidates = {}
     failures = {}

@@ -1,12 +1,14 @@
 """Runs in the peers' own environment, as a file: builds what it is told to, and times it run by run.
 
-One JSON object a line. In: {"make": {...}} or {"run": true}; out: {"ok": true}, {"seconds": s} or {"error": text}.
+One JSON object a line. In: {"make": {...}}, {"run": number} of what was made in turn, from 0, or {"clear": true}, which
+forgets all of it; out: {"ok": true}, {"seconds": s} or {"error": text}.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -63,6 +65,18 @@ def _gate_operator(B: int, T: int, D: int) -> tuple[Callable[..., torch.Tensor],
     return operator, [*(torch.randn(B, T, D) for _ in range(3)), torch.randn(B, T, 2 * D)]
 
 
+def _mamba(D: int, options: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Hugging Face's Mamba layer with its own defaults: inner width 2·D, states of 16. No kernels from online."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers = importlib.import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    modeling = importlib.import_module("transformers.models.mamba.modeling_mamba")
+    layer: Callable[[torch.Tensor], torch.Tensor] = modeling.MambaMixer(
+        transformers.MambaConfig(hidden_size=D, **options), layer_idx=0
+    )
+    return layer
+
+
 def _make(what: str, shape: list[int], dtype: str, backward: bool, options: dict[str, Any]) -> Callable[[], None]:
     torch.manual_seed(0)
     B, T, D = shape
@@ -70,9 +84,9 @@ def _make(what: str, shape: list[int], dtype: str, backward: bool, options: dict
         return _trained(*_gate_operator(B, T, D), backward)
     if what in ("mambapy", "original", "original heinsen"):
         return _trained(*_scan(what, B, T, D), backward)
-    package = importlib.import_module("gateloop_transformer")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
     if what == "model":
+        package = importlib.import_module("gateloop_transformer")
         model = package.Transformer(D, num_tokens=256, **options)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         ids = torch.randint(256, (B, T + 1))
@@ -85,7 +99,10 @@ def _make(what: str, shape: list[int], dtype: str, backward: bool, options: dict
             optimizer.step()
 
         return step
-    layer = getattr(package, what)(D, **options)
+    if what == "mamba":
+        layer = _mamba(D, options)
+    else:
+        layer = getattr(importlib.import_module("gateloop_transformer"), what)(D, **options)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         with autocast:
@@ -97,16 +114,17 @@ def _make(what: str, shape: list[int], dtype: str, backward: bool, options: dict
 
 def main() -> None:
     """Answer until the input ends."""
-    run: Callable[[], None] | None = None
+    made: list[Callable[[], None]] = []
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {"ok": True}
         try:
-            if "make" in request:
-                # What was made before goes first: two of them may not fit.
-                run = None
-                run = _make(**request["make"])
-            elif run is not None:
+            if "clear" in request:
+                made.clear()
+            elif "make" in request:
+                made.append(_make(**request["make"]))
+            else:
+                run = made[request["run"]]
                 start = time.perf_counter()
                 run()
                 answer = {"seconds": time.perf_counter() - start}

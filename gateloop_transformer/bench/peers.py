@@ -16,7 +16,7 @@ class PeerFailed(RuntimeError):
 
 
 class Peer:
-    """One process in the peers' environment; holds one thing to time.
+    """One process in the peers' environment; holds what is to be timed in turn.
 
     Args:
         python: the environment's interpreter.
@@ -27,6 +27,7 @@ class Peer:
         # Isolated, so that `gateloop_transformer` is the one installed there.
         command = [str(python), "-I", str(server), str(torch.get_num_threads())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._made = 0
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -50,7 +51,13 @@ class Peer:
             PeerFailed: it could not be built.
         """
         self._ask({"make": {"what": what, "shape": shape, "dtype": dtype, "backward": backward, "options": options}})
-        return lambda: float(self._ask({"run": True})["seconds"])
+        number, self._made = self._made, self._made + 1
+        return lambda: float(self._ask({"run": number})["seconds"])
+
+    def clear(self) -> None:
+        """Forget what was made: with what comes next it may not fit into memory."""
+        self._ask({"clear": True})
+        self._made = 0
 
     def close(self) -> None:
         """End the process."""

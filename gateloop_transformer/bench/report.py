@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -139,24 +140,60 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return f"{median} ({least} to {most}) **{times['median'] / first:.2f}**"
 
 
-def draw(results: dict[str, Any], target: Path) -> None:
-    """Seconds against length, log-log, of the gate loop with heads and of attention."""
+def _panels(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by what was timed, where there are several lengths: float32 forward + backward, of one batch size or,
+    where each length has its own, of one number of tokens.
+    """
+    panels = {}
+    for what in dict.fromkeys(row["what"] for row in rows if row["backward"] and row["dtype"] == "f32"):
+        own = [row for row in rows if row["what"] == what and row["backward"] and row["dtype"] == "f32"]
+        alike = [[row for row in own if row["shape"][0] == batch] for batch in {row["shape"][0] for row in own}]
+        tokens = {row["shape"][0] * row["shape"][1] for row in own}
+        chosen = max([*alike, own] if len(tokens) == 1 else alike, key=len)
+        if len({row["shape"][1] for row in chosen}) > 1:
+            panels[what] = sorted(chosen, key=lambda row: int(row["shape"][1]))
+    return panels
+
+
+def draw(results: dict[str, Any], target: Path) -> bool:
+    """Seconds against length, log-log, a panel for each thing timed at several lengths; whether there was one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [case for case in results["cases"] if case["group"] == "heads"]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    panels = _panels(results["cases"])
+    if not panels:
+        return False
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name in dict.fromkeys(name for row in rows for name in row["seconds"]):
-        points = [(row["shape"][1], row["seconds"][name]["median"]) for row in rows if name in row["seconds"]]
-        axes.plot(*zip(*points, strict=True), "o-", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="length T (tokens)", ylabel="forward + backward (s)")
-    axes.set_title("Width 512, head size 64, float32")
-    axes.grid(alpha=0.3, which="both")
-    if rows:
-        axes.legend()
-    figure.savefig(target, format="png", dpi=120)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    names = list(dict.fromkeys(name for rows in panels.values() for row in rows for name in row["seconds"]))
+    # One look for each candidate on the whole picture; bounds are dashed.
+    looks = {
+        name: (f"C{n % 10}", "os^vD"[n // 10 % 5] + ("--" if "bound" in name else "-")) for n, name in enumerate(names)
+    }
+    lines = {}
+    for panel, (what, measured) in zip(axes, panels.items(), strict=False):
+        for name, (color, style) in looks.items():
+            points = [(row["shape"][1], row["seconds"][name]["median"]) for row in measured if name in row["seconds"]]
+            if points:
+                (lines[name],) = panel.plot(*zip(*points, strict=True), style, color=color, markersize=4)
+        times = [seconds["median"] for row in measured for seconds in row["seconds"].values()]
+        panel.set(xscale="log", yscale="log", title=what)
+        # Whole decades, or there may be no power of ten to read them from.
+        panel.set_ylim(10 ** math.floor(math.log10(min(times))), 10 ** math.ceil(math.log10(max(times))))
+        lengths = sorted({row["shape"][1] for row in measured})
+        panel.set_xticks(lengths, [f"{T:,}" for T in lengths], fontsize=8)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    for panel in axes[len(panels) :]:
+        panel.remove()
+    width = results["cases"][0]["shape"][2]
+    figure.suptitle(f"Seconds against length T (tokens): width {width}, float32, forward + backward")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(6, len(lines)))
+    figure.savefig(target, format="png", dpi=100)
+    return True
 
 
 def _machine() -> dict[str, Any]:
@@ -202,8 +239,7 @@ def run(out: Path, python: Path | None, quick: bool, only: list[str], budget: fl
     results["cases"] = _merged(earlier, results["cases"])
     (out / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "cpu.md").write_text(markdown(results))
-    if any(case["group"] == "heads" for case in results["cases"]):
-        draw(results, out / "cpu.png")
+    draw(results, out / "cpu.png")
     return results
 
 
