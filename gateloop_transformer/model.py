@@ -16,8 +16,8 @@ from gateloop_transformer.layers.gate_looped import GateLoopedAttention, check_f
 from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.state import TransformerState
-from gateloop_transformer.ops.channel_loop import GATES
 from gateloop_transformer.ops.dispatch import check_name
+from gateloop_transformer.ops.gates import check_gate
 from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.layout import layout as read_layout
 
@@ -126,8 +126,7 @@ class Transformer(nn.Module):
         check_fraction("Transformer", "frac_gradient_state_transition", frac_gradient_state_transition)
         if not 0 <= dropout < 1:
             raise ValueError(f"Transformer: dropout must be in [0, 1), not {dropout}")
-        if gate not in GATES:
-            raise ValueError(f"Transformer: gate must be one of {', '.join(GATES)}, not {gate!r}")
+        check_gate("Transformer", gate)
         if data_dependent_rel_pos not in (False, True, "gate_loop"):
             raise ValueError(
                 "Transformer: data_dependent_rel_pos must be False, True or 'gate_loop', "

@@ -12,10 +12,11 @@ from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.short_conv import ShortConv
 from gateloop_transformer.layers.state import GateLoopState, check_state
-from gateloop_transformer.ops.channel_loop import GATES, channel_gate_loop
+from gateloop_transformer.ops.channel_loop import channel_gate_loop
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
-from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale, ring_start, scale_gradient
+from gateloop_transformer.ops.gates import check_gate, ring_start
+from gateloop_transformer.ops.head_gates import head_gates
 from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.layout import layout as read_layout
 from gateloop_transformer.ops.pairs import compute_dtype
@@ -105,8 +106,7 @@ class GateLoopedAttention(nn.Module):
                 f"GateLoopedAttention: dim, heads and dim_inner must be positive and heads must divide dim_inner, "
                 f"got dim={dim}, heads={heads}, dim_inner={dim_inner}"
             )
-        if gate not in GATES:
-            raise ValueError(f"GateLoopedAttention: gate must be one of {', '.join(GATES)}, not {gate!r}")
+        check_gate("GateLoopedAttention", gate)
         if conv_size < 0:
             raise ValueError(f"GateLoopedAttention: conv_size must be 0 or more taps, not {conv_size}")
         if not max_memory >= 1:
@@ -252,7 +252,7 @@ class GateLoopedAttention(nn.Module):
             self.to_a(mixed),
             None if state is None else (state.real.flatten(1), state.imaginary.flatten(1)),
             gate=self.gate,
-            bias=(self.ring_logit, self.ring_phase) if self.gate == "ring" else None,
+            bias=self._bias(),
             swish=self.to_gates[0](x) if self.to_gates is not None and fused else None,
             fraction=self.frac_gradient_state_transition,
             reverse=self.reverse,
@@ -278,20 +278,19 @@ class GateLoopedAttention(nn.Module):
         """Gates (B, T, heads), the imaginary part None where all are real, and the keys that go with them."""
         if ablate_state_transition:
             return x.new_ones(*x.shape[:2], self.heads, dtype=compute_dtype(x.dtype)), None, k
-        z = scale_gradient(self.to_a(x), self.frac_gradient_state_transition)
-        first, second = z.to(compute_dtype(z.dtype)).unflatten(-1, (self.heads, 2)).unbind(-1)
-        if self.gate == "polar":
-            second = torch.zeros_like(second) if ablate_complex else second
-            real, imaginary = polar(first, second)
-            return real, None if ablate_complex else imaginary, k
-        if self.gate == "ring":
-            first = first + self.ring_logit.to(first.dtype)
-            second = second + self.ring_phase.to(second.dtype)
-            k = k * ring_input_scale(first).to(k.dtype).unsqueeze(-1)
-        if ablate_complex:
-            return torch.sigmoid(first), None, k
-        real, imaginary = (ring if self.gate == "ring" else paper)(first, second)
-        return real, imaginary, k
+        real, imaginary, scale = head_gates(
+            self.to_a(x),
+            gate=self.gate,
+            bias=self._bias(),
+            fraction=self.frac_gradient_state_transition,
+            real=ablate_complex,
+            backend=self.backend,
+        )
+        return real, imaginary, k if scale is None else k * scale.to(k.dtype).unsqueeze(-1)
+
+    def _bias(self) -> tuple[Tensor, Tensor] | None:
+        """What is added to the gate projections."""
+        return (self.ring_logit, self.ring_phase) if self.gate == "ring" else None
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
         """Norms, swish gate and output projection of the heads' outputs (B, T, heads, dim_head)."""

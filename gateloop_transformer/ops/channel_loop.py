@@ -9,15 +9,13 @@ from torch import Tensor
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import FUSED, choose, direct
 from gateloop_transformer.ops.gate_loop import gate_loop
-from gateloop_transformer.ops.gates import paper, polar, ring, ring_input_scale, scale_gradient
+from gateloop_transformer.ops.gates import check_gate, gates_of
 from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.layout import layout as read_layout
 from gateloop_transformer.ops.linear_scan import last_states, linear_scan
 from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype, take
 
 RealPair = tuple[Tensor, Tensor]
-
-GATES = ("polar", "paper", "ring")
 
 
 def channel_gate_loop(
@@ -73,15 +71,11 @@ def channel_gate_loop(
         y, re, im, _ = forward(qkv, [projections], s, b, start, gate, float(fraction), reverse, chosen, *layout)
         return y, (re, im)
     q, k, v = (x.unsqueeze(-1) for x in qkv.chunk(3, -1))
-    wide = compute_dtype(projections.dtype)
-    first, second = scale_gradient(projections, fraction).to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    if bias is not None:
-        first, second = first + bias[0].to(wide), second + bias[1].to(wide)
-    if gate == "ring":
-        k = k * ring_input_scale(first).to(k.dtype).unsqueeze(-1)
-    a = {"polar": polar, "paper": paper, "ring": ring}[gate](first, second)
+    re, im, scale = gates_of(projections, gate, bias, fraction)
+    assert im is not None
+    k = k if scale is None else k * scale.to(k.dtype).unsqueeze(-1)
     state = None if initial is None else (initial[0][..., None, None], initial[1][..., None, None])
-    out, final = gate_loop(q, k, v, a, state, reverse=reverse, backend=chosen, **layout._asdict())
+    out, final = gate_loop(q, k, v, (re, im), state, reverse=reverse, backend=chosen, **layout._asdict())
     y = out.squeeze(-1) if swish is None else out.squeeze(-1) * torch.nn.functional.silu(swish)
     return y, (final[0].flatten(1), final[1].flatten(1))
 
@@ -157,8 +151,7 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> Layout:
     operator = "channel_gate_loop"
-    if gate not in GATES:
-        raise ValueError(f"{operator}: gate must be one of {', '.join(GATES)}, not {gate!r}")
+    check_gate(operator, gate)
     if (bias is not None) != (gate == "ring"):
         raise ValueError(f"{operator}: 'ring' needs a bias (logits, phases), other gates take none")
     _check_packed(operator, "qkv", qkv)

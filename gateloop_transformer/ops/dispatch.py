@@ -112,6 +112,14 @@ class FusedBackend(Protocol):
     def norm_backward(self, grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x and gamma."""
 
+    def gates_forward(self, projections: Tensor, gate: str, bias: Pair | None, real: bool) -> list[Tensor]:
+        """Gates (..., H), real and, unless `real`, imaginary part, and for "ring" the scale of the inputs."""
+
+    def gates_backward(
+        self, grad: list[Tensor], projections: Tensor, gate: str, bias: Pair | None, real: bool, fraction: float
+    ) -> tuple[Tensor, Pair | None]:
+        """Gradients of projections and bias."""
+
 
 # In order of preference: "auto" takes the first that has no reason against.
 TABLE: dict[str, Backend] = {"numba": numba_cpu, "chunkwise": chunkwise, "jax": jax_xla, "eager": eager}

@@ -7,6 +7,7 @@ complex tensor; `gate_loop` takes the pair as it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -143,3 +144,45 @@ def scale_gradient(x: Tensor, fraction: float) -> Tensor:
     """x itself, with its gradient multiplied by `fraction`."""
     held = x.detach()
     return x if fraction == 1 else held + (x - held) * fraction
+
+
+# The gates of a layer by name: from both projections to (real, imaginary).
+GATES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"polar": polar, "paper": paper, "ring": ring}
+
+
+def check_gate(caller: str, gate: str) -> None:
+    """`gate` is in the table.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if gate not in GATES:
+        raise ValueError(f"{caller}: gate must be one of {', '.join(GATES)}, not {gate!r}")
+
+
+def gates_of(
+    projections: Tensor,
+    gate: str,
+    bias: tuple[Tensor, Tensor] | None = None,
+    fraction: float = 1.0,
+    real: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """From projections as a layer makes them to gates and the scale of what they admit.
+
+    Args:
+        projections: pairs, neighbours in memory (..., 2·H).
+        gate: a name in the table.
+        bias: (H,) each, added to the projections; None: nothing.
+        fraction: the gradient of the projections (not that of the bias) is multiplied by this.
+        real: the gate is real: the imaginary projection ("polar") or the phase counts as 0.
+
+    Returns:
+        Real part, imaginary part (None if `real`) and, for "ring", `ring_input_scale` (None for others), each (..., H)
+        in float32 or better.
+    """
+    z = scale_gradient(projections, fraction)
+    first, second = z.to(compute_dtype(z.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    if bias is not None:
+        first, second = first + bias[0].to(first.dtype), second + bias[1].to(second.dtype)
+    re, im = GATES[gate](first, torch.zeros_like(second) if real else second)
+    return re, None if real else im, ring_input_scale(first) if gate == "ring" else None

@@ -11,8 +11,9 @@ import torch
 from cases import assert_equal, compiled, nan_filled_memory, rms_ratio, values_and_gradients
 from torch import Tensor
 
-from gateloop_transformer.ops.channel_loop import GATES, _backward, _forward, channel_gate_loop, simple_gate_loop
+from gateloop_transformer.ops.channel_loop import _backward, _forward, channel_gate_loop, simple_gate_loop
 from gateloop_transformer.ops.dispatch import FUSED
+from gateloop_transformer.ops.gates import GATES
 
 # JAX compiles every shape for seconds, and runs no kernel of its own here.
 BACKENDS = ["numba", "chunkwise", "eager"]

@@ -152,6 +152,11 @@ def _run(
     launch(kernel, items, [*head, *arguments, *documents])
 
 
+def _bits(number: float) -> int:
+    """A float64 as the integer that kernels take."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
 def _one_width(*pairs: Pair) -> tuple[Pair, ...]:
     """All in float64 if one is: a kernel computes in one precision."""
     if not any(pair.re.dtype == torch.float64 for pair in pairs):
@@ -256,11 +261,11 @@ def _shares(loop: ChannelLoop) -> _Channels:
 
 def _gate_code(loop: ChannelLoop) -> int:
     """The kernels' number of the gate."""
-    from gateloop_transformer.ops.backends import numba_loops as loops
+    from gateloop_transformer.ops.backends import numba_gates as gates
 
     if loop.gate == "given":
-        return loops.GIVEN_REAL if loop.gates.im is None else loops.GIVEN_COMPLEX
-    return {"polar": loops.POLAR, "paper": loops.PAPER, "ring": loops.RING, "sigmoid": loops.SIGMOID}[loop.gate]
+        return gates.GIVEN_REAL if loop.gates.im is None else gates.GIVEN_COMPLEX
+    return gates.CODES[loop.gate]
 
 
 def _inputs(loop: ChannelLoop) -> list[Tensor | None]:
@@ -343,8 +348,7 @@ def _loop_backward(
     )
     operands = [*_operands(loop, biases, carry, kept), *(_operand(x, loop.reverse) for x in (grad, *results))]
     operands += [_operand(x) for x in sums] if sums else [_operand(None)] * 2
-    fraction = struct.unpack("<q", struct.pack("<d", loop.fraction))[0]
-    _run(kernel, c, operands, 3 * parts, wide == torch.float64, loop.layout, loop.reverse, fraction)
+    _run(kernel, c, operands, 3 * parts, wide == torch.float64, loop.layout, loop.reverse, _bits(loop.fraction))
     d_bias = Pair(*(c.gathered(x.sum(0)[None])[0] for x in sums)) if sums else None
     return d_bias, Pair(*(c.gathered(part) for part in carry))
 
@@ -494,3 +498,58 @@ def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tenso
     places = [t.data_ptr() for t in (x, gamma, dx, dy, dx, sums)]
     launch(kernel, items, [rows, D, gamma.numel() // D, *places])
     return dx.to(own[0]), sums.sum(0).reshape(gamma.shape).to(own[1])
+
+
+# ---- gates of several heads -------------------------------------------------------------------------------
+
+
+def _repeated(bias: Pair | None, heads: int, lanes: int, wide: torch.dtype) -> list[Tensor]:
+    """Biases (H,) over again, until a vector may start in the first H."""
+    parts = [] if bias is None else bias.parts()
+    return [part.to(wide).repeat(-(-(heads + lanes) // heads)) for part in parts]
+
+
+def _gate_places(parts: list[Tensor], scale: Tensor | None) -> list[int]:
+    """Addresses of gates, of their imaginary part (0: none) and of the scale."""
+    return [x.data_ptr() if x is not None else 0 for x in (parts[0], parts[1] if len(parts) == 2 else None, scale)]
+
+
+def gates_forward(projections: Tensor, gate: str, bias: Pair | None, real: bool) -> list[Tensor]:
+    """Gates (..., H), real and, unless `real`, imaginary part, and for "ring" the scale of the inputs."""
+    from gateloop_transformer.ops.backends import numba_gates as gates
+    from gateloop_transformer.ops.backends.numba_launch import launch
+
+    z, wide = projections.contiguous(), compute_dtype(projections.dtype)
+    pairs, heads, lanes = z.numel() // 2, z.shape[-1] // 2, 8 if wide == torch.float64 else 16
+    results = [new_memory(z, *z.shape[:-1], heads, dtype=wide) for _ in range((1 if real else 2) + (gate == "ring"))]
+    scale = results[-1] if gate == "ring" else None
+    biases = _repeated(bias, heads, lanes, wide)
+    kernel = gates.gates_forward(kind_of(z.dtype), gates.CODES[gate], real, lanes)
+    places = [x.data_ptr() for x in biases] if biases else [0, 0]
+    places += _gate_places(results[: 1 if real else 2], scale)
+    launch(kernel, -(-pairs // gates.PAIRS), [pairs, heads, z.data_ptr(), *places])
+    return results
+
+
+def gates_backward(
+    grad: list[Tensor], projections: Tensor, gate: str, bias: Pair | None, real: bool, fraction: float
+) -> tuple[Tensor, Pair | None]:
+    """Gradients of projections and bias."""
+    from gateloop_transformer.ops.backends import numba_gates as gates
+    from gateloop_transformer.ops.backends.numba_launch import launch
+
+    z, wide = projections.contiguous(), compute_dtype(projections.dtype)
+    pairs, heads, lanes = z.numel() // 2, z.shape[-1] // 2, 8 if wide == torch.float64 else 16
+    given = [x.contiguous() for x in grad]
+    dz = new_memory(z, *z.shape)
+    biases = _repeated(bias, heads, lanes, wide)
+    items = -(-pairs // gates.PAIRS)
+    sums = torch.zeros(items, 2, biases[0].numel(), dtype=wide) if biases else None
+    kernel = gates.gates_backward(kind_of(z.dtype), gates.CODES[gate], real, lanes)
+    places = [x.data_ptr() for x in biases] if biases else [0, 0]
+    places += [*_gate_places(given[: 1 if real else 2], given[-1] if gate == "ring" else None), dz.data_ptr()]
+    places += [0, 0] if sums is None else [sums.data_ptr(), sums.stride(0) * wide.itemsize]
+    launch(kernel, items, [pairs, heads, z.data_ptr(), *places, _bits(fraction)])
+    if sums is None:
+        return dz, None
+    return dz, Pair(*(part.sum(0).view(-1, heads).sum(0) for part in sums.unbind(1)))

@@ -11,6 +11,19 @@ from typing import Any
 
 from numba import carray, njit
 
+from gateloop_transformer.ops.backends.numba_gates import (
+    GIVEN_COMPLEX,
+    GIVEN_REAL,
+    PAPER,
+    POLAR,
+    RING,
+    SIGMOID,
+    activate,
+    input_scale,
+    input_scale_slope,
+    projection_gradient,
+    sigmoid,
+)
 from gateloop_transformer.ops.backends.numba_launch import Kernel, compiled
 from gateloop_transformer.ops.backends.numba_scans import (
     AHEAD,
@@ -33,30 +46,18 @@ from gateloop_transformer.ops.backends.numba_simd import (
     F32,
     F64,
     ITEM_SIZE,
-    absolute,
-    all_between,
-    decay,
     fma,
     fms,
-    full,
     gather,
-    inverse_sqrt,
     load,
     load_pairs,
-    maximum,
     prefetch,
     real_number,
-    sine_cosine,
-    sqrt,
     store,
     store_pairs,
     take_ticket,
-    where_less,
     zeros,
 )
-
-# Where gates come from: given (real, complex), or computed from projections.
-GIVEN_REAL, GIVEN_COMPLEX, POLAR, PAPER, RING, SIGMOID = range(6)
 
 # Operands. The carry, states before chunks (chunks of all sequences, PADDED) and biases hold each vector's own numbers.
 Q, K, V, P, P_IM, S, BIAS, BIAS_IM, CARRY, CARRY_IM, BEFORE, BEFORE_IM = range(OPERANDS, OPERANDS + 48, 4)
@@ -66,74 +67,9 @@ FRACTION = OPERANDS + 84
 
 
 @njit
-def _sigmoid(x: Any) -> Any:
-    """σ(x) and 1 - σ(x), both with all their digits."""
-    e = decay(where_less(x, -80.0, full(x, -80.0), x))
-    m = 1.0 / (e + 1.0)
-    return m, e * m
-
-
-@njit
-def _polar(re: Any, im: Any, double: bool) -> Any:
-    """Of z = re + i·im: z/|z| (1 at 0), σ(|z|), σ(|z|)/|z| (0 at 0)."""
-    square = fma(re, re, im * im)
-    if all_between(square, 1e-36, 1e36):
-        inverse = inverse_sqrt(square)
-        size = square * inverse
-        magnitude = 1.0 / (decay(size) + 1.0)
-        return re * inverse, im * inverse, magnitude, magnitude * inverse
-    # Where |z| cannot be squared it counts as 0; large z are scaled by a power of two.
-    smallest = 1.4916681462400413e-154 if double else 1.0842021724855044e-19
-    size = maximum(absolute(re), absolute(im))
-    down = where_less(size, 1152921504606846976.0, full(size, 1.0), full(size, 2.0**-64))
-    up = where_less(size, 1152921504606846976.0, full(size, 1.0), full(size, 2.0**64))
-    x, y = re * down, im * down
-    root = sqrt(fma(x, x, y * y))
-    inverse = 1.0 / root
-    magnitude, _ = _sigmoid(root * up)
-    one, nothing = full(re, 1.0), full(re, 0.0)
-    return (
-        where_less(size, smallest, one, x * inverse),
-        where_less(size, smallest, nothing, y * inverse),
-        where_less(size, smallest, full(re, 0.5), magnitude),
-        where_less(size, smallest, nothing, magnitude * (inverse * down)),
-    )
-
-
-@njit
-def _activate(gate: int, double: bool, re: Any, im: Any) -> Any:
-    """A gate a = m·u and what its gradient needs: u (re, im), m, and 1 - m (polar: m/|z|)."""
-    one, nothing = full(re, 1.0), full(re, 0.0)
-    if gate == POLAR:
-        return _polar(re, im, double)
-    if gate == SIGMOID:
-        m, rest = _sigmoid(re)
-        return one, nothing, m, rest
-    if gate in (PAPER, RING):
-        m, rest = _sigmoid(re)
-        sine, cosine = sine_cosine(im)
-        return cosine, sine, m, rest
-    return re, im, one, nothing
-
-
-@njit
-def _projection_gradient(gate: int, u: Any, u_im: Any, m: Any, rest: Any, da: Any, da_im: Any) -> Any:
-    """From the gradient of a gate to that of its projections, m and `rest` as `_activate` gives them."""
-    radial = fma(u, da, u_im * da_im)
-    tangential = fms(u_im, da, u * da_im)
-    if gate == POLAR:
-        steep = where_less(rest, 1e-37, full(u, 0.0), (1.0 - m) * m)
-        radial, tangential = radial * steep, tangential * rest
-        return fms(u_im, tangential, u * radial), fma(u, tangential, u_im * radial)
-    if gate in (PAPER, RING, SIGMOID):
-        return radial * (m * rest), tangential * m
-    return da, da_im
-
-
-@njit
 def _silu(s: Any) -> Any:
     """SiLU and its derivative."""
-    m, rest = _sigmoid(s)
+    m, rest = sigmoid(s)
     return s * m, fma(s * m, rest, m)
 
 
@@ -141,7 +77,7 @@ def _silu(s: Any) -> Any:
 def _read_gate(
     gate: Any, kind: Any, wide: Any, strided: Any, lanes: Any, p: Any, row: int, row_im: int, c: int, n: int
 ) -> Any:
-    """The n-th vector of gates of a step, as `_activate` gives them; its first channel is c."""
+    """The n-th vector of gates of a step, as `activate` gives them; its first channel is c."""
     if gate in (POLAR, PAPER, RING):
         if strided:
             re = gather(row, c, 2 * p[P + 3], kind, lanes)
@@ -156,7 +92,7 @@ def _read_gate(
     if gate == RING:
         re = re + load(p[BIAS], n * lanes, wide, lanes)
         im = im + load(p[BIAS_IM], n * lanes, wide, lanes)
-    return _activate(gate, wide == F64, re, im)
+    return activate(gate, wide == F64, re, im)
 
 
 @njit
@@ -168,7 +104,7 @@ def _read_input(
     if gate != SIGMOID:
         added = added * fetch(k_row, c, p[K + 3], kind, lanes, strided)
     if gate == RING:
-        added = added * sqrt(rest * (m + 1.0))
+        added = added * input_scale(m, rest)
     return added
 
 
@@ -358,18 +294,16 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                         k = fetch(k_row, c, p[K + 3], X, LANES, STRIDED)
                         scaled = g
                         if GATE == RING:
-                            scaled = g * sqrt(rest * (m + 1.0))
+                            scaled = g * input_scale(m, rest)
                         store(dk_row, c, scaled * v, X)
                         store(dv_row, c, scaled * k, X)
                         if COMPLEX:
                             before_im = zeros(WIDE, LANES) if anew else load(room, cell + H_IM * LANES, WIDE, LANES)
                             da = fma(g_im, before_im, da)
                             da_im = fms(g, before_im, g_im * before)
-                            dz, dz_im = _projection_gradient(GATE, u, u_im, m, rest, da, da_im)
+                            dz, dz_im = projection_gradient(GATE, u, u_im, m, rest, da, da_im)
                             if GATE == RING:
-                                # Of the scale of the inputs, by the logit.
-                                slope = (m * m) * sqrt(rest / (m + 1.0))
-                                dz = fms((g * k) * v, slope, dz)
+                                dz = fms((g * k) * v, input_scale_slope(m, rest), dz)
                                 sums = load(row_of(p, DBIAS, chunk, 0), n * LANES, WIDE, LANES)
                                 store(row_of(p, DBIAS, chunk, 0), n * LANES, sums + dz, WIDE)
                                 sums = load(row_of(p, DBIAS_IM, chunk, 0), n * LANES, WIDE, LANES)
