@@ -223,7 +223,7 @@ def _compute(
         unchanged = [part.clone() for part in checks.fit(state, final)]
         return [torch.empty_like(loop.queries), *unchanged, FUSED[backend].loop_kept(loop)]
     y, state, kept = FUSED[backend].loop_forward(loop, start)
-    return [y, *checks.fit(state, _final(packed, projections, loop.layout)), kept]
+    return [y, *state.parts(), kept]
 
 
 _forward = torch.library.custom_op("gateloop::channel_loop", mutates_args=())(_compute)

@@ -67,8 +67,8 @@ def same_device(operator: str, **tensors: Tensor | None) -> None:
     Raises:
         ValueError: they are not.
     """
-    devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
         raise ValueError(f"{operator}: all tensors must be on one device, not {devices}")
 
 
@@ -153,6 +153,8 @@ def full_precision(body: Body) -> Body:
     @functools.wraps(body)
     def wrapped(*arguments: Any, **options: Any) -> Any:
         first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        if not torch.is_autocast_enabled(first.device.type):
+            return body(*arguments, **options)
         with torch.autocast(first.device.type, enabled=False):
             return body(*arguments, **options)
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gateloop_transformer.ops.backends import chunkwise, eager, jax_xla, numba_cpu
 from gateloop_transformer.ops.layout import Layout
@@ -179,7 +180,7 @@ def direct(*tensors: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(tensor) is not Tensor or tensor.is_neg() for tensor in tensors)
+        or any(type(tensor) not in (Tensor, Parameter) or tensor.is_neg() for tensor in tensors)
     )
 
 

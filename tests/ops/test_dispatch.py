@@ -9,10 +9,11 @@ from functools import partial
 import jax
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gateloop_transformer.ops import available_backends, gate_loop, linear_scan
+from gateloop_transformer.ops import available_backends, checks, gate_loop, linear_scan
 from gateloop_transformer.ops.backends import jax_xla
-from gateloop_transformer.ops.dispatch import TABLE, Backend, choose
+from gateloop_transformer.ops.dispatch import TABLE, Backend, choose, direct
 
 CPU = torch.device("cpu")
 
@@ -119,3 +120,31 @@ assert "jax" in sys.modules and "torch" not in sys.modules
 def test_nothing_heavy_is_imported_before_it_is_used(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_parameters_pass_the_dispatcher_by_where_no_gradient_can_be_asked_for() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert not direct(parameter)
+    with torch.no_grad():
+        assert direct(parameter, torch.ones(2))
+        assert not direct(torch.nn.Buffer(torch.complex(parameter, parameter).conj().imag))
+    with torch.inference_mode():
+        assert direct(parameter)
+    with torch.no_grad(), FakeTensorMode():
+        assert not direct(torch.ones(2))
+        assert not direct(parameter)
+
+
+def test_devices_that_differ_are_named() -> None:
+    with pytest.raises(ValueError, match=r"on one device, not \{'x': 'cpu', 'y': 'meta'\}"):
+        checks.same_device("scan", x=torch.ones(1), y=torch.ones(1, device="meta"), z=None)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_bodies_of_operators_run_without_autocast(outside: bool) -> None:
+    @checks.full_precision
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return x @ x
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        assert body(torch.ones(2, 2)).dtype == torch.float32

@@ -463,8 +463,9 @@ def _norm_kinds(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, torch.dtype, 
     """Both arguments with their rows in order and in one width, the dtype of the result, and the lanes."""
     dtype = torch.promote_types(x.dtype, gamma.dtype)
     double = dtype == torch.float64
-    x, gamma = (part.to(dtype if double else part.dtype).contiguous() for part in (x, gamma))
-    return x, gamma, dtype, 8 if double else 16
+    if double:
+        x, gamma = x.to(dtype), gamma.to(dtype)
+    return x.contiguous(), gamma.contiguous(), dtype, 8 if double else 16
 
 
 def norm_forward(x: Tensor, gamma: Tensor) -> Tensor:

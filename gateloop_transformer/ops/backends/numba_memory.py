@@ -42,6 +42,7 @@ def in_huge_pages(x: Tensor) -> Tensor:
     return x
 
 
+@functools.cache
 def kind_of(dtype: torch.dtype) -> int:
     """How kernels call a dtype."""
     from gateloop_transformer.ops.backends import numba_simd as simd
