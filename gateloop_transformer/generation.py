@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,21 +61,57 @@ def _check_prompt(model: Decoder, ids: Tensor, max_new_tokens: int) -> None:
     model.check_vocabulary(ids.long())
 
 
+def _check_mask(ids: Tensor, mask: Tensor | None) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != ids.shape:
+        what = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"a prompt's mask must be booleans of its shape {tuple(ids.shape)}, not {what}")
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"every prompt needs at least one token; the mask leaves none in row {empty[0]}")
+
+
+def _together(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts (T_b,) as one batch, filled up behind their ends, and its mask."""
+    wrong = [n for n, ids in enumerate(prompts) if not isinstance(ids, Tensor) or ids.ndim != 1 or not len(ids)]
+    if wrong or not prompts:
+        what = f"number {wrong[0]} is not" if wrong else "there is none"
+        raise ValueError(f"prompts in a list must be tensors of ids, of shape (T,) with T ≥ 1; {what}")
+    lengths = torch.tensor([len(ids) for ids in prompts], device=prompts[0].device)
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    return torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True), mask
+
+
 @torch.no_grad()
-def _advance(model: Decoder, ids: Tensor, state: TransformerState | None) -> tuple[Tensor, TransformerState]:
-    """Logits after the last of `ids` (B, vocabulary), and the state there. In evaluation mode."""
+def _advance(
+    model: Decoder, ids: Tensor, state: TransformerState | None, mask: Tensor | None = None
+) -> tuple[Tensor, TransformerState]:
+    """Logits after the last of each row of `ids` (B, vocabulary), and the state there. In evaluation mode."""
+    last: Tensor | None = None
     with evaluating(model):
-        for block in ids.split(_PROMPT_BLOCK, dim=1):
-            logits, state = model(block, state=state, return_state=True)
+        for start in range(0, ids.shape[1], _PROMPT_BLOCK):
+            block = slice(start, start + _PROMPT_BLOCK)
+            if mask is None:
+                logits, state = model(ids[:, block], state=state, return_state=True)
+                last = logits[:, -1]
+            else:
+                here = mask[:, block]
+                logits, state = model(ids[:, block], state=state, return_state=True, mask=here)
+                place = torch.where(here, torch.arange(here.shape[1], device=ids.device), -1).amax(1)
+                ends = logits[torch.arange(len(ids), device=ids.device), place.clamp(min=0)]
+                last = ends if last is None else torch.where((place < 0).unsqueeze(1), last, ends)
     assert state is not None
-    return logits[:, -1], state
+    assert last is not None
+    return last, state
 
 
 def stream(
     model: Decoder,
-    ids: Tensor,
+    ids: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
+    mask: Tensor | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -94,7 +130,9 @@ def stream(
     """Yield new tokens (B,) one step at a time; arguments, errors and the end as in `generate`, without beams."""
     if num_beams != 1:
         raise ValueError("beam search knows its first token only at the end: use generate, or stream with num_beams=1")
+    ids, mask = _batch(ids, mask)
     _check_prompt(model, ids, max_new_tokens)
+    _check_mask(ids, mask)
     sampling = Sampling(repetition_penalty, 1.0 if temperature is None else temperature, top_k, top_p, min_p)
     stops = _stop_sequences(stop, pad, model.num_tokens)
     drafting = None
@@ -102,8 +140,18 @@ def stream(
         check_draft(model, draft, draft_tokens)
         drafting = _Drafting(draft, draft_tokens, DraftReport() if draft_report is None else draft_report)
     random = _generator(generator, seed, ids.device)
-    steps = _stream(model, ids.long(), max_new_tokens, sampling, stops, pad, random, state, drafting)
-    return (token.to(_result_dtype(model, ids)) for token in steps)
+    dtype = _result_dtype(model, ids)
+    steps = _stream(model, ids.long(), mask, max_new_tokens, sampling, stops, pad, random, state, drafting)
+    return (token.to(dtype) for token in steps)
+
+
+def _batch(ids: Tensor | Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one tensor, with a mask where they are of different lengths."""
+    if not isinstance(ids, (list, tuple)):
+        return ids, mask  # type: ignore[return-value]
+    if mask is not None:
+        raise ValueError("prompts in a list have no mask: they have their own lengths")
+    return _together(ids)
 
 
 class _Drafting(NamedTuple):
@@ -120,6 +168,7 @@ def _result_dtype(model: Decoder, ids: Tensor) -> torch.dtype:
 def _stream(
     model: Decoder,
     ids: Tensor,
+    mask: Tensor | None,
     max_new_tokens: int,
     sampling: Sampling,
     stops: list[list[int]],
@@ -129,19 +178,18 @@ def _stream(
     drafting: _Drafting | None,
 ) -> Iterator[Tensor]:
     speculation: Speculation | None = None
-    seen = torch.zeros(ids.shape[0], model.num_tokens, dtype=torch.bool, device=ids.device)
-    seen.scatter_(1, ids, True)
+    seen = _tokens_in(ids, mask, model.num_tokens)
     done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     longest = max(map(len, stops), default=0)
     tail = ids.new_full((ids.shape[0], longest), -1, dtype=torch.long)
     fed = ids
     for step in range(max_new_tokens):
         if drafting is None or not step:
-            logits, state = _advance(model, fed, state)
+            logits, state = _advance(model, fed, state, None if step else mask)
             token = sampling.pick(logits, seen, generator)
         else:
             if speculation is None:
-                states = state, _advance(drafting.draft, ids, None)[1]
+                states = state, _advance(drafting.draft, ids, None, mask)[1]
                 speculation = Speculation(model, states, *drafting, sampling, generator)
             token = speculation.next(fed[:, 0], seen, done, max_new_tokens - step)
         token = torch.where(done, pad, token)
@@ -157,11 +205,19 @@ def _stream(
         fed = token.unsqueeze(1)
 
 
+def _tokens_in(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
+    """Which tokens are in each row (B, vocabulary)."""
+    present = torch.ones_like(ids, dtype=torch.long) if mask is None else mask.long()
+    counts = torch.zeros(ids.shape[0], vocabulary, dtype=torch.long, device=ids.device)
+    return counts.scatter_add_(1, ids, present) > 0
+
+
 def generate(
     model: Decoder,
-    ids: Tensor,
+    ids: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
+    mask: Tensor | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -177,7 +233,7 @@ def generate(
     draft: Decoder | None = None,
     draft_tokens: int = 4,
     draft_report: DraftReport | None = None,
-) -> Tensor:
+) -> Any:
     """Continue each row of `ids`: the prompt in parallel, then one step per token with carried state.
 
     The model is put in evaluation mode meanwhile; no gradient is recorded.
@@ -195,7 +251,8 @@ def generate(
 
     Args:
         model: a `Transformer`, or what behaves like one.
-        ids: prompts (B, T), integers, B ≥ 1 and T ≥ 1, all rows of one length.
+        ids: prompts (B, T), integers, B ≥ 1 and T ≥ 1; or a list of prompts of any lengths (T_b,).
+        mask: (B, T) booleans, False for padding, on whatever side; None: all rows are of one length.
         max_new_tokens: at most this many steps; 0 returns the prompt.
         temperature: 0 takes the likeliest token at each step; None: 1, or 0 with beams.
         top_k: draw from the k likeliest tokens.
@@ -216,7 +273,7 @@ def generate(
         draft_report: counts what was proposed and what was accepted.
 
     Returns:
-        Prompt and new ids (B, T + steps).
+        Prompt and new ids (B, T + steps); of a list, a list of (T_b + its steps,), without what fills up ended rows.
 
     Raises:
         ValueError: an empty prompt or batch, ids outside the vocabulary, an option without a meaning, options that
@@ -227,17 +284,21 @@ def generate(
     `gateloop_transformer.decoding.speculative`.
     """
     check_beams(num_beams, length_penalty)
+    batch, mask = _batch(ids, mask)
+    prompts = ids if isinstance(ids, (list, tuple)) else None
     if num_beams > 1:
         drawing = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p, "min_p": min_p, "draft": draft}
         given = [name for name, value in drawing.items() if value is not None]
         if given:
             raise ValueError(f"beam search draws nothing: with num_beams={num_beams} leave out {', '.join(given)}")
         sampling = Sampling(repetition_penalty, 0.0)
-        return _search(model, ids, max_new_tokens, sampling, stop, pad, state, num_beams, length_penalty)
+        new = _search(model, batch, mask, max_new_tokens, sampling, stop, pad, state, num_beams, length_penalty)
+        return _joined(model, batch, prompts, new, stop, pad)
     steps = stream(
         model,
-        ids,
+        batch,
         max_new_tokens,
+        mask=mask,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -252,12 +313,30 @@ def generate(
         draft_tokens=draft_tokens,
         draft_report=draft_report,
     )
-    return torch.cat([ids, *(token.unsqueeze(1) for token in steps)], 1)
+    drawn = [token.unsqueeze(1) for token in steps]
+    return _joined(model, batch, prompts, torch.cat([batch[:, :0], *drawn], 1), stop, pad)
+
+
+def _joined(
+    model: Decoder, batch: Tensor, prompts: Sequence[Tensor] | None, new: Tensor, stop: Stop, pad: int
+) -> Tensor | list[Tensor]:
+    """Prompts and what follows them; in a list, up to where each ended."""
+    if prompts is None:
+        return torch.cat([batch, new], 1)
+    stops = _stop_sequences(stop, pad, model.num_tokens)
+    return [torch.cat([ids, row[: _end(row.tolist(), stops)]]) for ids, row in zip(prompts, new, strict=True)]
+
+
+def _end(tokens: list[int], stops: list[list[int]]) -> int:
+    """How many tokens there are up to the first stop sequence, itself included."""
+    ends = [n + 1 for n in range(len(tokens)) for stop in stops if tokens[max(0, n + 1 - len(stop)) : n + 1] == stop]
+    return min(ends, default=len(tokens))
 
 
 def _search(
     model: Decoder,
     ids: Tensor,
+    mask: Tensor | None,
     max_new_tokens: int,
     sampling: Sampling,
     stop: Stop,
@@ -266,17 +345,18 @@ def _search(
     num_beams: int,
     length_penalty: float,
 ) -> Tensor:
-    """Prompt and the best continuation that beam search finds."""
+    """The best continuation that beam search finds (B, steps)."""
     _check_prompt(model, ids, max_new_tokens)
+    _check_mask(ids, mask)
     stops = _stop_sequences(stop, pad, model.num_tokens)
     if not max_new_tokens:
-        return ids
-    logits, state = _advance(model, ids.long(), state)
+        return ids[:, :0]
+    logits, state = _advance(model, ids.long(), state, mask)
     new = beam_search(
         lambda tokens, past: _advance(model, tokens, past),
         logits,
         state,
-        torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids.long(), True),
+        _tokens_in(ids.long(), mask, model.num_tokens),
         max_new_tokens,
         num_beams,
         length_penalty=length_penalty,
@@ -284,4 +364,4 @@ def _search(
         pad=pad,
         sampling=sampling,
     )
-    return torch.cat([ids, new.to(_result_dtype(model, ids))], 1)
+    return new.to(_result_dtype(model, ids))

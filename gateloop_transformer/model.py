@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -300,10 +300,10 @@ class Transformer(nn.Module):
                 f"Transformer: ids must be in [0, {self.num_tokens}), got {int(ids.min())} to {int(ids.max())}"
             )
 
-    def generate(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """Prompt and continuation (B, T + new): see `gateloop_transformer.generation.generate`."""
+    def generate(self, ids: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any) -> Any:
+        """Prompt and continuation (B, T + new), or a list of them: see `gateloop_transformer.generation.generate`."""
         return generate(self, ids, max_new_tokens, **options)
 
-    def stream(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+    def stream(self, ids: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
         """New tokens (B,) one step at a time: see `gateloop_transformer.generation.stream`."""
         return stream(self, ids, max_new_tokens, **options)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gateloop_transformer import Transformer
+from gateloop_transformer import Transformer, generation
 from gateloop_transformer.generation import Sampling
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -196,3 +196,79 @@ def test_damaged_weights_are_reported() -> None:
         model.token_emb.weight.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="not finite"):
         model.generate(torch.zeros(1, 1, dtype=torch.long), 1)
+
+
+RAGGED: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "stop": {"temperature": 0, "stop": [3, [5, 1]], "pad": 2},
+    "penalty": {"temperature": 0, "repetition_penalty": 1.7},
+    "beams": {"num_beams": 3, "stop": [3]},
+}
+
+
+def ragged_model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(
+        16,
+        num_tokens=11,
+        depth=3,
+        dim_head=8,
+        heads=2,
+        gate_loop_heads=4,
+        gate="ring",
+        conv_size=4,
+        layer_pattern="gate attention",
+        rotary_emb=True,
+        attn_window=6,
+    ).double()
+
+
+@pytest.mark.parametrize("options", RAGGED.values(), ids=RAGGED)
+def test_prompts_of_any_lengths_continue_as_if_alone(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_PROMPT_BLOCK", 4)
+    model = ragged_model()
+    lengths = (1, 9, 4, 13, 5)
+    random = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 11, (length,), generator=random) for length in lengths]
+    together = model.generate(prompts, 12, **options)
+    alone = [model.generate([ids], 12, **options)[0] for ids in prompts]
+    assert [row.tolist() for row in together] == [row.tolist() for row in alone]
+    assert all(torch.equal(row[: len(ids)], ids) for row, ids in zip(together, prompts, strict=True))
+    ids, mask = torch.zeros(5, 13, dtype=torch.long), torch.zeros(5, 13, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, 13 - len(prompt) :], mask[row, 13 - len(prompt) :] = prompt, True
+    padded = model.generate(ids, 12, mask=mask, **options)
+    assert torch.equal(padded[:, :13], ids)
+    for row, prompt in enumerate(prompts):
+        new = alone[row][len(prompt) :]
+        assert padded[row, 13 : 13 + len(new)].tolist() == new.tolist()
+
+
+def test_a_draft_continues_prompts_of_any_lengths() -> None:
+    model = ragged_model()
+    prompts = [torch.randint(0, 11, (length,)) for length in (3, 7, 1)]
+    expected = model.generate(prompts, 9, temperature=0)
+    drafted = model.generate(prompts, 9, temperature=0, draft=ragged_model(), draft_tokens=3)
+    assert [row.tolist() for row in drafted] == [row.tolist() for row in expected]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there is none"),
+        ([torch.tensor([1]), torch.tensor([], dtype=torch.long)], {}, "number 1 is not"),
+        ([torch.tensor([[1]])], {}, "number 0 is not"),
+        ([[1, 2]], {}, "number 0 is not"),
+        ([torch.tensor([1])], {"mask": torch.ones(1, 1, dtype=torch.bool)}, "have no mask"),
+        (torch.ones(2, 3, dtype=torch.long), {"mask": torch.ones(2, 3)}, "mask must be booleans of its shape"),
+        (
+            torch.ones(2, 3, dtype=torch.long),
+            {"mask": torch.tensor([[True] * 3, [False] * 3])},
+            "the mask leaves none in row 1",
+        ),
+        ([torch.tensor([99])], {}, r"ids must be in \[0, 11\)"),
+    ],
+)
+def test_wrong_prompts_of_any_lengths_are_refused(prompts: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ragged_model().generate(prompts, 3, **options)

@@ -17,8 +17,10 @@ class Decoder(Protocol):
     num_tokens: int
     training: bool
 
-    def __call__(self, ids: Tensor, *, state: TransformerState | None, return_state: bool) -> Any:
-        """(logits (B, T, num_tokens), state)."""
+    def __call__(
+        self, ids: Tensor, *, state: TransformerState | None, return_state: bool, mask: Tensor | None = None
+    ) -> Any:
+        """(logits (B, T, num_tokens), state); steps of ids where a mask (B, T) is False do not exist."""
 
     def train(self, mode: bool = True) -> Any:
         """Training or evaluation mode."""

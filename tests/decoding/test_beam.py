@@ -99,7 +99,8 @@ def test_one_beam_is_greedy_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model, ids = build(), torch.randint(VOCABULARY, (3, 4))
     greedy = model.generate(ids, 9, temperature=0, stop=[3], num_beams=1)
-    assert torch.equal(generation._search(model, ids, 9, Sampling(temperature=0.0), [3], 0, None, 1, 1.0), greedy)
+    new = generation._search(model, ids, None, 9, Sampling(temperature=0.0), [3], 0, None, 1, 1.0)
+    assert torch.equal(torch.cat([ids, new], 1), greedy)
 
 
 def test_a_search_ends_where_no_open_hypothesis_can_win(monkeypatch: pytest.MonkeyPatch) -> None:
