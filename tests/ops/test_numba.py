@@ -73,6 +73,18 @@ def test_several_threads_may_call_at_once(openmp: bool, threads: None, monkeypat
     assert not wrong
 
 
+def test_few_numbers_wake_no_thread_however_many_rows(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[bool] = []
+    monkeypatch.setattr(numba_launch, "_openmp", lambda: woken.append(True))
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        for name, call in CALLS.items():
+            for T, wakes in ((1, False), (100, True)):
+                woken.clear()
+                call(*(torch.randn(4, T, 64 * n) for n in (3, 2)))
+                assert bool(woken) == wakes, (name, T)
+
+
 FORKED = """
 import os, torch
 from gateloop_transformer.ops import linear_scan

@@ -26,8 +26,6 @@ INSTALL_HINT = "needs Numba: pip install numba"
 _INSTALLED = importlib.util.find_spec("numba") is not None
 # Channels that a row of the batch is cut into, at most: their state and a chunk of them stay in the cache.
 _BLOCK = 1024
-# So many numbers one thread works through alone.
-_ALONE = 1 << 14
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -101,10 +99,10 @@ def _lanes(D: int, double: bool) -> int:
 
 
 def _channels(shape: torch.Size, double: bool, layout: Layout) -> _Channels:
+    from gateloop_transformer.ops.backends.numba_launch import threads_for
+
     B, T, D = shape
-    # Waking a thread costs more than the few steps of a decoded token.
-    threads = torch.get_num_threads() if B * T * D > _ALONE else 1
-    return _Channels(layout.states(B), T, D, _lanes(D, double), threads)
+    return _Channels(layout.states(B), T, D, _lanes(D, double), threads_for(layout.states(B) * D, B * T * D))
 
 
 def _operand(x: Tensor | None, reverse: bool = False) -> list[int]:
@@ -142,14 +140,15 @@ def _run(
     c = channels
     items = c.B * c.blocks
     room = (CHUNK + 1) * c.width * c.lanes * slots * (8 if double else 4)
-    scratch = torch.empty(room * threads_for(items), dtype=torch.uint8)
+    numbers = c.T * c.D * (c.B if layout.cu_seqlens is None else 1)
+    scratch = torch.empty(room * threads_for(items, numbers), dtype=torch.uint8)
     resets = None if layout.resets is None else layout.resets.unsqueeze(-1)
     arguments = [*(number for operand in [_operand(resets, backwards), *operands] for number in operand), *more]
     documents = layout.table(c.T, CHUNK, backwards)
     head = [c.blocks, c.vectors, c.width, c.T, c.D, scratch.data_ptr(), room]
     # The table of documents stands behind all else.
     head.append(HEADER + len(head) + 1 + len(arguments) if documents else 0)
-    launch(kernel, items, [*head, *arguments, *documents])
+    launch(kernel, items, [*head, *arguments, *documents], numbers)
 
 
 def _bits(number: float) -> int:

@@ -27,6 +27,8 @@ import torch
 from numba import cfunc, types
 
 HEADER = 3
+# So many numbers one thread works through alone: waking another costs more than the few steps of a decoded token.
+ALONE = 1 << 14
 
 _SIGNATURE = types.void(types.CPointer(types.int64))
 _compiling = threading.Lock()
@@ -112,14 +114,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="gateloop")
 
 
-def threads_for(items: int) -> int:
-    """How many threads will share this many items."""
-    return 1 if _forked else max(1, min(items, torch.get_num_threads()))
+def threads_for(items: int, numbers: int | None = None) -> int:
+    """How many threads will share this many items, which are so many numbers (None: many) together."""
+    if _forked or (numbers is not None and numbers <= ALONE):
+        return 1
+    return max(1, min(items, torch.get_num_threads()))
 
 
-def launch(kernel: Kernel, items: int, arguments: list[int]) -> None:
-    """Run `kernel` over `items` items."""
-    threads = threads_for(items)
+def launch(kernel: Kernel, items: int, arguments: list[int], numbers: int | None = None) -> None:
+    """Run `kernel` over `items` items on as many threads as `threads_for` says."""
+    threads = threads_for(items, numbers)
     block = (ctypes.c_int64 * (HEADER + len(arguments)))(0, 0, items, *arguments)
     if threads == 1:
         kernel.call(block)

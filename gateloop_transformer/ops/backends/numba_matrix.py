@@ -66,14 +66,17 @@ class _Tiles(NamedTuple):
         numbers = C * (9 * KP + 6 * VP + 8 * C + 10) + 4 * KP * VP
         room = numbers * self.wide.itemsize
         items = self.B * self.H
-        scratch = torch.empty(room * threads_for(items), dtype=torch.uint8)
+        # What a step does to a head is work on its state.
+        rows = self.B if self.layout.cu_seqlens is None else 1
+        work = rows * self.T * self.H * self.K * self.V
+        scratch = torch.empty(room * threads_for(items, work), dtype=torch.uint8)
         sizes = [self.H, self.T, self.K, self.V, KP, VP, C, scratch.data_ptr(), room]
         places = [number for x in operands for number in _place(x, reverse)]
         places += [state.data_ptr(), before.data_ptr()]
         documents = self.layout.table(self.T, C, reverse)
         # The table of documents stands behind all else.
         table = HEADER + len(sizes) + 1 + len(places) if documents else 0
-        launch(kernel, items, [*sizes, table, *places, *documents])
+        launch(kernel, items, [*sizes, table, *places, *documents], work)
 
     @property
     def chunks(self) -> int:
