@@ -77,9 +77,12 @@ def load(permuted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(model: Classifier, pixels: Tensor, classes: Tensor, steps: int, rows: int = 16, lr: float = 5e-3) -> None:
-    """AdamW over shuffled images, again and again; the learning rate warms up and goes down to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.1)
+    """AdamW over shuffled images, again and again; gates learn slower and do not decay, or training may collapse."""
+    gates = [p for m in model.modules() if isinstance(m, GateLoopedAttention) for p in m.gate_parameters()]
+    others = [p for p in model.parameters() if all(p is not gate for gate in gates)]
+    groups = [{"params": others, "weight_decay": 0.1}, {"params": gates, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, lr / 5], total_steps=max(steps, 2), pct_start=0.1)
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if len(order) < rows:
