@@ -97,7 +97,8 @@ def _generate_parser(commands: Any) -> None:
         "generate", help="continue a text with a trained model", description="Continue a text, as it is drawn."
     )
     parser.add_argument("dir", metavar="DIR", type=_folder, help="folder of a run")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue, not empty")
+    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue, not empty")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="continue what 'gateloop read' has read")
     parser.add_argument("--tokens", type=int, default=400, metavar="N", help="bytes to add (default: 400)")
     parser.add_argument(
         "--temperature", type=float, metavar="X", help="0: likeliest (default: 0.8; with --num-beams: 0)"
@@ -121,6 +122,23 @@ def _generate_parser(commands: Any) -> None:
     )
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
     _add_dtype(parser)
+
+
+def _read_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "read",
+        help="read a text of any length and keep the state",
+        description="Read a text with a trained model, in bounded memory, and save the state, from which "
+        "'gateloop generate --state' continues.",
+    )
+    parser.add_argument("dir", metavar="DIR", type=_folder, help="folder of a run")
+    parser.add_argument("text", metavar="FILE", help="any file, .gz and .xz too; - for standard input")
+    parser.add_argument("--state", required=True, type=Path, metavar="FILE", help="where to save the state")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="read on from this state, not from the start")
+    parser.add_argument("--overwrite", action="store_true", help="replace the state file")
+    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
+    _add_dtype(parser)
+    parser.add_argument("--json", action="store_true", help='print {"bytes": ..., "position": ..., "seconds": ...}')
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _train_parser(commands)
     _generate_parser(commands)
+    _read_parser(commands)
     _eval_parser(commands)
     _bench_parser(commands)
     return parser
@@ -266,16 +285,24 @@ def _generate(arguments: argparse.Namespace) -> None:
     from gateloop_transformer.generation import DraftReport
     from gateloop_transformer.layers.quantized import quantize
     from gateloop_transformer.training.checkpoint import load_model, pick_device
+    from gateloop_transformer.training.reading import load_reading, model_digest
 
     if arguments.tokens < 0:
         raise ValueError(f"--tokens must be 0 or more, not {arguments.tokens}")
     device = pick_device(arguments.device)
-    prompt = os.fsencode(arguments.prompt)
-    if not prompt:
+    if arguments.prompt is None and arguments.state is None:
+        raise ValueError("give a --prompt, a --state, or both")
+    prompt = os.fsencode(arguments.prompt or "")
+    if not prompt and arguments.state is None:
         raise ValueError("--prompt must not be empty; a newline starts from next to nothing")
     model = quantize(load_model(arguments.dir), arguments.dtype).to(device)
-    ids = torch.tensor([list(prompt)], device=device)
+    before, state = b"", None
+    if arguments.state is not None:
+        reading = load_reading(arguments.state, model_digest(arguments.dir, arguments.dtype))
+        before, state = bytes([reading.last]), reading.state
+    ids = torch.tensor([list(before + prompt)], device=device)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _SAMPLING}
+    options["state"] = None if state is None else state.to(device)
     options["stop"] = [list(os.fsencode(text)) for text in arguments.stop or []]
     beams = arguments.num_beams != 1
     if arguments.temperature is None and not beams:
@@ -288,7 +315,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     steps: Iterable[Any]
     if beams:
         beam = {"num_beams": arguments.num_beams, "length_penalty": arguments.length_penalty}
-        steps = model.generate(ids, arguments.tokens, **options, **beam)[0, len(prompt) :]
+        steps = model.generate(ids, arguments.tokens, **options, **beam)[0, ids.shape[1] :]
     else:
         steps = model.stream(ids, arguments.tokens, **options)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -331,6 +358,41 @@ class _NoBar(contextlib.nullcontext["_NoBar"]):
 
     def update(self, _count: int) -> None:
         """Nothing to show."""
+
+
+def _read(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.layers.quantized import quantize
+    from gateloop_transformer.training.checkpoint import load_model, pick_device
+    from gateloop_transformer.training.data import count
+    from gateloop_transformer.training.reading import load_reading, model_digest, open_text, read, save_reading
+
+    path = arguments.state
+    if path.is_dir():
+        raise ValueError(f"--state: {str(path)!r} is a folder, not a file")
+    same = arguments.after is not None and path.resolve() == arguments.after.resolve()
+    if path.exists() and not (arguments.overwrite or same):
+        raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
+    device = pick_device(arguments.device)
+    model = quantize(load_model(arguments.dir), arguments.dtype).to(device)
+    digest = model_digest(arguments.dir, arguments.dtype)
+    start = None if arguments.after is None else load_reading(arguments.after, digest)
+    if start is not None and start.state is not None:
+        start = start._replace(state=start.state.to(device))
+    size = os.path.getsize(arguments.text) if os.path.isfile(arguments.text) else 0
+    began = time.perf_counter()
+    with open_text(arguments.text) as text, _bar(size) as bar:
+        reading = read(model, text, start, bar.update)
+    seconds = time.perf_counter() - began
+    save_reading(reading, path, digest)
+    new = reading.position - (0 if start is None else start.position)
+    if arguments.json:
+        print(json.dumps({"bytes": new, "position": reading.position, "seconds": seconds, "state": str(path)}))
+    else:
+        after = "" if start is None else f", {reading.position:,} in all"
+        print(
+            f"read {count(new, 'byte')}{after} in {seconds:.1f} s ({new / max(seconds, 1e-9):,.0f} bytes/s)\n"
+            f"state: {path} ({os.path.getsize(path):,} bytes)"
+        )
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -395,7 +457,7 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stdout is None:
         print(f"gateloop {arguments.command}: error: standard output is closed; send it to /dev/null", file=sys.stderr)
         return 2
-    run = {"train": _train, "generate": _generate, "eval": _eval, "bench": _bench}[arguments.command]
+    run = {"train": _train, "generate": _generate, "read": _read, "eval": _eval, "bench": _bench}[arguments.command]
     try:
         run(arguments)
     except (ValueError, PermissionError, FileExistsError, NotADirectoryError) as error:

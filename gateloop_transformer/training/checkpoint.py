@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gateloop_transformer.layers.state import TransformerState, load_state, save_state
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.config import ModelConfig, RunConfig
+from gateloop_transformer.training.config import ModelConfig, RunConfig, with_later_fields
 
 CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
     "config.json",
@@ -179,7 +180,7 @@ def _read_tensors(path: Path, config: RunConfig | None = None) -> dict[str, Tens
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DamageError(f"{str(path)!r} is damaged: {error}") from error
-    if config is not None and metadata.get("model", _describe(config)) != _describe(config):
+    if config is not None and "model" in metadata and _described(metadata["model"]) != vars(config.model):
         raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {metadata['model']}")
     return tensors
 
@@ -187,6 +188,13 @@ def _read_tensors(path: Path, config: RunConfig | None = None) -> dict[str, Tens
 def _describe(config: RunConfig) -> str:
     """The model's configuration, kept with its weights: other models may have the same shapes."""
     return json.dumps(vars(config.model), sort_keys=True)
+
+
+def _described(text: str) -> Any:
+    """The inverse of `_describe`, of this format or of an earlier one."""
+    with contextlib.suppress(json.JSONDecodeError, TypeError):
+        return with_later_fields(ModelConfig, json.loads(text), 1)
+    return None
 
 
 def _read_json(path: Path) -> Any:
@@ -336,7 +344,12 @@ def publish(folder: Path, model: Transformer, config: RunConfig) -> None:
 
 
 def save_checkpoint(
-    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress, config: RunConfig
+    folder: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    config: RunConfig,
+    carried: list[TransformerState | None],
 ) -> None:
     """Write checkpoints/step-N and the run's model.safetensors; forget all but the last few checkpoints.
 
@@ -352,6 +365,9 @@ def save_checkpoint(
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
     _write_tensors(aside / "random.safetensors", random)
+    for n, state in enumerate(carried):
+        if state is not None:
+            save_state(state, aside / f"carried-{n}.safetensors")
     write_text(aside / "progress.json", json.dumps(vars(progress)))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
@@ -361,10 +377,26 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
+def _load_carried(path: Path, model: Transformer) -> TransformerState:
+    try:
+        state = load_state(path)
+    except FileNotFoundError as error:
+        raise DamageError(f"{str(path)!r} is missing") from error
+    except ValueError as error:
+        raise DamageError(str(error)) from error
+    if not isinstance(state, TransformerState):
+        raise DamageError(f"{str(path)!r} is damaged: it holds no state of a model")
+    return state.to(next(model.parameters()).device)
+
+
 def load_checkpoint(
-    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, config: RunConfig
+    folder: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    carried: list[TransformerState | None],
 ) -> Progress | None:
-    """Restore model, optimizer and random state from the newest checkpoint; None where there is none yet.
+    """Restore model, optimizer, random state and carried states from the newest checkpoint; None where there is none.
 
     Raises:
         ValueError: the checkpoint is damaged or of another configuration.
@@ -373,7 +405,7 @@ def load_checkpoint(
     if not steps:
         return None
     try:
-        return _load_checkpoint(steps[-1], model, optimizer, config)
+        return _load_checkpoint(steps[-1], model, optimizer, config, carried)
     except DamageError as error:
         hint = "it is the only checkpoint: start again with --overwrite"
         if len(steps) > 1:
@@ -381,7 +413,13 @@ def load_checkpoint(
         raise ValueError(f"{error}; {hint}") from error
 
 
-def _load_checkpoint(newest: Path, model: Transformer, optimizer: torch.optim.Optimizer, config: RunConfig) -> Progress:
+def _load_checkpoint(
+    newest: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    carried: list[TransformerState | None],
+) -> Progress:
     values = _read_json(newest / "progress.json")
     if not isinstance(values, dict) or [type(values.get(key)) for key in ("step", "seconds")] != [int, float]:
         raise DamageError(f"{str(newest / 'progress.json')!r} is damaged: it holds no step and seconds")
@@ -392,6 +430,8 @@ def _load_checkpoint(newest: Path, model: Transformer, optimizer: torch.optim.Op
     random = _read_tensors(newest / "random.safetensors")
     if "cpu" not in random:
         raise DamageError(f"{str(newest / 'random.safetensors')!r} is damaged: it holds no random state")
+    if config.training.carry_state:
+        carried[:] = [_load_carried(newest / f"carried-{n}.safetensors", model) for n in range(len(carried))]
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])

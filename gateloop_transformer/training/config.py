@@ -9,12 +9,15 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with the text that the command line shows for it."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, since: int = 1) -> Any:
+    """A dataclass field with the text that the command line shows for it.
+
+    `since`: the first format that has it; files of an earlier one mean the default.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "since": since})
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class ModelConfig:
     qk_norm: bool = option(False, "RMS norm on queries and keys")
     conv_size: int = option(0, "taps of the causal convolution in gate loop layers; 0: none")
     max_memory: float = option(1024, "longest memory that ring gates start with, in steps")
+    attn_window: int | None = option(None, "steps that attention layers see at most; none: all", since=2)
     dropout: float = option(0.0, "probability of dropping an element of what a block adds")
 
     def arguments(self) -> dict[str, Any]:
@@ -83,6 +87,9 @@ class TrainingConfig:
     sample_bytes: int = option(160, "length of the sample text at each validation; 0: none")
     checkpoint_every: int = option(100, "steps between checkpoints")
     keep: int = option(2, "how many checkpoints to keep")
+    carry_state: bool = option(
+        False, "windows follow each other in the text, each from the state that the one before ended with", since=2
+    )
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -122,6 +129,13 @@ class RunConfig:
     data: str | None = None
     data_sha256: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        model = self.model
+        pattern = model.layer_pattern or ("gate" if model.use_gate_looped_attn else "attention")
+        if self.training.carry_state and "attention" in pattern.split() and model.attn_window is None:
+            raise ValueError("carry_state with attention layers needs an attn_window: their state grows without end")
+
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary with the format's number."""
         return {"format": FORMAT, "tokenizer": "bytes", **dataclasses.asdict(self)}
@@ -147,8 +161,10 @@ class RunConfig:
         for entry in (data, digest):
             if not (entry is None or isinstance(entry, str)):
                 raise ValueError(f"{where}: data and data_sha256 must be texts or null, not {entry!r}")
-        model = build(ModelConfig, values.get("model"), f"{where}, model")
-        return cls(model, build(TrainingConfig, values.get("training"), f"{where}, training"), data, digest)
+        version = values["format"]
+        model = build(ModelConfig, values.get("model"), f"{where}, model", version)
+        training = build(TrainingConfig, values.get("training"), f"{where}, training", version)
+        return cls(model, training, data, digest)
 
 
 Config = typing.TypeVar("Config", ModelConfig, TrainingConfig)
@@ -163,14 +179,21 @@ def value_types(kind: type) -> dict[str, tuple[type, ...]]:
     }
 
 
-def build(kind: type[Config], values: Any, where: str) -> Config:
-    """A dataclass from plain values, every field present and of its type.
+def with_later_fields(kind: type, values: dict[str, Any], version: int) -> dict[str, Any]:
+    """Values of a file of format `version` with the defaults of fields that came later."""
+    later = {item.name: item.default for item in dataclasses.fields(kind) if item.metadata["since"] > version}
+    return {**later, **values}
+
+
+def build(kind: type[Config], values: Any, where: str, version: int = FORMAT) -> Config:
+    """A dataclass from plain values of a file of format `version`, every field present and of its type.
 
     Raises:
         ValueError: an entry is unknown, missing, of the wrong type or outside the choices.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected an object with the fields of {kind.__name__}")
+    values = with_later_fields(kind, values, version)
     accepted = value_types(kind)
     unknown, missing = sorted(set(values) - set(accepted)), sorted(set(accepted) - set(values))
     if unknown or missing:

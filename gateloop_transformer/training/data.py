@@ -193,6 +193,27 @@ def load_corpus(source: str | None, valid_fraction: float, context: int, exclude
     return Corpus(train, valid, description, digest.hexdigest())
 
 
+def stream_at(
+    train: Bytes, step: int, micro_batch: int, batch: int, accumulate: int, context: int, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """Windows (batch, context + 1) that go on where those of the step before ended, by one byte's overlap.
+
+    Every row of every micro-batch is a stream of its own: it begins somewhere, all evenly spread, and comes back to
+    the data's start after its end. Depends on nothing but the arguments.
+
+    Returns:
+        The windows, and resets (batch, context + 1), True where a row is at the data's start; None where none is.
+    """
+    count = (len(train) - 1) // context
+    shift = int(np.random.default_rng([seed, 0]).integers(0, len(train) - count * context))
+    rows = micro_batch * batch + np.arange(batch)
+    numbers = (rows * count // (batch * accumulate) + step - 1) % count
+    windows = np.stack([train[start : start + context + 1] for start in shift + numbers * context])
+    resets = np.zeros(windows.shape, dtype=bool)
+    resets[:, 0] = numbers == 0
+    return torch.from_numpy(windows.astype(np.int64)), torch.from_numpy(resets) if resets.any() else None
+
+
 def batch_at(train: Bytes, step: int, micro_batch: int, batch: int, context: int, seed: int) -> Tensor:
     """Random windows (batch, context + 1) that depend on nothing but the arguments.
 

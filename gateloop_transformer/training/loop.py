@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
+from gateloop_transformer.layers.state import TransformerState
 from gateloop_transformer.training import checkpoint
 from gateloop_transformer.training.checkpoint import Progress
 from gateloop_transformer.training.config import RunConfig, TrainingConfig
-from gateloop_transformer.training.data import Corpus, batch_at, load_corpus
+from gateloop_transformer.training.data import Corpus, batch_at, load_corpus, stream_at
 from gateloop_transformer.training.evaluation import validate
 from gateloop_transformer.training.plot import draw_curve
 
@@ -119,6 +120,8 @@ class Trainer:
             parameter_groups(self.model, options), lr=options.lr, betas=(options.beta1, options.beta2), fused=True
         )
         self.progress = Progress(0, 0.0)
+        # One for each micro-batch, where windows follow each other.
+        self.carried: list[TransformerState | None] = [None] * options.accumulate if options.carry_state else []
         self.bits_per_byte = math.nan
 
     @property
@@ -135,7 +138,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Go back to the newest checkpoint, or to step 0 where there is none, and forget later metrics."""
-        progress = checkpoint.load_checkpoint(self.folder, self.model, self.optimizer, self.config)
+        progress = checkpoint.load_checkpoint(self.folder, self.model, self.optimizer, self.config, self.carried)
         if progress is not None:
             self.progress = progress
             # A kill between a checkpoint and this file leaves the file of an earlier step.
@@ -175,10 +178,7 @@ class Trainer:
             group["lr"] = rate * group["factor"]
         total = 0.0
         for micro in range(options.accumulate):
-            ids = batch_at(self.corpus.train, step, micro, options.batch, options.context, options.seed)
-            ids = ids.to(self.device)
-            with self._autocast():
-                loss = self.model(ids, return_loss=True)
+            ids, loss = self._loss(step, micro)
             total += loss.item() / options.accumulate
             self._guard(math.isfinite(loss.item()), "loss", step, ids)
             (loss / options.accumulate).backward()
@@ -188,6 +188,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         tokens = step * options.batch * options.accumulate * options.context
         return {"step": step, "loss": total, "tokens": tokens, "lr": rate, "grad_norm": norm.item()}
+
+    def _loss(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """The ids of a micro-batch and its loss."""
+        options, train = self.config.training, self.corpus.train
+        if not options.carry_state:
+            ids = batch_at(train, step, micro, options.batch, options.context, options.seed).to(self.device)
+            with self._autocast():
+                return ids, self.model(ids, return_loss=True)
+        ids, resets = stream_at(train, step, micro, options.batch, options.accumulate, options.context, options.seed)
+        ids = ids.to(self.device)
+        marks = {} if resets is None else {"resets": resets.to(self.device)}
+        with self._autocast():
+            loss, state = self.model(ids, self.carried[micro], return_loss=True, return_state=True, **marks)
+        self.carried[micro] = state.detach()
+        return ids, loss
 
     def _schedule(self) -> float:
         """The fraction of the run done in the middle of the coming step."""
@@ -258,7 +273,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._guard_weights()
-        checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, self.progress, self.config)
+        checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, self.progress, self.config, self.carried)
 
     def _show(self, bar: Any, record: dict[str, Any]) -> None:
         rate = record["tokens"] / max(self.progress.seconds, 1e-9)

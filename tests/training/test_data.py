@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import lzma
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from gateloop_transformer.training.data import batch_at, load_corpus, read_documents, standard_library
+from gateloop_transformer.training.data import batch_at, load_corpus, read_documents, standard_library, stream_at
 
 
 def folder_of_texts(root: Path, count: int = 20) -> Path:
@@ -127,3 +129,21 @@ def test_batches_reach_both_ends() -> None:
     train = np.arange(20, dtype=np.uint8)
     starts = {row[0].item() for step in range(50) for row in batch_at(train, step, 0, 4, 16, 0)}
     assert starts == {0, 1, 2, 3}
+
+
+def test_streams_go_on_where_they_ended_and_begin_again_after_the_end() -> None:
+    data = np.arange(103, dtype=np.uint8)
+    steps = [[stream_at(data, step, micro, 2, 2, 10, 5) for micro in (0, 1)] for step in range(1, 25)]
+    rows = [torch.cat([ids for ids, _ in micros]) for micros in steps]
+    for before, after in itertools.pairwise(rows):
+        goes_on = after[:, 0] == before[:, -1]
+        anew = after[:, 0] == min(row[:, 0].min() for row in rows)
+        assert (goes_on | anew).all()
+    # Every stream sees all windows, each once in ten steps, and is reset at the first alone.
+    for row in range(4):
+        assert len({int(ids[row, 0]) for ids in rows[:10]}) == 10
+    for micros, together in zip(steps, rows, strict=True):
+        first = together[:, 0] == rows[0].min()
+        marks = [torch.zeros(2, 11, dtype=torch.bool) if resets is None else resets for _, resets in micros]
+        assert torch.equal(torch.cat(marks)[:, 0], first)
+        assert not torch.cat(marks)[:, 1:].any()

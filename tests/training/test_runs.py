@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gateloop_transformer import Transformer, quantize
 from gateloop_transformer.cli import main
 from gateloop_transformer.training import checkpoint
 from gateloop_transformer.training.checkpoint import load_model
 from gateloop_transformer.training.config import PRESETS, ModelConfig, RunConfig, TrainingConfig, resolve
+from gateloop_transformer.training.data import load_corpus, stream_at
 from gateloop_transformer.training.evaluation import bits_per_byte, validate
 from gateloop_transformer.training.loop import learning_rate, parameter_groups
 
@@ -30,6 +32,12 @@ TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
 TINY = [
     *("--dim", "16", "--depth", "2", "--gate-loop-heads", "4", "--context", "32", "--batch", "4"),
     *("--eval-bytes", "256", "--sample-bytes", "8", "--eval-every", "4", "--checkpoint-every", "3"),
+]
+
+# A mixed model whose windows follow each other, in two micro-batches.
+CARRIED = [
+    *("--carry-state", "--accumulate", "2", "--conv-size", "4"),
+    *("--layer-pattern", "gate attention", "--dim-head", "8", "--heads", "2", "--rotary-emb", "--attn-window", "9"),
 ]
 
 
@@ -106,7 +114,7 @@ def test_a_run_leaves_model_config_metrics_curve_and_checkpoints(text: Path, tmp
     assert stored["model"]["gate"] == "ring"
 
 
-@pytest.mark.parametrize("flags", [[], ["--dropout", "0.3", "--accumulate", "2"], ["--precision", "bf16"]])
+@pytest.mark.parametrize("flags", [[], ["--dropout", "0.3", "--accumulate", "2"], ["--precision", "bf16"], CARRIED])
 def test_a_resumed_run_equals_one_never_stopped(text: Path, tmp_path: Path, flags: list[str]) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert train(text, whole, *flags, steps=10) == 0
@@ -123,7 +131,7 @@ def test_a_resumed_run_equals_one_never_stopped(text: Path, tmp_path: Path, flag
     assert (halves / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("flags", [[], ["--dropout", "0.3"], ["--precision", "bf16"]])
+@pytest.mark.parametrize("flags", [[], ["--dropout", "0.3"], ["--precision", "bf16"], CARRIED])
 def test_a_killed_run_continues_to_the_last_digit(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
@@ -772,3 +780,59 @@ def test_the_configuration_has_every_argument_of_the_model() -> None:
     assert set(ModelConfig().arguments()) == arguments - {"checkpoint_gate_looped_attn", "backend"}
     defaults = Transformer(**ModelConfig(depth=1, dim=8).arguments())
     assert isinstance(defaults, Transformer)
+
+
+def test_carried_states_are_part_of_a_checkpoint(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert train(text, whole, *CARRIED, steps=6) == 0
+    assert train(text, out, *CARRIED, steps=3) == 0
+    assert main(["train", "--out", str(out), "--resume", "--steps", "6"]) == 0
+    # The schedule of three steps is another, so only the saved states' number and form can be compared.
+    saved = [sorted(path.name for path in (run / "checkpoints" / "step-000000006").iterdir()) for run in (whole, out)]
+    assert saved[0] == saved[1]
+    assert {"carried-0.safetensors", "carried-1.safetensors"} <= set(saved[0])
+    (out / "checkpoints" / "step-000000006" / "carried-1.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--steps", "9"]) == 2
+    assert "carried-1.safetensors' is missing" in error_of(capsys)
+
+
+def test_a_carried_state_is_what_reading_from_the_start_gives(text: Path, tmp_path: Path) -> None:
+    """With a learning rate of next to nothing, a step's loss is that of one long text cut into windows."""
+    out = tmp_path / "run"
+    assert train(text, out, "--carry-state", "--batch", "1", "--lr", "1e-30", "--weight-decay", "0", steps=5) == 0
+    model = load_model(out)
+    corpus = load_corpus(str(text), 0.1, 32)
+    windows = [stream_at(corpus.train, step, 0, 1, 1, 32, 0)[0] for step in range(1, 6)]
+    ids = torch.cat([windows[0], *(window[:, 1:] for window in windows[1:])], 1)
+    logits = model(ids[:, :-1])
+    losses = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none").view(5, 32).mean(1)
+    found = [record["loss"] for record in metrics(out) if "loss" in record]
+    assert found == pytest.approx(losses.tolist(), rel=1e-5)
+
+
+def test_attention_without_a_window_carries_no_state(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(text, tmp_path / "run", "--carry-state", "--layer-pattern", "gate attention") == 2
+    assert "carry_state with attention layers needs an attn_window" in error_of(capsys)
+
+
+def test_a_run_of_the_first_format_is_still_read(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, steps=3) == 0
+    values = json.loads((out / "config.json").read_text())
+    values["format"] = 1
+    del values["model"]["attn_window"], values["training"]["carry_state"]
+    (out / "config.json").write_text(json.dumps(values))
+    for path in out.rglob("model.safetensors"):
+        tensors = load_file(path)
+        save_file(tensors, path, {"model": json.dumps(values["model"], sort_keys=True)})
+    load_model(out)
+    assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 0
+    values["format"] = 2
+    (out / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="missing: attn_window"):
+        load_model(out)
