@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops.backends import chunkwise, numba_matrix
-from gateloop_transformer.ops.backends.numba_memory import in_huge_pages, kind_of, new_memory
+from gateloop_transformer.ops.backends.numba_memory import in_huge_pages, kind_of, new_memory, start_of
 from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype
 
@@ -109,13 +109,9 @@ def _operand(x: Tensor | None, reverse: bool = False) -> list[int]:
     """Address, strides of batch and time in bytes, stride of channels in numbers."""
     if x is None:
         return [0, 0, 0, 0]
-    size = x.element_size()
     if x.ndim == 2:
-        return [x.data_ptr(), x.stride(0) * size, 0, x.stride(1)]
-    batch, time, channel = x.stride()
-    if reverse:
-        return [x.data_ptr() + (x.shape[1] - 1) * time * size, batch * size, -time * size, channel]
-    return [x.data_ptr(), batch * size, time * size, channel]
+        return [x.data_ptr(), x.stride(0) * x.element_size(), 0, x.stride(1)]
+    return [*start_of(x, reverse), x.stride(2)]
 
 
 def _strided(*tensors: Tensor | None) -> bool:

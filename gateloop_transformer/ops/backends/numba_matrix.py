@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from gateloop_transformer.ops.backends.numba_memory import kind_of, new_memory
+from gateloop_transformer.ops.backends.numba_memory import kind_of, new_memory, start_of
 from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
@@ -90,10 +90,7 @@ def _place(x: Tensor | None, reverse: bool) -> list[int]:
     """Address, strides of batch, time and head in bytes."""
     if x is None:
         return [0, 0, 0, 0]
-    batch, time, head = (stride * x.element_size() for stride in x.stride()[:3])
-    if reverse:
-        return [x.data_ptr() + (x.shape[1] - 1) * time, batch, -time, head]
-    return [x.data_ptr(), batch, time, head]
+    return [*start_of(x, reverse), x.stride(2) * x.element_size()]
 
 
 def _neighbours(x: Tensor) -> Tensor:

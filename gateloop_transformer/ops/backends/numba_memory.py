@@ -42,6 +42,12 @@ def in_huge_pages(x: Tensor) -> Tensor:
     return x
 
 
+def start_of(x: Tensor, reverse: bool) -> list[int]:
+    """Where x (B, T, ·) begins, at the last step if `reverse`: address, strides of batch and time in bytes."""
+    batch, time = (stride * x.element_size() for stride in x.stride()[:2])
+    return [x.data_ptr() + (x.shape[1] - 1) * time, batch, -time] if reverse else [x.data_ptr(), batch, time]
+
+
 @functools.cache
 def kind_of(dtype: torch.dtype) -> int:
     """How kernels call a dtype."""
