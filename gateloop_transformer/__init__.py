@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gateloop_transformer.decoding.history import History
+    from gateloop_transformer.decoding.speculative import DraftReport
     from gateloop_transformer.layers.attention import CausalFullAttention
     from gateloop_transformer.layers.gate_looped import GateLoopedAttention
     from gateloop_transformer.layers.quantized import quantize
@@ -21,6 +22,7 @@ __version__ = "1.0.0.dev0"
 
 _HOMES = {
     "CausalFullAttention": "gateloop_transformer.layers.attention",
+    "DraftReport": "gateloop_transformer.decoding.speculative",
     "GateLoopedAttention": "gateloop_transformer.layers.gate_looped",
     "History": "gateloop_transformer.decoding.history",
     "SimpleGateLoopLayer": "gateloop_transformer.layers.simple_gate_loop",
@@ -33,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "CausalFullAttention",
+    "DraftReport",
     "GateLoopedAttention",
     "History",
     "SimpleGateLoopLayer",

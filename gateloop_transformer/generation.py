@@ -270,7 +270,7 @@ def generate(
         length_penalty: of beam search, in [-10, 10]; 0 compares log-probabilities, 1 their means over tokens.
         draft: a smaller model of the same vocabulary, on the same device.
         draft_tokens: how many tokens it proposes at a time.
-        draft_report: counts what was proposed and what was accepted.
+        draft_report: a `DraftReport` that counts what was proposed and what was accepted.
 
     Returns:
         Prompt and new ids (B, T + steps); of a list, a list of (T_b + its steps,), without what fills up ended rows.
