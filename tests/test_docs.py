@@ -26,11 +26,11 @@ def run(code: str | Path, cwd: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_readme_has_its_three_snippets() -> None:
-    assert len(SNIPPETS) == 3
+def test_the_readme_has_its_snippets() -> None:
+    assert len(SNIPPETS) == 4
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["operator", "layer", "model"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["operator", "layer", "model", "documents"])
 def test_snippets_run(snippet: str, tmp_path: Path) -> None:
     run(snippet, tmp_path)
 
