@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_equal
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gateloop_transformer import CausalFullAttention, GateLoopedAttention, SimpleGateLoopLayer, Transformer
@@ -232,3 +234,48 @@ def test_model_refuses_wrong_marks(model: Transformer) -> None:
         model(tokens(2, 5), mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="Transformer: documents given by cu_seqlens are packed in one row"):
         model(tokens(2, 5), cu_seqlens=torch.tensor([0, 5]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    data=st.data(), name=st.sampled_from(sorted(LAYERS)), lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4)
+)
+def test_any_split_packing_padding_and_reset(data: st.DataObject, name: str, lengths: list[int]) -> None:
+    """Sequences fed in random pieces, each time packed or padded together, against each one whole and alone."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]().double()
+    backwards, rows = getattr(layer, "reverse", False), len(lengths)
+    generator = torch.Generator().manual_seed(sum(lengths))
+    whole = [torch.randn(1, n, DIM, generator=generator, dtype=torch.float64) for n in lengths]
+    marks = [torch.rand(1, n, generator=generator) < 0.15 for n in lengths]
+    calls = data.draw(st.integers(1, 3), "calls")
+    cuts = [sorted(data.draw(st.lists(st.integers(0, n), min_size=calls - 1, max_size=calls - 1))) for n in lengths]
+    edges = [[0, *cut, n] for cut, n in zip(cuts, lengths, strict=True)]
+    parts: list[list[Tensor]] = [[] for _ in lengths]
+    state = None
+    for call in range(calls)[:: -1 if backwards else 1]:
+        spans = [(edge[call], edge[call + 1]) for edge in edges]
+        xs = [x[:, a:b] for x, (a, b) in zip(whole, spans, strict=True)]
+        rs = [r[:, a:b] for r, (a, b) in zip(marks, spans, strict=True)]
+        sizes = [b - a for a, b in spans]
+        if data.draw(st.booleans(), "packed"):
+            bounds = torch.tensor([0, *itertools.accumulate(sizes)])
+            y, state = layer(
+                torch.cat(xs, 1), state=state, resets=torch.cat(rs, 1), cu_seqlens=bounds, return_state=True
+            )
+            pieces = list(y.split(sizes, 1))
+        else:
+            wide = max(sizes) + data.draw(st.integers(0, 2), "padding")
+            x, resets = torch.full((rows, wide, DIM), torch.nan).double(), torch.zeros(rows, wide, dtype=torch.bool)
+            mask = torch.zeros(rows, wide, dtype=torch.bool)
+            for row, size in enumerate(sizes):
+                first = data.draw(st.integers(0, wide - size), "first")
+                here = slice(first, first + size)
+                x[row, here], resets[row, here], mask[row, here] = xs[row][0], rs[row][0], True
+            y, state = layer(x, state=state, resets=resets, mask=mask, return_state=True)
+            pieces = [y[row : row + 1, mask[row]] for row in range(rows)]
+        for row, piece in enumerate(pieces):
+            parts[row].insert(0 if backwards else len(parts[row]), piece)
+    for row in range(rows):
+        expected, last = layer(whole[row], resets=marks[row], return_state=True)
+        assert_equal([torch.cat(parts[row], 1), goes_on(layer, state.select([row]))], [expected, goes_on(layer, last)])
