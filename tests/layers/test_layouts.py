@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gateloop_transformer import CausalFullAttention, GateLoopedAttention, SimpleGateLoopLayer, Transformer
 
 DIM = 16
-LENGTHS = [0, 5, 1, 33, 0, 17, 2]
+LENGTHS = [0, 5, 1, 33, 0, 18, 7, 2, 40]
 EDGES = [0, *itertools.accumulate(LENGTHS)]
 BOUNDS = torch.tensor(EDGES)
 PAIRS = list(itertools.pairwise(EDGES))
