@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.layout import layout as read_layout
+
 
 class Padding:
     """What is left of a batch (B, T, ...) when padded steps are taken out: one row, a document for each row.
@@ -21,7 +23,7 @@ class Padding:
         cu_seqlens: must be None.
 
     Raises:
-        ValueError: the mask has another shape or dtype, or cu_seqlens is given.
+        ValueError: mask or resets have another shape or kind, or cu_seqlens is given.
     """
 
     def __init__(
@@ -32,10 +34,7 @@ class Padding:
             raise ValueError(f"{layer}: mask must be booleans of shape (B, T) = {(B, T)}, not {what}")
         if cu_seqlens is not None:
             raise ValueError(f"{layer}: give either a mask or cu_seqlens; packed documents have no padding")
-        if resets is not None and (resets.dtype != torch.bool or resets.shape != mask.shape):
-            raise ValueError(
-                f"{layer}: resets must be booleans of shape (B, T) = {(B, T)}, not {resets.dtype} {tuple(resets.shape)}"
-            )
+        read_layout(layer, resets, None, B, T)
         self.mask = mask
         lengths = mask.sum(1)
         self.cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

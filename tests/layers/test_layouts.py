@@ -141,6 +141,16 @@ def test_pieces_of_any_length_equal_the_whole(layer: nn.Module) -> None:
     assert_equal([torch.cat(parts[::order], 1), goes_on(layer, state)], [whole, goes_on(layer, end)])
 
 
+@pytest.mark.parametrize("name", ["heads", "channels", "simple", "heinsen"])
+def test_backwards_is_forwards_in_flipped_time(name: str) -> None:
+    layer = LAYERS[name]().double()
+    x, state = normal(2, 20, DIM), warm(layer, 2)
+    y, final = layer(x, state=state, return_state=True)
+    layer.reverse = True
+    z, last = layer(x.flip(1), state=state, return_state=True)
+    assert_equal([z.flip(1), *last], [y, *final])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -156,6 +166,7 @@ def test_pieces_of_any_length_equal_the_whole(layer: nn.Module) -> None:
             {"resets": torch.ones(2, 4, dtype=torch.bool), "mask": torch.ones(2, 5, dtype=torch.bool)},
             "resets must be booleans of shape",
         ),
+        ({"resets": [True] * 5, "mask": torch.ones(2, 5, dtype=torch.bool)}, "resets must be a torch tensor, not list"),
     ],
 )
 def test_wrong_marks_are_refused(layer: nn.Module, options: dict[str, Any], message: str) -> None:
