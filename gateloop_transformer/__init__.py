@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gateloop_transformer.decoding.history import History
     from gateloop_transformer.decoding.speculative import DraftReport
     from gateloop_transformer.layers.attention import CausalFullAttention
+    from gateloop_transformer.layers.bidirectional import Bidirectional
     from gateloop_transformer.layers.gate_looped import GateLoopedAttention
     from gateloop_transformer.layers.quantized import quantize
     from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "1.0.0.dev0"
 
 _HOMES = {
+    "Bidirectional": "gateloop_transformer.layers.bidirectional",
     "CausalFullAttention": "gateloop_transformer.layers.attention",
     "DraftReport": "gateloop_transformer.decoding.speculative",
     "GateLoopedAttention": "gateloop_transformer.layers.gate_looped",
@@ -34,6 +36,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Bidirectional",
     "CausalFullAttention",
     "DraftReport",
     "GateLoopedAttention",
