@@ -58,11 +58,12 @@ def _check_prompt(model: Decoder, ids: Tensor, max_new_tokens: int) -> None:
         )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-    model.check_vocabulary(ids.long())
 
 
-def _check_mask(ids: Tensor, mask: Tensor | None) -> None:
+def _check_mask(model: Decoder, ids: Tensor, mask: Tensor | None) -> None:
+    """A mask fits, and every id that it leaves is in the vocabulary."""
     if mask is None:
+        model.check_vocabulary(ids.long())
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != ids.shape:
         what = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -70,6 +71,7 @@ def _check_mask(ids: Tensor, mask: Tensor | None) -> None:
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"every prompt needs at least one token; the mask leaves none in row {empty[0]}")
+    model.check_vocabulary(ids[mask].long())
 
 
 def _together(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,7 @@ def stream(
         raise ValueError("beam search knows its first token only at the end: use generate, or stream with num_beams=1")
     ids, mask = _batch(ids, mask)
     _check_prompt(model, ids, max_new_tokens)
-    _check_mask(ids, mask)
+    _check_mask(model, ids, mask)
     sampling = Sampling(repetition_penalty, 1.0 if temperature is None else temperature, top_k, top_p, min_p)
     stops = _stop_sequences(stop, pad, model.num_tokens)
     drafting = None
@@ -209,7 +211,7 @@ def _tokens_in(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
     """Which tokens are in each row (B, vocabulary)."""
     present = torch.ones_like(ids, dtype=torch.long) if mask is None else mask.long()
     counts = torch.zeros(ids.shape[0], vocabulary, dtype=torch.long, device=ids.device)
-    return counts.scatter_add_(1, ids, present) > 0
+    return counts.scatter_add_(1, ids if mask is None else ids.masked_fill(~mask, 0), present) > 0
 
 
 def generate(
@@ -347,7 +349,7 @@ def _search(
 ) -> Tensor:
     """The best continuation that beam search finds (B, steps)."""
     _check_prompt(model, ids, max_new_tokens)
-    _check_mask(ids, mask)
+    _check_mask(model, ids, mask)
     stops = _stop_sequences(stop, pad, model.num_tokens)
     if not max_new_tokens:
         return ids[:, :0]

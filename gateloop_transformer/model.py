@@ -18,8 +18,7 @@ from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.state import TransformerState
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gates import check_gate
-from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.layout import Layout, read_layout
 
 
 def parse_pattern(pattern: str, depth: int) -> list[str]:
@@ -218,10 +217,9 @@ class Transformer(nn.Module):
         """
         if isinstance(state, int):
             return_loss, state = bool(state), None
-        self._check(ids, state, return_loss)
-        ids = ids.long()
+        self._check(ids, state)
         if mask is not None:
-            padding = Padding("Transformer", mask, ids.shape[0], ids.shape[1], resets, cu_seqlens)
+            padding = Padding("Transformer", ids, mask, resets, cu_seqlens)
             result = self(
                 padding.pack(ids),
                 state,
@@ -233,7 +231,13 @@ class Transformer(nn.Module):
                 return_state=return_state,
             )
             return result if return_loss else padding.result(result, return_state)
-        layout = read_layout("Transformer", resets, cu_seqlens, *ids.shape)
+        layout = read_layout("Transformer", ids, resets, cu_seqlens)
+        if return_loss and cu_seqlens is None and (ids.shape[1] < 2 or ids.shape[0] < 1):
+            raise ValueError(f"Transformer: a loss needs B ≥ 1 and T ≥ 2, not shape {tuple(ids.shape)}")
+        # On other devices reading the ids would make every call wait; an index error there is the device's.
+        if not torch.compiler.is_compiling() and ids.device.type == "cpu":
+            self.check_vocabulary(ids.long())
+        ids = ids.long()
         targets = self._targets(ids, layout) if return_loss else None
         if targets is not None and cu_seqlens is None:
             ids, targets = ids[:, :-1], targets[:, :-1]
@@ -274,20 +278,15 @@ class Transformer(nn.Module):
             raise ValueError("Transformer: a loss needs a document of two tokens or more")
         return targets
 
-    def _check(self, ids: Tensor, state: TransformerState | None, return_loss: bool) -> None:
+    def _check(self, ids: Tensor, state: TransformerState | None) -> None:
         if not isinstance(ids, Tensor):
             raise ValueError(f"Transformer: ids must be a torch tensor, not {type(ids).__name__}")
         if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"Transformer: ids must be integers of shape (B, T), not {ids.dtype} {tuple(ids.shape)}")
-        if return_loss and (ids.shape[1] < 2 or ids.shape[0] < 1):
-            raise ValueError(f"Transformer: a loss needs B ≥ 1 and T ≥ 2, not shape {tuple(ids.shape)}")
         if state is not None and not isinstance(state, TransformerState):
             raise ValueError(f"Transformer: state must be a TransformerState, not {type(state).__name__}")
         if state is not None and len(state.layers) != len(self.layers):
             raise ValueError(f"Transformer: state has {len(state.layers)} layers, the model {len(self.layers)}")
-        # On other devices reading the ids would make every call wait; an index error there is the device's.
-        if not torch.compiler.is_compiling() and ids.device.type == "cpu":
-            self.check_vocabulary(ids.long())
 
     def check_vocabulary(self, ids: Tensor) -> None:
         """Every id is in [0, num_tokens).

@@ -16,8 +16,7 @@ from gateloop_transformer.layers.state import AttentionState, check_state
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import polar, scale_gradient
-from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.packing import groups
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
@@ -99,20 +98,28 @@ class View(NamedTuple):
         T = self.positions.shape[-1]
         return self.past == 0 and self.segment is None and (self.window is None or self.window >= T)
 
-    def mask(self, steps: slice = slice(None), keys: slice = slice(None)) -> Tensor:
-        """(B or 1, 1, steps, keys), True where a key is seen: all, or a part."""
-        device, T = self.positions.device, self.positions.shape[-1]
-        query = torch.arange(T, device=device)[steps, None]
-        key = torch.arange(-self.past, T, device=device)[keys]
+    def all(self) -> Tensor:
+        """`mask` of all steps and keys."""
+        T = self.positions.shape[-1]
+        return self.mask(0, T, 0, self.past + T)
+
+    def mask(self, start: int, end: int, first: int, last: int) -> Tensor:
+        """(B or 1, 1, end - start, last - first), True where a step sees a key, of steps from `start` to `end` and keys
+        from `first` to `last`, the old ones counted first.
+        """
+        device = self.positions.device
+        query = torch.arange(start, end, device=device)[:, None]
+        key = torch.arange(first - self.past, last - self.past, device=device)
         seen = (key <= query)[None, None]
         if self.window is not None:
             seen = seen & (query - key < self.window)
         if self.old is not None:
-            mine = torch.cat([self.old, self.old.new_ones(len(self.old), T)], 1)[:, keys]
+            mine = F.pad(self.old[:, first:last], (0, last - max(first, self.past)), value=True)
             seen = seen & mine[:, None, None]
         if self.segment is not None:
-            segments = F.pad(self.segment, (self.past, 0))[:, keys]
-            seen = seen & (segments[:, None] == self.segment[:, steps, None])[:, None]
+            new = self.segment[:, max(first - self.past, 0) : last - self.past]
+            segments = F.pad(new, (max(self.past - first, 0), 0))
+            seen = seen & (segments[:, None] == self.segment[:, start:end, None])[:, None]
         return seen
 
 
@@ -257,14 +264,14 @@ class CausalFullAttention(nn.Module):
         check_input("CausalFullAttention", x, self.dim, self)
         flags = ablate_complex, ablate_state_transition
         if mask is not None:
-            padding = Padding("CausalFullAttention", mask, x.shape[0], x.shape[1], resets, cu_seqlens)
+            padding = Padding("CausalFullAttention", x, mask, resets, cu_seqlens)
             marks = {"resets": padding.resets, "cu_seqlens": padding.cu_seqlens}
             result = self(padding.pack(x), state, flags[1], ablate_complex=flags[0], return_state=return_state, **marks)
             return cast(Tensor, padding.result(result, return_state))
-        layout = read_layout("CausalFullAttention", resets, cu_seqlens, x.shape[0], x.shape[1])
+        layout = read_layout("CausalFullAttention", x, resets, cu_seqlens)
         self._check_state(x, state, layout)
         if layout.cu_seqlens is not None:
-            y, new = self._documents(x, state, layout, flags)
+            y, new = self._documents(x, state, layout, flags, return_state)
         else:
             y, new = self._rows(x, state, resets, None, flags)
             new = self._recent(new)
@@ -312,9 +319,11 @@ class CausalFullAttention(nn.Module):
         return AttentionState(keys, imaginary, values, state.seen)
 
     def _documents(
-        self, x: Tensor, state: AttentionState | None, layout: Layout, flags: _Flags
+        self, x: Tensor, state: AttentionState | None, layout: Layout, flags: _Flags, return_state: bool
     ) -> tuple[Tensor, AttentionState]:
-        """Documents as rows of batches, those of like length together; the state has a row for each."""
+        """Documents as rows of batches, those of like length together; the state, if wanted, has a row for each, as
+        long as the longest.
+        """
         N, T = layout.states(1), x.shape[1]
         bounds = layout.bounds(T)
         past = 0 if state is None else state.keys.shape[2]
@@ -332,12 +341,16 @@ class CausalFullAttention(nn.Module):
             outputs.append(y.transpose(1, 2)[group.there])
             order.append(group.steps[group.there])
             beyond = (~group.there).sum(1)
+            if not return_state:
+                continue
             counts = kept, kept if self.data_dependent_rel_pos == "gate_loop" else 0, kept
             parts = [_last(part, beyond, count) for part, count in zip(own[:3], counts, strict=True)]
             states.append((*parts, own.seen - beyond))
             documents.append(group.documents)
-        numbers = torch.cat(documents).argsort()
         y = torch.cat(outputs)[torch.cat(order).argsort()].unsqueeze(0).transpose(1, 2)
+        if not return_state:
+            return y, state
+        numbers = torch.cat(documents).argsort()
         return y, AttentionState(*(torch.cat(part)[numbers] for part in zip(*states, strict=True)))
 
     def _check_state(self, x: Tensor, state: AttentionState | None, layout: Layout) -> None:
@@ -347,6 +360,8 @@ class CausalFullAttention(nn.Module):
         names = ("keys", "keys_imaginary", "values")
         shapes = dict.fromkeys(names, (rows, self.heads, None, self.dim_head))
         check_state("CausalFullAttention", state, AttentionState, {**shapes, "seen": (rows,)})
+        if state.seen.dtype != torch.int64:
+            raise ValueError(f"CausalFullAttention: state.seen must be of torch.int64, not {state.seen.dtype}")
         past = state.keys.shape[2]
         imaginary = past if self.data_dependent_rel_pos == "gate_loop" else 0
         if state.values.shape[2] != past or state.keys_imaginary.shape[2] != imaginary:
@@ -429,7 +444,7 @@ class CausalFullAttention(nn.Module):
 
     def _attend(self, scores: Tensor, values: Tensor, view: View) -> Tensor:
         """Weights from scores (B, heads, T, past + T), of what is seen, times values."""
-        seen = view.mask()
+        seen = view.all()
         if not self.softmax_normalize:
             return (scores.masked_fill(~seen, 0) @ values.to(scores.dtype)).to(values.dtype)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -438,18 +453,19 @@ class CausalFullAttention(nn.Module):
     def _softmax_attention(self, q: Tensor, keys: Tensor, values: Tensor, view: View) -> Tensor:
         if view.causal:
             return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=1.0)
-        if self.window is not None and q.shape[2] > 2 * self.window:
+        # A trace with a length that may change cannot unroll the stretches.
+        if self.window is not None and not torch.compiler.is_compiling():
             return self._local_attention(q, keys, values, view, self.window)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=view.mask(), scale=1.0)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=view.all(), scale=1.0)
 
     def _local_attention(self, q: Tensor, keys: Tensor, values: Tensor, view: View, window: int) -> Tensor:
-        """Stretches of `window` queries with the 2·window keys that they can see: linear in time and memory."""
-        parts = []
-        for start in range(0, q.shape[2], window):
-            end = min(start + window, q.shape[2])
+        """Stretches of queries with the keys that they can see: linear in time and memory."""
+        parts, length = [], min(max(window, 128), 1024)
+        for start in range(0, max(q.shape[2], 1), length):
+            end = min(start + length, q.shape[2])
             first = max(view.past + start - window + 1, 0)
+            mask = view.mask(start, end, first, view.past + end)
             stretch = slice(first, view.past + end)
-            mask = view.mask(slice(start, end), stretch)
             part = F.scaled_dot_product_attention(
                 q[:, :, start:end], keys[:, :, stretch], values[:, :, stretch], attn_mask=mask, scale=1.0
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention, check_input
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
-from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.layout import read_layout
 
 KINDS = (GateLoopedAttention, SimpleGateLoopLayer)
 MERGES = ("sum", "concat")
@@ -82,10 +82,10 @@ class Bidirectional(nn.Module):
         """
         check_input("Bidirectional", x, self.dim, self)
         if mask is not None:
-            padding = Padding("Bidirectional", mask, x.shape[0], x.shape[1], resets, cu_seqlens)
+            padding = Padding("Bidirectional", x, mask, resets, cu_seqlens)
             # Packed first: the step before a reset is then the one that is there.
             return padding.unpack(self._both(padding.pack(x), padding.resets, padding.cu_seqlens))
-        read_layout("Bidirectional", resets, cu_seqlens, x.shape[0], x.shape[1])
+        read_layout("Bidirectional", x, resets, cu_seqlens)
         return self._both(x, resets, cu_seqlens)
 
     def _both(self, x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -17,8 +17,7 @@ from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import check_gate, ring_start
 from gateloop_transformer.ops.head_gates import head_gates
-from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.pairs import compute_dtype
 
 
@@ -201,7 +200,7 @@ class GateLoopedAttention(nn.Module):
             ablate_complex, state = bool(state), None
         check_input("GateLoopedAttention", x, self.dim, self)
         if mask is not None:
-            padding = Padding("GateLoopedAttention", mask, x.shape[0], x.shape[1], resets, cu_seqlens)
+            padding = Padding("GateLoopedAttention", x, mask, resets, cu_seqlens)
             result = self(
                 padding.pack(x),
                 state,
@@ -212,7 +211,7 @@ class GateLoopedAttention(nn.Module):
                 return_state=return_state,
             )
             return cast(Tensor, padding.result(result, return_state))
-        layout = read_layout("GateLoopedAttention", resets, cu_seqlens, x.shape[0], x.shape[1])
+        layout = read_layout("GateLoopedAttention", x, resets, cu_seqlens)
         past = self._past(x, state, layout)
         mixed = x
         if self.conv is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.layout import check_marks, read_layout
 
 
 class Padding:
@@ -26,15 +26,11 @@ class Padding:
         ValueError: mask or resets have another shape or kind, or cu_seqlens is given.
     """
 
-    def __init__(
-        self, layer: str, mask: Tensor, B: int, T: int, resets: Tensor | None, cu_seqlens: Tensor | None
-    ) -> None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (B, T):
-            what = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"{layer}: mask must be booleans of shape (B, T) = {(B, T)}, not {what}")
+    def __init__(self, layer: str, x: Tensor, mask: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        check_marks(layer, "mask", mask, x)
         if cu_seqlens is not None:
             raise ValueError(f"{layer}: give either a mask or cu_seqlens; packed documents have no padding")
-        read_layout(layer, resets, None, B, T)
+        read_layout(layer, x, resets, None)
         self.mask = mask
         lengths = mask.sum(1)
         self.cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -41,9 +41,10 @@ class ShortConv(nn.Module):
         T, kept = x.shape[1], self.taps - 1
         inputs = torch.cat([past, x], 1)
         if layout.resets is None:
-            return self._filter(inputs, None), inputs[:, T:]
+            # A copy: a view would keep all inputs in memory.
+            return self._filter(inputs, None), inputs[:, T:].clone()
         segment = torch.cat([layout.resets.new_zeros(x.shape[0], kept), layout.resets], 1).cumsum(1)
-        left = inputs[:, T:]
+        left = inputs[:, T:].clone()
         if kept:
             left = left.masked_fill((segment[:, T:] != segment[:, -1:]).unsqueeze(-1), 0)
         return self._filter(inputs, segment), left
@@ -67,8 +68,10 @@ class ShortConv(nn.Module):
         N = bounds.shape[0] - 1
         numbers = torch.arange(N, device=x.device)
         before = (bounds[:-1] + numbers * kept)[:, None] + torch.arange(kept, device=x.device)
-        document = numbers.repeat_interleave(bounds.diff(), output_size=T)
-        steps = torch.arange(T, device=x.device) + (document + 1) * kept
+        steps = torch.arange(T, device=x.device)
+        # Not repeat_interleave: it writes out of bounds where the bounds are no bounds.
+        document = torch.bucketize(steps, bounds[1:].contiguous(), right=True)
+        steps = steps + (document + 1) * kept
         order = torch.cat([before.flatten(), steps]).argsort()
         inputs = torch.cat([past.reshape(1, N * kept, x.shape[-1]), x], 1)[:, order]
         ends = (bounds[1:] + (numbers + 1) * kept)[:, None] - kept + torch.arange(kept, device=x.device)

@@ -16,8 +16,7 @@ from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
 from gateloop_transformer.ops.channel_loop import simple_gate_loop
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.heinsen import heinsen_scan
-from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.linear_scan import last_states
 from gateloop_transformer.ops.pairs import compute_dtype
 
@@ -116,10 +115,10 @@ class SimpleGateLoopLayer(nn.Module):
         if marks and (cache is not None or return_cache):
             raise ValueError(f"SimpleGateLoopLayer: with {' and '.join(marks)} use state and return_state, not a cache")
         if mask is not None:
-            padding = Padding("SimpleGateLoopLayer", mask, x.shape[0], x.shape[1], resets, cu_seqlens)
+            padding = Padding("SimpleGateLoopLayer", x, mask, resets, cu_seqlens)
             marked = {"resets": padding.resets, "cu_seqlens": padding.cu_seqlens}
             return padding.result(self(padding.pack(x), state=state, return_state=return_state, **marked), return_state)
-        layout = read_layout("SimpleGateLoopLayer", resets, cu_seqlens, x.shape[0], x.shape[1])
+        layout = read_layout("SimpleGateLoopLayer", x, resets, cu_seqlens)
         initial = self._initial(x, cache, state, layout)
         qkva = self.to_qkva(self.norm(x))
         y, last = self._loop(qkva, initial, layout)

@@ -41,8 +41,9 @@ class State:
         """Every tensor moved or converted as by `Tensor.to`; counts stay integers."""
 
         def convert(tensor: Tensor) -> Tensor:
-            converted = tensor.to(*args, **kwargs)
-            return converted if tensor.is_floating_point() else converted.to(tensor.dtype)
+            if tensor.is_floating_point():
+                return tensor.to(*args, **kwargs)
+            return tensor.to(torch.empty(0, device=tensor.device).to(*args, **kwargs).device)
 
         return self.map(convert)
 
@@ -192,6 +193,8 @@ def save_state(state: State, path: str | os.PathLike[str], about: Mapping[str, s
 
     if not isinstance(state, State):
         raise ValueError(f"save_state takes a state of this library, not {type(state).__name__}")
+    if any(not isinstance(text, str) for item in (about or {}).items() for text in item):
+        raise ValueError(f"save_state: about must map texts to texts, not {about!r}")
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _leaves(state, "")}
     metadata = {"format": _FORMAT, "version": _VERSION, "kind": json.dumps(_describe(state))}
     metadata |= {"about": json.dumps(dict(about or {})), _CHECKSUM: "0" * 64}
@@ -303,7 +306,10 @@ def check_state(layer: str, state: object, kind: type[State], shapes: Mapping[st
     if not isinstance(state, kind):
         raise ValueError(f"{layer}: state must be a {kind.__name__}, not {type(state).__name__}")
     for name, expected in shapes.items():
-        shape = getattr(state, name).shape
+        part = getattr(state, name)
+        if not isinstance(part, Tensor):
+            raise ValueError(f"{layer}: state.{name} must be a torch tensor, not {type(part).__name__}")
+        shape = part.shape
         fits = len(shape) == len(expected) and all(
             want is None or size == want for size, want in zip(shape, expected, strict=True)
         )

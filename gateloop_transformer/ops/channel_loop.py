@@ -10,8 +10,7 @@ from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import FUSED, choose, direct
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import check_gate, gates_of
-from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.linear_scan import last_states, linear_scan
 from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype, take
 
@@ -112,13 +111,13 @@ def simple_gate_loop(
     ([1.0, 1.5], 1.5)
     """
     _check_packed("simple_gate_loop", "qkva", qkva)
-    B, T, packed = qkva.shape
-    layout = read_layout("simple_gate_loop", resets, cu_seqlens, B, T)
+    B, _, packed = qkva.shape
+    layout = read_layout("simple_gate_loop", qkva, resets, cu_seqlens)
     if initial is not None:
         shape = (layout.states(B), packed // 3)
         checks.same_shape("simple_gate_loop", "initial", initial, shape, f"({layout.letter}, D)")
         checks.floating("simple_gate_loop", ("initial",), initial=initial)
-    checks.same_device("simple_gate_loop", qkva=qkva, initial=initial, resets=resets)
+    checks.same_device("simple_gate_loop", qkva=qkva, initial=initial)
     chosen = choose(backend, qkva.device, qkva.dtype)
     if chosen in FUSED:
         start = [] if initial is None else [initial]
@@ -161,7 +160,7 @@ def _check(
     checks.same_shape(operator, "projections", projections, (B, T, 2 * D), "(B, T, 2·D)")
     if swish is not None:
         checks.same_shape(operator, "swish", swish, (B, T, D), "(B, T, D)")
-    layout = read_layout(operator, resets, cu_seqlens, B, T)
+    layout = read_layout(operator, qkv, resets, cu_seqlens)
     states = (layout.states(B), D)
     for name, pair, shape, meaning in (
         ("initial", initial, states, f"({layout.letter}, D)"),
@@ -171,7 +170,7 @@ def _check(
             checks.same_shape(operator, name, part, shape, meaning)
             tensors[f"{name}[{n}]"] = part
     checks.floating(operator, tuple(tensors), **tensors)
-    checks.same_device(operator, **tensors, resets=resets)
+    checks.same_device(operator, **tensors)
     for name, x in (("projections", projections), ("swish", swish)):
         if x is not None and x.dtype != qkv.dtype:
             raise ValueError(f"{operator}: {name} must have qkv's dtype {qkv.dtype}, not {x.dtype}")
@@ -300,24 +299,24 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    packed, projections, swish, bias, initial, *ctx.rest = inputs
+    packed, projections, swish, bias, initial, *ctx.rest, resets, cu_seqlens = inputs
     ctx.lengths = 1, len(projections), len(swish), len(bias), len(initial)
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(packed, *projections, *swish, *bias, *initial, output[-1])
+    ctx.save_for_backward(packed, *projections, *swish, *bias, *initial, output[-1], resets, cu_seqlens)
     ctx.likes = [(x.shape, x.dtype) for x in output[:-1]]
 
 
 def _gradient(ctx: Any, grad: list[Tensor | None]) -> tuple[Any, ...]:
-    *saved, kept = ctx.saved_tensors
+    *saved, kept, resets, cu_seqlens = ctx.saved_tensors
     inputs = take(saved, ctx.lengths)
     given = [
         kept.new_zeros(shape, dtype=dtype) if g is None else g
         for g, (shape, dtype) in zip(grad, ctx.likes, strict=False)
     ]
-    gradients = _backward(given, inputs[0][0], *inputs[1:], kept, *ctx.rest)
+    gradients = _backward(given, inputs[0][0], *inputs[1:], kept, *ctx.rest, resets, cu_seqlens)
     (d_packed,), *others = take(gradients, ctx.lengths)
-    return (d_packed, *others, *[None] * len(ctx.rest))
+    return (d_packed, *others, *[None] * (len(ctx.rest) + 2))
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)

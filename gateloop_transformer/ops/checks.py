@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.layout import layout as read_layout
+from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.pairs import Pair
 
 
@@ -88,12 +87,12 @@ def scan(
     tensors(operator, gates=gates, inputs=inputs, **({} if initial is None else {"initial": initial}))
     dims(operator, "inputs", inputs, "B T D")
     same_shape(operator, "gates", gates, tuple(inputs.shape), "(B, T, D), that of inputs,")
-    layout = read_layout(operator, resets, cu_seqlens, inputs.shape[0], inputs.shape[1])
+    layout = read_layout(operator, inputs, resets, cu_seqlens)
     if initial is not None:
         states = layout.states(inputs.shape[0])
         same_shape(operator, "initial", initial, (states, inputs.shape[2]), f"({layout.letter}, D)")
     floating(operator, gates=gates, inputs=inputs, initial=initial)
-    same_device(operator, inputs=inputs, gates=gates, initial=initial, resets=resets)
+    same_device(operator, inputs=inputs, gates=gates, initial=initial)
     return layout
 
 
@@ -126,7 +125,7 @@ def gate_loop(
             )
     if gates.im is not None and gates.im.shape != gates.re.shape:
         raise ValueError(f"{operator}: the gates' real and imaginary parts must have one shape")
-    layout = read_layout(operator, resets, cu_seqlens, B, T)
+    layout = read_layout(operator, queries, resets, cu_seqlens)
     for part in [] if initial is None else initial.parts():
         shape = (layout.states(B), H, K, values.shape[-1])
         same_shape(operator, "initial", part, shape, f"({layout.letter}, H, K, V)")

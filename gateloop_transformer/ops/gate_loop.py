@@ -247,14 +247,15 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    queries, keys, values, gates, initial, *ctx.rest = inputs
+    queries, keys, values, gates, initial, *ctx.rest, resets, cu_seqlens = inputs
     ctx.lengths = 3, len(gates), len(initial)
-    ctx.save_for_backward(queries, keys, values, *gates, *initial)
+    ctx.save_for_backward(queries, keys, values, *gates, *initial, resets, cu_seqlens)
 
 
 def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
-    inputs, gates, initial = take(ctx.saved_tensors, ctx.lengths)
-    gradients = _backward(grad, *inputs, gates, initial, *ctx.rest)
+    *saved, resets, cu_seqlens = ctx.saved_tensors
+    inputs, gates, initial = take(saved, ctx.lengths)
+    gradients = _backward(grad, *inputs, gates, initial, *ctx.rest, resets, cu_seqlens)
     d_inputs, d_gates, d_initial = take(gradients, ctx.lengths)
     return (*d_inputs, d_gates, d_initial, None, None, None, None)
 

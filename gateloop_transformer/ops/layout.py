@@ -74,23 +74,22 @@ class Layout(NamedTuple):
 PLAIN = Layout()
 
 
-def layout(operator: str, resets: Tensor | None, cu_seqlens: Tensor | None, B: int, T: int) -> Layout:
-    """The two arguments, checked against a batch (B, T).
+def read_layout(operator: str, x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
+    """The two arguments, checked against a batch x (B, T, ...).
 
     Raises:
-        ValueError: their shapes or dtypes do not fit, or cu_seqlens with more than one row.
+        ValueError: their shapes, dtypes or devices do not fit, or cu_seqlens with more than one row.
     """
+    B, T = x.shape[:2]
     for name, mark in (("resets", resets), ("cu_seqlens", cu_seqlens)):
         if mark is not None and not isinstance(mark, Tensor):
             raise ValueError(f"{operator}: {name} must be a torch tensor, not {type(mark).__name__}")
-    if resets is not None and (resets.dtype != torch.bool or tuple(resets.shape) != (B, T)):
-        raise ValueError(
-            f"{operator}: resets must be booleans of shape (B, T) = {(B, T)}, not {resets.dtype} {tuple(resets.shape)}"
-        )
+    if resets is not None:
+        check_marks(operator, "resets", resets, x)
     if cu_seqlens is None:
         return PLAIN if resets is None else Layout(resets)
-    integer = not (cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool)
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or not integer:
+    signed = cu_seqlens.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or not signed:
         raise ValueError(
             f"{operator}: cu_seqlens must be integers of shape (N + 1,), not {cu_seqlens.dtype} "
             f"{tuple(cu_seqlens.shape)}"
@@ -104,3 +103,17 @@ def layout(operator: str, resets: Tensor | None, cu_seqlens: Tensor | None, B: i
         except ValueError as error:
             raise ValueError(f"{operator}: {error}") from None
     return given
+
+
+def check_marks(operator: str, name: str, marks: Tensor, x: Tensor) -> None:
+    """Booleans (B, T) beside x (B, T, ...).
+
+    Raises:
+        ValueError: they are not, or are on another device.
+    """
+    B, T = x.shape[:2]
+    if not isinstance(marks, Tensor) or marks.dtype != torch.bool or tuple(marks.shape) != (B, T):
+        what = f"{marks.dtype} {tuple(marks.shape)}" if isinstance(marks, Tensor) else type(marks).__name__
+        raise ValueError(f"{operator}: {name} must be booleans of shape (B, T) = {(B, T)}, not {what}")
+    if marks.device != x.device:
+        raise ValueError(f"{operator}: {name} must be on the device of the input, {x.device}, not {marks.device}")

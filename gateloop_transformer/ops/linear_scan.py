@@ -79,7 +79,8 @@ def last_states(states: Tensor, initial: Tensor | None, reverse: bool, layout: L
     if T == 0:
         return states.new_zeros(layout.states(B), D) if initial is None else initial.to(states.dtype, copy=True)
     if layout.cu_seqlens is None:
-        return states[:, 0 if reverse else -1]
+        # A copy: a view would keep all states in memory.
+        return states[:, 0 if reverse else -1].clone()
     starts, ends = (part.to(states.device).long() for part in (layout.cu_seqlens[:-1], layout.cu_seqlens[1:]))
     last = states[0, starts.clamp(max=T - 1) if reverse else (ends - 1).clamp(min=0)]
     return torch.where((starts == ends)[:, None], 0 if initial is None else initial.to(states.dtype), last)
@@ -175,14 +176,15 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    gates, xs, initial, *ctx.rest = inputs
+    gates, xs, initial, *ctx.rest, resets, cu_seqlens = inputs
     ctx.lengths = len(gates), len(xs), len(output), len(initial)
-    ctx.save_for_backward(*gates, *xs, *output, *initial)
+    ctx.save_for_backward(*gates, *xs, *output, *initial, resets, cu_seqlens)
 
 
 def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
-    gates, inputs, states, initial = take(ctx.saved_tensors, ctx.lengths)
-    gradients = _backward(grad, gates, inputs, states, initial, *ctx.rest)
+    *saved, resets, cu_seqlens = ctx.saved_tensors
+    gates, inputs, states, initial = take(saved, ctx.lengths)
+    gradients = _backward(grad, gates, inputs, states, initial, *ctx.rest, resets, cu_seqlens)
     return (*take(gradients, (len(gates), len(inputs), len(initial))), None, None, None, None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_equal
+from cases import assert_equal, compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -290,3 +290,58 @@ def test_any_split_packing_padding_and_reset(data: st.DataObject, name: str, len
     for row in range(rows):
         expected, last = layer(whole[row], resets=marks[row], return_state=True)
         assert_equal([torch.cat(parts[row], 1), goes_on(layer, state.select([row]))], [expected, goes_on(layer, last)])
+
+
+def test_documents_that_are_none_do_not_crash_compiled_layers() -> None:
+    layer = GateLoopedAttention(DIM, heads=2, conv_size=3)
+    call = compiled(lambda x, bounds: layer(x, cu_seqlens=bounds))
+    x = torch.randn(1, 40, DIM)
+    with torch.no_grad():
+        call(x, torch.tensor([0, 20, 40]))
+        for wrong in (50, 4_000_000, 2**40, -7):
+            with pytest.raises((ValueError, RuntimeError, IndexError)):
+                call(x, torch.tensor([0, wrong, 40]))
+
+
+def test_states_do_not_keep_what_they_were_computed_from(layer: nn.Module) -> None:
+    _, state = layer(normal(1, 2000, DIM), return_state=True)
+    if isinstance(layer, CausalFullAttention) and layer.window is None:
+        return
+    held = sum(part.untyped_storage().nbytes() for part in state)
+    assert held <= 4 * sum(part.nbytes for part in state) + 1000
+
+
+def test_counts_survive_narrow_types() -> None:
+    state = warm(attention().double(), 2)._replace(seen=torch.tensor([1001, 70001]))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert state.to(dtype).seen.tolist() == [1001, 70001]
+        assert state.to(dtype).keys.dtype == dtype
+    assert state.to("meta").seen.device.type == "meta"
+
+
+def test_a_window_is_linear_in_memory() -> None:
+    """No mask of all steps by all keys."""
+    layer, shapes = attention(window=20), []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        shapes.append((q.shape[2], k.shape[2], options["attn_mask"].shape[-2:]))
+        return original(q, k, v, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        layer(torch.randn(1, 5000, DIM))
+    assert max(q * k for q, k, _ in shapes) <= 128 * 147
+    assert all(tuple(mask) == (q, k) for q, k, mask in shapes)
+
+
+def test_padding_may_hold_any_ids(model: Transformer) -> None:
+    ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    mask[0, :2] = False
+    expected = model(ids, mask=mask)
+    ids[0, :2] = -100
+    assert torch.equal(model(ids, mask=mask), expected)
+    new = model.generate(ids, 3, mask=mask, temperature=0)
+    assert new.shape == (2, 9)
+    with pytest.raises(ValueError, match="a loss needs a document of two tokens or more"):
+        model(ids, mask=mask & False, return_loss=True)

@@ -358,3 +358,38 @@ def test_documents_share_one_row_and_have_a_state_each(name: str) -> None:
     if operator.states:
         with pytest.raises(ValueError, match=r"initial must have shape \(N, "):
             operator.call(*make(operator, 1, 5, 3), **options)
+
+
+@pytest.mark.parametrize("name", ["linear_scan", "gate_loop, heads", "channels, ring", "simple_gate_loop"])
+def test_marks_that_change_before_the_gradient_are_noticed(name: str) -> None:
+    operator = OPERATORS[name]
+    for mark in ("cu_seqlens", "resets"):
+        tensors = [x.requires_grad_() for x in make(operator, 1, 9, 2 if mark == "cu_seqlens" else 1)]
+        marks = torch.tensor([0, 4, 9]) if mark == "cu_seqlens" else torch.zeros(1, 9, dtype=torch.bool)
+        y = _flat(operator.call(*tensors, **{mark: marks}, backend="numba", reverse=False))[0]
+        marks[..., 1] = 5
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_marks_on_another_device_are_refused(name: str) -> None:
+    operator = OPERATORS[name]
+    resets = torch.zeros(1, 5, dtype=torch.bool, device="meta")
+    with pytest.raises(ValueError, match="device"):
+        operator.call(*make(operator, 1, 5, 1), resets=resets, backend="auto", reverse=False)
+
+
+@pytest.mark.parametrize("bounds", [[0, 50, 14], [0, 2**40, 14], [0, -7, 14], [0, 3, 9]])
+@pytest.mark.parametrize("name", ["linear_scan", "gate_loop, heads", "channels, ring"])
+def test_documents_that_are_none_are_refused_in_compiled_code_too(name: str, bounds: list[int]) -> None:
+    operator = OPERATORS[name]
+    *tensors, good = *make(operator, 1, 14, 2), torch.tensor([0, 5, 14])
+
+    def function(*tensors: Tensor) -> Any:
+        return operator.call(*tensors[:-1], cu_seqlens=tensors[-1], backend="numba")
+
+    call = compiled(function)
+    call(*tensors, good)
+    with pytest.raises((ValueError, RuntimeError), match="cu_seqlens must ascend"):
+        call(*tensors, torch.tensor(bounds))

@@ -128,9 +128,10 @@ def _tile(
     count: int,
     padded: int,
     target: int,
+    c: int,
 ) -> None:
-    """A chunk of an operand as rows of `padded` numbers; what lies outside of it is 0."""
-    for i in range(p[C]):
+    """A chunk of an operand as `c` rows of `padded` numbers; what lies outside of it is 0."""
+    for i in range(c):
         row = target + i * padded * ITEM_SIZE[wide]
         if i >= steps or count < padded:
             _fill(wide, lanes, row, padded)
@@ -174,9 +175,10 @@ def _gates(
     gates: int,
     inside: int,
     starts: int,
+    c: int,
 ) -> None:
     """Gates (re, im) (2, C), 1 after the end; products D (2, C, C) and P (2, C)."""
-    size, c = ITEM_SIZE[wide], p[C]
+    size = ITEM_SIZE[wide]
     for i in range(c):
         re, im = zeros(wide, 1) + 1.0, zeros(wide, 1)
         if i < steps:
@@ -210,6 +212,12 @@ def _gates(
             store(starts_im, i, fma(a, im, a_im * re), wide)
         else:
             store(starts, i, a * re, wide)
+
+
+@njit
+def _chunk_of(p: Any, length: int) -> Any:
+    """Steps per chunk of a sequence: fewer where it is shorter than a chunk, for all of one is computed."""
+    return min(p[C], max((length + 15) // 16, 1) * 16)
 
 
 @njit
@@ -267,40 +275,42 @@ def tiles_forward(X: int, A: int, COMPLEX: bool, STATES: bool, LANES: int) -> Ke
 
     def kernel(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
-        c, kp, vp = p[C], p[KP], p[VP]
+        kp, vp = p[KP], p[VP]
         state_size = kp * vp
-        q = p[SCRATCH] + take_ticket(pointer, 1) * p[ROOM]
-        k = q + c * kp * SIZE
-        kt = k + c * kp * SIZE
-        q2 = kt + c * kp * SIZE
-        v = q2 + 2 * c * kp * SIZE
-        ev = v + c * vp * SIZE
-        y = ev + c * vp * SIZE
-        gates = y + c * vp * SIZE
-        starts = gates + 2 * c * SIZE
-        inside = starts + 2 * c * SIZE
-        scores = inside + 2 * c * c * SIZE
-        added = scores + c * c * SIZE
+        room = p[SCRATCH] + take_ticket(pointer, 1) * p[ROOM]
         while True:
             item = take_ticket(pointer, 0)
             if item >= p[2]:
                 break
             sequence, h = item // p[HEADS], item % p[HEADS]
-            b, begin, length, earlier = stretch(p, p[DOCUMENTS], p[T], sequence, c)
+            b, begin, length, earlier = stretch(p, p[DOCUMENTS], p[T], sequence, p[C])
+            c = _chunk_of(p, length)
+            q = room
+            k = q + c * kp * SIZE
+            kt = k + c * kp * SIZE
+            q2 = kt + c * kp * SIZE
+            v = q2 + 2 * c * kp * SIZE
+            ev = v + c * vp * SIZE
+            y = ev + c * vp * SIZE
+            gates = y + c * vp * SIZE
+            starts = gates + 2 * c * SIZE
+            inside = starts + 2 * c * SIZE
+            scores = inside + 2 * c * c * SIZE
+            added = scores + c * c * SIZE
             state = p[STATE] + item * PARTS * state_size * SIZE
             chunks = (length + c - 1) // c
             kept_before = p[BEFORE] + (earlier * p[HEADS] + h * chunks) * PARTS * state_size * SIZE
             for chunk in range(chunks):
                 start = begin + chunk * c
                 steps = min(c, length - chunk * c)
-                _tile(X, WIDE, LANES, p, KEY, b, h, start, steps, p[K], kp, k)
-                _tile(X, WIDE, LANES, p, VALUE, b, h, start, steps, p[V], vp, v)
-                _gates(A, WIDE, COMPLEX, LANES, p, b, h, start, steps, gates, inside, starts)
+                _tile(X, WIDE, LANES, p, KEY, b, h, start, steps, p[K], kp, k, c)
+                _tile(X, WIDE, LANES, p, VALUE, b, h, start, steps, p[V], vp, v, c)
+                _gates(A, WIDE, COMPLEX, LANES, p, b, h, start, steps, gates, inside, starts, c)
                 if STATES:
                     kept = kept_before + chunk * PARTS * state_size * SIZE
                     _move(WIDE, WIDE, LANES, state, kept, PARTS * state_size)
                 else:
-                    _tile(X, WIDE, LANES, p, QUERY, b, h, start, steps, p[K], kp, q)
+                    _tile(X, WIDE, LANES, p, QUERY, b, h, start, steps, p[K], kp, q, c)
                     _transpose(WIDE, LANES, k, kt, c, kp)
                     _multiply(WIDE, LANES, q, kp, ONE, kt, scores, c, c, kp, NO, FULL)
                     _times(WIDE, LANES, scores, inside, scores, c * c)
@@ -385,13 +395,14 @@ def _gate_gradients(
     to_end: int,
     corner: float,
     corner_im: float,
+    c: int,
 ) -> None:
     """da[t] = Σ_{i ≥ t > j} W[i, j] conj(D[i, t] D[t-1, j]): no quotient, exact at a gate of 0.
 
     W is the gradient of D; column -1 stands for the state before the chunk, and the gradient of the state after it
     joins the last row. `x` is room for (2, C, C); from_start and to_end are (2, C).
     """
-    size, c = ITEM_SIZE[wide], p[C]
+    size = ITEM_SIZE[wide]
     inside_im, x_im = inside + c * c * size, x + c * c * size
     end, end_im = (c - 1) * c, c * c + (c - 1) * c
     # X[t, j] = Σ_i conj(D[i, t]) W[i, j] + conj(E[t]) to_end[j]; the imaginary part with its sign turned.
@@ -448,36 +459,38 @@ def tiles_backward(X: int, A: int, COMPLEX: bool, LANES: int) -> Kernel:
 
     def kernel(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
-        c, kp, vp = p[C], p[KP], p[VP]
+        kp, vp = p[KP], p[VP]
         state_size = kp * vp
-        q = p[SCRATCH] + take_ticket(pointer, 1) * p[ROOM]
-        k = q + c * kp * SIZE
-        dq = k + c * kp * SIZE
-        dk = dq + c * kp * SIZE
-        r = dk + c * kp * SIZE
-        k2 = r + c * kp * SIZE
-        v = k2 + 2 * c * kp * SIZE
-        dy = v + c * vp * SIZE
-        dv = dy + c * vp * SIZE
-        weighed = dv + c * vp * SIZE
-        transposed = weighed + c * vp * SIZE
-        gates = transposed + c * (kp + vp) * SIZE
-        starts = gates + 2 * c * SIZE
-        from_start = starts + 2 * c * SIZE
-        to_end = from_start + 2 * c * SIZE
-        inside = to_end + 2 * c * SIZE
-        scores = inside + 2 * c * c * SIZE
-        d_scores = scores + c * c * SIZE
-        within = d_scores + c * c * SIZE
-        x = within + c * c * SIZE
-        pulled = x + 2 * c * c * SIZE
-        flipped = pulled + 2 * state_size * SIZE
+        room = p[SCRATCH] + take_ticket(pointer, 1) * p[ROOM]
         while True:
             item = take_ticket(pointer, 0)
             if item >= p[2]:
                 break
             sequence, h = item // p[HEADS], item % p[HEADS]
-            b, begin, length, earlier = stretch(p, p[DOCUMENTS], p[T], sequence, c)
+            b, begin, length, earlier = stretch(p, p[DOCUMENTS], p[T], sequence, p[C])
+            c = _chunk_of(p, length)
+            q = room
+            k = q + c * kp * SIZE
+            dq = k + c * kp * SIZE
+            dk = dq + c * kp * SIZE
+            r = dk + c * kp * SIZE
+            k2 = r + c * kp * SIZE
+            v = k2 + 2 * c * kp * SIZE
+            dy = v + c * vp * SIZE
+            dv = dy + c * vp * SIZE
+            weighed = dv + c * vp * SIZE
+            transposed = weighed + c * vp * SIZE
+            gates = transposed + c * (kp + vp) * SIZE
+            starts = gates + 2 * c * SIZE
+            from_start = starts + 2 * c * SIZE
+            to_end = from_start + 2 * c * SIZE
+            inside = to_end + 2 * c * SIZE
+            scores = inside + 2 * c * c * SIZE
+            d_scores = scores + c * c * SIZE
+            within = d_scores + c * c * SIZE
+            x = within + c * c * SIZE
+            pulled = x + 2 * c * c * SIZE
+            flipped = pulled + 2 * state_size * SIZE
             after = p[STATE] + item * PARTS * state_size * SIZE
             chunks = (length + c - 1) // c
             kept_before = p[BEFORE] + (earlier * p[HEADS] + h * chunks) * PARTS * state_size * SIZE
@@ -485,11 +498,11 @@ def tiles_backward(X: int, A: int, COMPLEX: bool, LANES: int) -> Kernel:
                 start = begin + chunk * c
                 steps = min(c, length - chunk * c)
                 before = kept_before + chunk * PARTS * state_size * SIZE
-                _tile(X, WIDE, LANES, p, QUERY, b, h, start, steps, p[K], kp, q)
-                _tile(X, WIDE, LANES, p, KEY, b, h, start, steps, p[K], kp, k)
-                _tile(X, WIDE, LANES, p, VALUE, b, h, start, steps, p[V], vp, v)
-                _tile(X, WIDE, LANES, p, DY, b, h, start, steps, p[V], vp, dy)
-                _gates(A, WIDE, COMPLEX, LANES, p, b, h, start, steps, gates, inside, starts)
+                _tile(X, WIDE, LANES, p, QUERY, b, h, start, steps, p[K], kp, q, c)
+                _tile(X, WIDE, LANES, p, KEY, b, h, start, steps, p[K], kp, k, c)
+                _tile(X, WIDE, LANES, p, VALUE, b, h, start, steps, p[V], vp, v, c)
+                _tile(X, WIDE, LANES, p, DY, b, h, start, steps, p[V], vp, dy, c)
+                _gates(A, WIDE, COMPLEX, LANES, p, b, h, start, steps, gates, inside, starts, c)
                 # Within the chunk.
                 _transpose(WIDE, LANES, k, transposed, c, kp)
                 _multiply(WIDE, LANES, q, kp, ONE, transposed, scores, c, c, kp, NO, FULL)
@@ -556,6 +569,7 @@ def tiles_backward(X: int, A: int, COMPLEX: bool, LANES: int) -> Kernel:
                     to_end,
                     corner,
                     corner_im,
+                    c,
                 )
                 _put(WIDE, X, LANES, p, DQ, b, h, start, steps, p[K], kp, dq)
                 _put(WIDE, X, LANES, p, DK, b, h, start, steps, p[K], kp, dk)
