@@ -109,20 +109,44 @@ def _read_input(
 
 
 @njit
-def _ask(gate: Any, kind: Any, gate_kind: Any, swish: Any, p: Any, b: int, t: int, c: int) -> None:
-    """Have the inputs of a vector of a later step brought to the cache."""
-    t += p[AHEAD]
-    prefetch(row_of(p, Q, b, t) + c * ITEM_SIZE[kind])
+def _ask_inputs(gate: Any, kind: Any, gate_kind: Any, p: Any, b: int, t: int, c: int) -> None:
+    """Have what the state of a step is made of brought to the cache."""
     prefetch(row_of(p, V, b, t) + c * ITEM_SIZE[kind])
     if gate != SIGMOID:
         prefetch(row_of(p, K, b, t) + c * ITEM_SIZE[kind])
-    if swish:
-        prefetch(row_of(p, S, b, t) + c * ITEM_SIZE[kind])
     if gate in (POLAR, PAPER, RING):
         prefetch(row_of(p, P, b, t) + 2 * c * ITEM_SIZE[gate_kind])
         prefetch(row_of(p, P, b, t) + 2 * c * ITEM_SIZE[gate_kind] + 64)
     else:
         prefetch(row_of(p, P, b, t) + c * ITEM_SIZE[gate_kind])
+
+
+@njit
+def _ask(gate: Any, kind: Any, gate_kind: Any, swish: Any, p: Any, b: int, t: int, c: int) -> None:
+    """Have all inputs of a vector of a step brought to the cache."""
+    _ask_inputs(gate, kind, gate_kind, p, b, t, c)
+    prefetch(row_of(p, Q, b, t) + c * ITEM_SIZE[kind])
+    if swish:
+        prefetch(row_of(p, S, b, t) + c * ITEM_SIZE[kind])
+
+
+@njit
+def _ask_rest(gate: Any, kind: Any, gate_kind: Any, swish: Any, p: Any, b: int, t: int, c: int) -> None:
+    """Have what the second pass over a chunk needs beyond the first brought to the cache, results' places too."""
+    prefetch(row_of(p, Q, b, t) + c * ITEM_SIZE[kind])
+    prefetch(row_of(p, DY, b, t) + c * ITEM_SIZE[kind])
+    prefetch(row_of(p, DQ, b, t) + c * ITEM_SIZE[kind])
+    prefetch(row_of(p, DV, b, t) + c * ITEM_SIZE[kind])
+    if gate != SIGMOID:
+        prefetch(row_of(p, DK, b, t) + c * ITEM_SIZE[kind])
+    if swish:
+        prefetch(row_of(p, S, b, t) + c * ITEM_SIZE[kind])
+        prefetch(row_of(p, DS, b, t) + c * ITEM_SIZE[kind])
+    if gate in (POLAR, PAPER, RING):
+        prefetch(row_of(p, DP, b, t) + 2 * c * ITEM_SIZE[gate_kind])
+        prefetch(row_of(p, DP, b, t) + 2 * c * ITEM_SIZE[gate_kind] + 64)
+    else:
+        prefetch(row_of(p, DP, b, t) + c * ITEM_SIZE[gate_kind])
 
 
 @functools.cache
@@ -157,7 +181,7 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
                 for n in range(first, end):
                     c = min(n * LANES, last)
                     if not STRIDED:
-                        _ask(GATE, X, A, SWISH, p, b, t, c)
+                        _ask(GATE, X, A, SWISH, p, b, t + AHEAD, c)
                     u, u_im, m, rest = _read_gate(GATE, A, WIDE, STRIDED, LANES, p, a_row, a_row_im, c, n)
                     added = _read_input(GATE, X, STRIDED, LANES, p, k_row, v_row, c, m, rest)
                     a = m if GATE == SIGMOID else (u if GATE in (GIVEN_REAL, GIVEN_COMPLEX) else u * m)
@@ -235,6 +259,8 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                 anew = resets(p, b, t)
                 for n in range(first, end):
                     c = min(n * LANES, last)
+                    if not STRIDED:
+                        _ask_rest(GATE, X, A, SWISH, p, b, t, c)
                     u, u_im, m, rest = _read_gate(GATE, A, WIDE, STRIDED, LANES, p, a_row, a_row_im, c, n)
                     m = u if GATE == GIVEN_REAL else m
                     added = _read_input(GATE, X, STRIDED, LANES, p, k_row, v_row, c, m, rest)
@@ -260,6 +286,8 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                 dp_row, dp_row_im, ds_row = row_of(p, DP, b, t), row_of(p, DP_IM, b, t), row_of(p, DS, b, t)
                 for n in range(first, end):
                     c = min(n * LANES, last)
+                    if not STRIDED:
+                        _ask_inputs(GATE, X, A, p, b, t - CHUNK, c)
                     before = zeros(WIDE, LANES) if anew else load(room, cell + H * LANES, WIDE, LANES)
                     now = load(room, cell + stride + H * LANES, WIDE, LANES)
                     m = load(room, cell + M * LANES, WIDE, LANES)
