@@ -17,8 +17,8 @@ class Padding:
 
     Args:
         layer: named in errors.
+        x: the batch (B, T, ...).
         mask: (B, T) booleans, False for padding.
-        B, T: of the batch.
         resets: (B, T) booleans, as the layer takes them; those at padded steps count for nothing.
         cu_seqlens: must be None.
 

@@ -44,9 +44,7 @@ class ShortConv(nn.Module):
             # A copy: a view would keep all inputs in memory.
             return self._filter(inputs, None), inputs[:, T:].clone()
         segment = torch.cat([layout.resets.new_zeros(x.shape[0], kept), layout.resets], 1).cumsum(1)
-        left = inputs[:, T:].clone()
-        if kept:
-            left = left.masked_fill((segment[:, T:] != segment[:, -1:]).unsqueeze(-1), 0)
+        left = inputs[:, T:].masked_fill((segment[:, T:] != segment[:, -1:]).unsqueeze(-1), 0)
         return self._filter(inputs, segment), left
 
     def _filter(self, inputs: Tensor, segment: Tensor | None) -> Tensor:
@@ -79,8 +77,7 @@ class ShortConv(nn.Module):
         segment = None
         if resets is not None:
             segment = resets.new_zeros(1, inputs.shape[1]).index_copy(1, steps, resets).cumsum(1)
-            if kept:
-                last = segment[0, ends]
-                left = left.masked_fill((last != last[:, -1:]).unsqueeze(-1), 0)
+            last = segment[0, ends]
+            left = left.masked_fill((last != last[:, -1:]).unsqueeze(-1), 0)
         y = self._filter(inputs, segment) if T or N else x
         return y[:, steps - kept], left

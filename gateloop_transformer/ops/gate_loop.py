@@ -9,7 +9,7 @@ from torch import Tensor
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import FUSED, TABLE, choose, direct, reads_layout
 from gateloop_transformer.ops.layout import PLAIN, Layout
-from gateloop_transformer.ops.packing import by_documents, cleared
+from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 RealPair = tuple[Tensor, Tensor]
@@ -142,7 +142,7 @@ def _as_rows(
         y, final = _run(q, k, v, Pair(*a), Pair(*start) if start else None, reverse, backend, PLAIN)
         return [y], final
 
-    inputs = [(x, 0.0) for x in (queries, keys, values)] + list(zip(gates.parts(), (1.0, 0.0), strict=False))
+    inputs = loop_inputs(queries, keys, values, gates)
     start = [] if initial is None else initial.parts()
     (y,), final = by_documents(loop, inputs, start, layout.bounds(queries.shape[1]))
     return y, final

@@ -79,6 +79,11 @@ def by_documents(
     return whole, [torch.cat(parts)[numbers] for parts in zip(*finals, strict=True)]
 
 
+def loop_inputs(queries: Tensor, keys: Tensor, values: Tensor, gates: Pair) -> list[tuple[Tensor, float]]:
+    """A gate loop's inputs for `by_documents`, with what fills them: a gate of 1, and nothing added."""
+    return [(x, 0.0) for x in (queries, keys, values)] + list(zip(gates.parts(), (1.0, 0.0), strict=False))
+
+
 def cleared(gates: Pair, resets: Tensor | None) -> Pair:
     """Gates (B, T, ...) that are 0 where a step begins anew."""
     if resets is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import TABLE, choose
-from gateloop_transformer.ops.packing import by_documents, cleared
+from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 
@@ -53,7 +53,7 @@ def surrogate_attention(
     if cu_seqlens is None:
         result: Tensor = _forward(queries, keys, values, a.parts())
         return result
-    inputs = [(x, 0.0) for x in (queries, keys, values)] + list(zip(a.parts(), (1.0, 0.0), strict=False))
+    inputs = loop_inputs(queries, keys, values, a)
     bounds = layout.bounds(queries.shape[1])
     (y,), _ = by_documents(lambda rows, _: ([_forward(*rows[:3], rows[3:])], []), inputs, [], bounds)
     return y

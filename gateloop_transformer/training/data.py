@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -9,8 +10,10 @@ import lzma
 import os
 import sysconfig
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -57,15 +60,25 @@ def read_file(path: Path) -> bytes:
     Raises:
         ValueError: it cannot be read or decompressed.
     """
+    with open_file(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to read bytes from, decompressed as they are read if it ends in .gz or .xz.
+
+    Raises:
+        ValueError: it cannot be read or decompressed, now or in the block.
+    """
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            return gzip.decompress(content)
-        return lzma.decompress(content) if path.suffix == ".xz" else content
+        with openers.get(path.suffix, open)(path, "rb") as file:
+            yield file
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
         raise ValueError(f"cannot decompress {str(path)!r}: {error}") from error
     except OSError as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}") from error
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
 
 
 def _walk(folder: Path, exclude: Path | None = None) -> list[Path]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
-import lzma
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -18,6 +15,7 @@ from gateloop_transformer.generation import evaluating
 from gateloop_transformer.layers.state import TransformerState, describe_state, load_state, save_state
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.training.checkpoint import MODEL
+from gateloop_transformer.training.data import open_file
 
 # Bytes for which activations exist at a time.
 _BLOCK = 2048
@@ -43,23 +41,13 @@ def open_text(name: str) -> Iterator[BinaryIO]:
         ValueError: it cannot be read or decompressed.
     """
     path = Path(name)
-    try:
-        if name == "-":
-            yield sys.stdin.buffer
-            return
-        if path.is_dir():
-            raise ValueError(f"{name!r} is a folder; read one file at a time")
-        opener: Callable[[Path], BinaryIO] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, _open)  # type: ignore[assignment]
-        with opener(path) as file:
-            yield file
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
-        raise ValueError(f"cannot decompress {name!r}: {error}") from error
-    except OSError as error:
-        raise ValueError(f"cannot read {name!r}: {error.strerror or error}") from error
-
-
-def _open(path: Path) -> BinaryIO:
-    return path.open("rb")
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    if path.is_dir():
+        raise ValueError(f"{name!r} is a folder; read one file at a time")
+    with open_file(path) as file:
+        yield file
 
 
 @torch.no_grad()
