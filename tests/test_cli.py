@@ -55,7 +55,7 @@ def test_too_little_memory_is_a_failure_in_one_line(
     def fail(_arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("gateloop_transformer.cli._generate", fail)
+    monkeypatch.setattr("gateloop_transformer.cli.generate.run", fail)
     assert main(["generate", "run", "--prompt", "a"]) == 1
     assert capsys.readouterr().err == f"gateloop generate: failed: {message}\n"
 

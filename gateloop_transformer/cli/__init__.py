@@ -1,0 +1,63 @@
+"""The `gateloop` command: one file for each command, flags from dataclasses, one line for an error."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import NoReturn
+
+import gateloop_transformer
+from gateloop_transformer.cli import bench, evaluate, generate, read, train
+from gateloop_transformer.cli.errors import message
+
+_COMMANDS = {"train": train, "generate": generate, "read": read, "eval": evaluate, "bench": bench}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gateloop", description="Train, run and evaluate GateLoop language models.")
+    parser.add_argument("--version", action="version", version=f"gateloop {gateloop_transformer.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for command in _COMMANDS.values():
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 (it failed) or 2 (something wrong was passed)."""
+    # See docs/decisions/0005: read when torch is first imported, and whoever has set either decides.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="replace")
+    if sys.stderr is None:
+        # Closed by the caller: nothing can be said to it, and it must not go to standard output instead.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    arguments = _parser().parse_args(argv)
+    if sys.stdout is None:
+        print(f"gateloop {arguments.command}: error: standard output is closed; send it to /dev/null", file=sys.stderr)
+        return 2
+    try:
+        _COMMANDS[arguments.command].run(arguments)
+    except (ValueError, PermissionError, FileExistsError, NotADirectoryError) as error:
+        print(f"gateloop {arguments.command}: error: {message(error)}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError, MemoryError, OverflowError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader went away; nothing more can be said to it, not even at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"gateloop {arguments.command}: failed: {message(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        hint = "; ".join(["interrupted", *interrupt.args])
+        print(f"\ngateloop {arguments.command}: {hint}", file=sys.stderr)
+        return 1
+    return 0

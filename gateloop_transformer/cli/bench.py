@@ -1,0 +1,38 @@
+"""gateloop bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from gateloop_transformer.cli.flags import folder
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the speed of this machine",
+        description="Time operators, layers, training steps and decoding beside peers and the memory's own speed. "
+        "Writes cpu.json, cpu.md and cpu.png; rows are said on standard error as they are done.",
+    )
+    parser.add_argument("--out", type=folder, default=Path("bench"), metavar="DIR", help="(default: bench)")
+    parser.add_argument("--quick", action="store_true", help="a few minutes: shorter sequences")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="GROUP", help="a group of cases (may be repeated)"
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="X", help="for each case (default: 4)")
+    parser.add_argument(
+        "--peers", type=Path, metavar="PYTHON", help="interpreter with the original 0.2.5, mambapy and transformers"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object, not as a table")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.bench.report import markdown, run
+
+    if not arguments.seconds >= 0:
+        raise ValueError(f"--seconds must be 0 or more, not {arguments.seconds}")
+    results = run(arguments.out, arguments.peers, arguments.quick, arguments.only, arguments.seconds)
+    print(json.dumps(results) if arguments.json else markdown(results))

@@ -1,0 +1,74 @@
+"""What the commands' flags have in common, and a bar."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from gateloop_transformer.cli.errors import message
+
+
+def add_fields(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
+    """One flag per field; a flag not given is absent from the namespace."""
+    from gateloop_transformer.training.config import PRESETS, value_types
+
+    preset = {name for values in PRESETS.values() for name in values}
+    group = parser.add_argument_group(title)
+    accepted = value_types(kind)
+    for item in dataclasses.fields(kind):
+        flag = "--" + item.name.replace("_", "-")
+        default = PRESETS["tiny"].get(item.name, item.default)
+        whose = "the preset's; tiny: " if item.name in preset else ""
+        text = f"{item.metadata['help']} (default: {whose}{'none' if default is None else default})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        kinds = [each for each in accepted[item.name] if each is not type(None)]
+        if kinds == [bool]:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            metavar = {int: "N", float: "X", str: "WORD", bool: "BOOL"}[kinds[0]]
+            convert = boolean if kinds[0] is bool else kinds[0]
+            choices = item.metadata["choices"]
+            group.add_argument(flag, type=convert, choices=choices, metavar=None if choices else metavar, **options)
+
+
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, not an empty text")
+    try:
+        Path(text).exists()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(message(error)) from error
+    return Path(text)
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    from gateloop_transformer.layers.quantized import KINDS
+
+    text = "of the weights of Linear layers, gates excepted: smaller is faster (default: float32)"
+    parser.add_argument("--dtype", choices=KINDS, default="float32", help=text)
+
+
+def bytes_bar(total: int) -> Any:
+    """A progress bar in bytes where there is a terminal and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return NoBar()
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
+
+
+class NoBar(contextlib.nullcontext["NoBar"]):
+    def __enter__(self) -> NoBar:
+        return self
+
+    def update(self, _count: int) -> None:
+        """Nothing to show."""

@@ -1,0 +1,64 @@
+"""gateloop read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from gateloop_transformer.cli.flags import add_dtype, bytes_bar, folder
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "read",
+        help="read a text of any length and keep the state",
+        description="Read a text with a trained model, in bounded memory, and save the state, from which "
+        "'gateloop generate --state' continues.",
+    )
+    parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
+    parser.add_argument("text", metavar="FILE", help="any file, .gz and .xz too; - for standard input")
+    parser.add_argument("--state", required=True, type=Path, metavar="FILE", help="where to save the state")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="read on from this state, not from the start")
+    parser.add_argument("--overwrite", action="store_true", help="replace the state file")
+    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
+    add_dtype(parser)
+    parser.add_argument("--json", action="store_true", help='print {"bytes": ..., "position": ..., "seconds": ...}')
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.layers.quantized import quantize
+    from gateloop_transformer.training.checkpoint import load_model, pick_device
+    from gateloop_transformer.training.data import count
+    from gateloop_transformer.training.reading import load_reading, model_digest, open_text, read, save_reading
+
+    path = arguments.state
+    if path.is_dir():
+        raise ValueError(f"--state: {str(path)!r} is a folder, not a file")
+    same = arguments.after is not None and path.resolve() == arguments.after.resolve()
+    if path.exists() and not (arguments.overwrite or same):
+        raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
+    device = pick_device(arguments.device)
+    model = quantize(load_model(arguments.dir), arguments.dtype).to(device)
+    digest = model_digest(arguments.dir, arguments.dtype)
+    start = None if arguments.after is None else load_reading(arguments.after, digest)
+    if start is not None and start.state is not None:
+        start = start._replace(state=start.state.to(device))
+    size = os.path.getsize(arguments.text) if os.path.isfile(arguments.text) else 0
+    began = time.perf_counter()
+    with open_text(arguments.text) as text, bytes_bar(size) as bar:
+        reading = read(model, text, start, bar.update)
+    seconds = time.perf_counter() - began
+    save_reading(reading, path, digest)
+    new = reading.position - (0 if start is None else start.position)
+    if arguments.json:
+        print(json.dumps({"bytes": new, "position": reading.position, "seconds": seconds, "state": str(path)}))
+    else:
+        after = "" if start is None else f", {reading.position:,} in all"
+        print(
+            f"read {count(new, 'byte')}{after} in {seconds:.1f} s ({new / max(seconds, 1e-9):,.0f} bytes/s)\n"
+            f"state: {path} ({os.path.getsize(path):,} bytes)"
+        )
