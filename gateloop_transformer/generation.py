@@ -13,6 +13,7 @@ from gateloop_transformer.decoding.decoder import Decoder, evaluating
 from gateloop_transformer.decoding.sampling import Sampling
 from gateloop_transformer.decoding.speculative import DraftReport, Speculation, check_draft
 from gateloop_transformer.layers.state import TransformerState
+from gateloop_transformer.ops.context_parallel import refuse
 
 __all__ = ["Decoder", "DraftReport", "Sampling", "Stop", "evaluating", "generate", "stream"]
 
@@ -20,6 +21,7 @@ Stop = int | Sequence[int | Sequence[int]] | None
 
 # Prompts are read in blocks of this many tokens, so that their logits never exist all at once.
 _PROMPT_BLOCK = 2048
+_SUSPEND = "generate outside of the block, or suspend it: with context_parallel(None)"
 
 
 def _stop_sequences(stop: Stop, pad: int, num_tokens: int) -> list[list[int]]:
@@ -90,6 +92,8 @@ def _advance(
     model: Decoder, ids: Tensor, state: TransformerState | None, mask: Tensor | None = None
 ) -> tuple[Tensor, TransformerState]:
     """Logits after the last of each row of `ids` (B, vocabulary), and the state there. In evaluation mode."""
+    # Here too: a stream may be read elsewhere than it was asked for.
+    refuse("generation", _SUSPEND)
     last: Tensor | None = None
     with evaluating(model):
         for start in range(0, ids.shape[1], _PROMPT_BLOCK):
@@ -149,6 +153,7 @@ def stream(
 
 def _batch(ids: Tensor | Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Prompts as one tensor, with a mask where they are of different lengths."""
+    refuse("generation", _SUSPEND)
     if not isinstance(ids, (list, tuple)):
         return ids, mask  # type: ignore[return-value]
     if mask is not None:

@@ -206,7 +206,9 @@ class Transformer(nn.Module):
             mask: (B, T) booleans, False for padding, on whatever side: such steps change no state and give 0.
             return_loss: return the mean cross entropy (nats) of predicting ids[:, 1:] from ids[:, :-1]; T ≥ 2. A
                 returned state has then read ids[:, :-1]; with cu_seqlens or a mask all ids. No document is asked for
-                the first token of the next.
+                the first token of the next. Inside of `ops.context_parallel` every rank is given its part and the
+                first token of the next part, and returns the mean over its own targets: the loss of the whole is the
+                mean of these, weighted by how many targets each rank has.
             return_state: return (logits or loss, state).
 
         Returns:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gateloop_transformer.layers.earlier import Earlier
 from gateloop_transformer.layers.gate_looped import check_fraction, check_input
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
@@ -131,6 +132,8 @@ def _last(x: Tensor, beyond: Tensor, count: int) -> Tensor:
 
 class CausalFullAttention(nn.Module):
     """Causal attention over all past steps; the defaults are the original's, weights and numbers included.
+
+    Inside of `ops.context_parallel` keys and values of all ranks are gathered: what is sent grows with T.
 
     Args:
         dim: width of input and output.
@@ -285,10 +288,11 @@ class CausalFullAttention(nn.Module):
 
         `there` (B, T): False behind the end of a row.
         """
-        past = 0 if state is None else state.keys.shape[2]
-        view = View.of(x, past, None if state is None else state.seen, resets, self.window)
+        earlier = Earlier.of(x, state, resets)
+        view = View.of(x, earlier.past, earlier.before, resets, self.window)
         q, k, v = self._project(x, view.positions)
-        values = v if state is None else torch.cat([state.values, v], 2)
+        # Over ranks there are keys of later parts too: they belong to the state.
+        seen = slice(earlier.past + x.shape[1])
         imaginary = k.new_empty(x.shape[0], self.heads, 0, self.dim_head)
         if self.data_dependent_rel_pos == "gate_loop":
             gates = self._time_gates(x, *flags)
@@ -296,19 +300,21 @@ class CausalFullAttention(nn.Module):
                 # Keys are decayed to the last step of a row, not to what fills it up.
                 behind = ~there[..., None, None]
                 gates = gates[0].masked_fill(behind, 1), gates[1].masked_fill(behind, 0)
-            scores, keys, imaginary = self._gated_scores(q, k, gates, state)
-            y = self._attend(scores, values, view)
+            scores, keys, imaginary = self._gated_scores(q, k, gates, state, earlier)
+            (values,) = earlier.join(None if state is None else [state.values], [v])
+            y = self._attend(scores[..., seen], values[:, :, seen], view)
         else:
             if self.data_dependent_rel_pos and not flags[1]:
                 q, k = self._channel_gates(x, q, k, flags[0])
-            keys = k if state is None else torch.cat([state.keys, k], 2)
+            keys, values = earlier.join(None if state is None else [state.keys, state.values], [k, v])
             # The released position makes scores of 1e8: a fused backward that computes them again rounds otherwise.
             if self.softmax_normalize and not self.data_dependent_rel_pos:
-                y = self._softmax_attention(q, keys, values, view)
+                y = self._softmax_attention(q, keys[:, :, seen], values[:, :, seen], view)
             else:
                 with torch.autocast(x.device.type, enabled=False):
-                    y = self._attend(q @ keys.transpose(-1, -2).to(q.dtype), values, view)
-        return y, AttentionState(keys, imaginary, values, view.seen)
+                    scores = q @ keys[:, :, seen].transpose(-1, -2).to(q.dtype)
+                    y = self._attend(scores, values[:, :, seen], view)
+        return y, AttentionState(keys, imaginary, values, view.seen if earlier.after is None else earlier.after)
 
     def _recent(self, state: AttentionState) -> AttentionState:
         """Without the keys and values that no later step can see."""
@@ -416,21 +422,21 @@ class CausalFullAttention(nn.Module):
         return real, imaginary
 
     def _gated_scores(
-        self, q: Tensor, k: Tensor, gates: tuple[Tensor, Tensor], state: AttentionState | None
+        self, q: Tensor, k: Tensor, gates: tuple[Tensor, Tensor], state: AttentionState | None, earlier: Earlier
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (B, heads, T, past + T) and all keys decayed to the last step, real and imaginary parts.
+        """Scores (B, heads, T, all keys) and all keys decayed to the last step, real and imaginary parts.
 
         A gate loop whose value at step j is the j-th unit vector keeps every key apart in its state: its outputs are
         the scores, its final state the decayed keys.
         """
         T = q.shape[2]
-        past = 0 if state is None else state.keys.shape[2]
-        units = F.pad(torch.eye(T, dtype=q.dtype, device=q.device), (past, 0))
-        units = units[None, :, None, :].expand(q.shape[0], T, self.heads, past + T)
+        units = F.pad(torch.eye(T, dtype=q.dtype, device=q.device), (earlier.past, earlier.total - earlier.past - T))
+        units = units[None, :, None, :].expand(q.shape[0], T, self.heads, earlier.total)
         initial = None
         if state is not None:
             parts = (state.keys, state.keys_imaginary)
-            initial = tuple(F.pad(part.transpose(-1, -2), (0, T)) for part in parts)
+            room = earlier.total - state.keys.shape[2]
+            initial = tuple(F.pad(part.transpose(-1, -2), (0, room)) for part in parts)
         scores, final = gate_loop(
             q.transpose(1, 2),
             k.transpose(1, 2),

@@ -5,16 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention, check_input
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
+from gateloop_transformer.ops.context_parallel import current
 from gateloop_transformer.ops.layout import read_layout
 
 KINDS = (GateLoopedAttention, SimpleGateLoopLayer)
 MERGES = ("sum", "concat")
+
+
+def _mark_after(resets: Tensor) -> Tensor:
+    """Whether the step after the last one begins a sequence (B, 1): over ranks that is the first of a later part."""
+    mark = resets.new_zeros(resets.shape[0], 1)
+    if (ranks := current()) is None:
+        return mark
+    steps = mark if resets.shape[1] == 0 else ~mark
+    first = torch.cat([resets, mark], 1)[:, :1]
+    for step, begins in ranks.gather(torch.stack([steps, first]))[ranks.place + 1 :].flip(0):
+        mark = torch.where(step, begins, mark)
+    return mark
 
 
 class Bidirectional(nn.Module):
@@ -91,7 +103,7 @@ class Bidirectional(nn.Module):
     def _both(self, x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         # The last step of a sequence is where the backward layer begins anew. A mark that falls into the document
         # before stands at its end, where nothing is remembered yet.
-        ends = None if resets is None else F.pad(resets, (0, 1))[:, 1:]
+        ends = None if resets is None else torch.cat([resets, _mark_after(resets)], 1)[:, 1:]
         y = self.forward_layer(x, resets=resets, cu_seqlens=cu_seqlens)
         z = self.backward_layer(x, resets=ends, cu_seqlens=cu_seqlens)
         return y + z if self.merge == "sum" else torch.cat([y, z], -1)

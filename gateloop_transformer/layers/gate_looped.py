@@ -237,7 +237,7 @@ class GateLoopedAttention(nn.Module):
             return conv(x, past, layout)  # type: ignore[no-any-return]
         # The other way round: the last step first, and the last document first.
         packed = layout.cu_seqlens is not None
-        y, past = conv(x.flip(1), past.flip(0) if packed else past, layout.flipped())
+        y, past = conv(x.flip(1), past.flip(0) if packed else past, layout.flipped(), backwards=True)
         return y.flip(1), past.flip(0) if packed else past
 
     def _channels(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.layout import check_marks, read_layout
 
 
@@ -27,6 +28,7 @@ class Padding:
     """
 
     def __init__(self, layer: str, x: Tensor, mask: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        refuse(f"{layer}: mask", "put the padding last and pass over it in the loss, or mark documents by resets")
         check_marks(layer, "mask", mask, x)
         if cu_seqlens is not None:
             raise ValueError(f"{layer}: give either a mask or cu_seqlens; packed documents have no padding")

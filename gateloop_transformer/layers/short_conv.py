@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gateloop_transformer.ops.context_parallel import Ranks, current, nothing
 from gateloop_transformer.ops.layout import PLAIN, Layout
 
 
@@ -23,7 +24,9 @@ class ShortConv(nn.Module):
         weight[:, :, -1] += 1.0
         self.weight = nn.Parameter(weight)
 
-    def forward(self, x: Tensor, past: Tensor, layout: Layout = PLAIN) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, past: Tensor, layout: Layout = PLAIN, *, backwards: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Convolve, and keep what the next call needs.
 
         Args:
@@ -31,6 +34,7 @@ class ShortConv(nn.Module):
             past: the last taps - 1 inputs before x (B, taps - 1, dim), or of each document (N, taps - 1, dim); zeros
                 at the start.
             layout: where sequences begin; nothing is seen across.
+            backwards: x comes with the last step first; of ranks that share a sequence the last is then the first.
 
         Returns:
             y (B, T, dim) and the last taps - 1 inputs (B or N, taps - 1, dim).
@@ -38,14 +42,46 @@ class ShortConv(nn.Module):
         past = past.to(x.dtype)
         if layout.cu_seqlens is not None:
             return self._documents(x, past, layout.resets, layout.cu_seqlens.to(x.device).long())
+        if (ranks := current()) is not None and self.taps > 1:
+            return self._over_ranks(ranks.along(backwards), x, past, layout.resets)
+        return self._rows(x, past, layout.resets)
+
+    def _rows(self, x: Tensor, past: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
         T, kept = x.shape[1], self.taps - 1
         inputs = torch.cat([past, x], 1)
-        if layout.resets is None:
+        if resets is None:
             # A copy: a view would keep all inputs in memory.
             return self._filter(inputs, None), inputs[:, T:].clone()
-        segment = torch.cat([layout.resets.new_zeros(x.shape[0], kept), layout.resets], 1).cumsum(1)
+        segment = torch.cat([resets.new_zeros(x.shape[0], kept), resets], 1).cumsum(1)
         left = inputs[:, T:].masked_fill((segment[:, T:] != segment[:, -1:]).unsqueeze(-1), 0)
         return self._filter(inputs, segment), left
+
+    def _over_ranks(self, ranks: Ranks, x: Tensor, past: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All ranks learn what each hands on, and put together what precedes their part."""
+        (B, T, D), kept = x.shape, self.taps - 1
+        ranks.compare(f"convolution of {self.taps} taps, B = {B}, dim = {D}, {x.dtype}", x.device)
+        last = slice(max(T - kept, 0), T)
+        # Elsewhere than in the first part there are zeros in the place of what is not known yet.
+        _, tail = self._rows(
+            x[:, last], past if ranks.first else nothing(past), None if resets is None else resets[:, last]
+        )
+        own = kept if ranks.first else min(T, kept)
+        cut = x.new_zeros(B) if resets is None else resets.any(1).to(x.dtype)
+        fresh = (torch.arange(kept, 0, -1, device=x.device) <= own).to(x.dtype)
+        sent = ranks.gather_with_gradient(torch.cat([tail.flatten(), fresh, cut]))
+        tails = sent[:, : tail.numel()].unflatten(1, tail.shape)
+        counts, cuts = sent[:, -B - kept : sent.shape[1] - B].sum(1).long(), sent[:, sent.shape[1] - B :] > 0
+        # Connected to what was sent on every rank, so that a backward pass gets there on all.
+        before, left = past + nothing(tails[0]), tails[0]
+        for n in range(1, ranks.size):
+            before = left if n == ranks.place else before
+            older = left.masked_fill(cuts[n, :, None, None], 0)
+            # The last inputs of both together, of which the later ones stand at the end of theirs.
+            place = torch.arange(kept, device=x.device)
+            shifted = older.index_select(1, (place + counts[n]).clamp(max=kept - 1))
+            left = torch.where((place < kept - counts[n])[:, None], shifted, tails[n])
+        y, _ = self._rows(x, before, resets)
+        return y, left
 
     def _filter(self, inputs: Tensor, segment: Tensor | None) -> Tensor:
         """Outputs from the taps-th input on; with `segment` (B, L), of inputs of one segment each."""

@@ -14,6 +14,7 @@ from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.state import SimpleGateLoopState, check_state
 from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
 from gateloop_transformer.ops.channel_loop import simple_gate_loop
+from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.heinsen import heinsen_scan
 from gateloop_transformer.ops.layout import Layout, read_layout
@@ -109,6 +110,8 @@ class SimpleGateLoopLayer(nn.Module):
             raise ValueError("SimpleGateLoopLayer: use either cache and return_cache or state and return_state")
         if self.reverse and return_cache:
             raise ValueError("SimpleGateLoopLayer: reverse=True has no cache to return; use return_state")
+        if cache is not None or return_cache:
+            refuse("SimpleGateLoopLayer: a cache", "use state and return_state")
         marks = [
             name for name, mark in (("resets", resets), ("cu_seqlens", cu_seqlens), ("mask", mask)) if mark is not None
         ]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.context_parallel import refuse
+
 Elements = tuple[Tensor, ...]
 
 
@@ -31,6 +33,7 @@ def associative_scan(operator: Callable[[Elements, Elements], Elements], elems: 
     >>> total.tolist()
     [[1.0, 2.0, 3.0, 4.0]]
     """
+    refuse("associative_scan", "linear_scan and gate_loop do")
     if isinstance(elems, Tensor):
         raise ValueError("associative_scan: elems must be a tuple or list of tensors, not one tensor")
     elems = tuple(elems)

@@ -7,14 +7,24 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
+from gateloop_transformer.ops.carry import Recurrence, over_ranks, product_over_time
+from gateloop_transformer.ops.context_parallel import Ranks, context_parallel, current
 from gateloop_transformer.ops.dispatch import FUSED, choose, direct
 from gateloop_transformer.ops.gate_loop import gate_loop
+from gateloop_transformer.ops.gate_loop import gradient_before as loop_before
 from gateloop_transformer.ops.gates import check_gate, gates_of
+from gateloop_transformer.ops.head_gates import head_gates
 from gateloop_transformer.ops.layout import Layout, read_layout
+from gateloop_transformer.ops.linear_scan import gradient_before as scan_before
 from gateloop_transformer.ops.linear_scan import last_states, linear_scan
+from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype, take
 
 RealPair = tuple[Tensor, Tensor]
+# What the custom operator takes before and after the initial state: packed inputs, projections, SiLU gate and bias;
+# gate, fraction, reverse, backend and layout.
+_Arguments = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
+_Options = tuple[Any, ...]
 
 
 def channel_gate_loop(
@@ -66,17 +76,21 @@ def channel_gate_loop(
     chosen = choose(backend, qkv.device, qkv.dtype)
     start, b, s = list(initial or ()), list(bias or ()), [] if swish is None else [swish]
     if chosen in FUSED:
-        forward = _compute if direct(qkv, projections, *s, *b, *start) else _forward
-        y, re, im, _ = forward(qkv, [projections], s, b, start, gate, float(fraction), reverse, chosen, *layout)
-        return y, (re, im)
+        arguments = qkv, [projections], s, b
+        options = gate, float(fraction), reverse, chosen, layout.resets, layout.cu_seqlens
+        if (ranks := current()) is not None:
+            y, final = _over_ranks(ranks.along(reverse), arguments, start, options)
+        else:
+            y, final = _run(arguments, start, options)
+        return y, (final[0], final[1])
     q, k, v = (x.unsqueeze(-1) for x in qkv.chunk(3, -1))
     re, im, scale = gates_of(projections, gate, bias, fraction)
     assert im is not None
     k = k if scale is None else k * scale.to(k.dtype).unsqueeze(-1)
     state = None if initial is None else (initial[0][..., None, None], initial[1][..., None, None])
-    out, final = gate_loop(q, k, v, (re, im), state, reverse=reverse, backend=chosen, **layout._asdict())
+    out, last = gate_loop(q, k, v, (re, im), state, reverse=reverse, backend=chosen, **layout._asdict())
     y = out.squeeze(-1) if swish is None else out.squeeze(-1) * torch.nn.functional.silu(swish)
-    return y, (final[0].flatten(1), final[1].flatten(1))
+    return y, (last[0].flatten(1), last[1].flatten(1))
 
 
 def simple_gate_loop(
@@ -119,17 +133,89 @@ def simple_gate_loop(
         checks.floating("simple_gate_loop", ("initial",), initial=initial)
     checks.same_device("simple_gate_loop", qkva=qkva, initial=initial)
     chosen = choose(backend, qkva.device, qkva.dtype)
-    if chosen in FUSED:
+    if (ranks := current()) is not None:
+        return _simple_over_ranks(ranks.along(reverse), qkva, initial, reverse, chosen, layout)
+    return _simple(qkva, initial, reverse, chosen, layout)
+
+
+def _simple(qkva: Tensor, initial: Tensor | None, reverse: bool, backend: str, layout: Layout) -> tuple[Tensor, Tensor]:
+    if backend in FUSED:
         start = [] if initial is None else [initial]
-        forward = _compute if direct(qkva, *start) else _forward
-        y, final, _ = forward(qkva, [], [], [], start, "sigmoid", 1.0, reverse, chosen, *layout)
+        y, (final,) = _run(
+            (qkva, [], [], []), start, ("sigmoid", 1.0, reverse, backend, layout.resets, layout.cu_seqlens)
+        )
         return y, final
     q, kv, a = qkva.chunk(3, -1)
     wide = compute_dtype(qkva.dtype)
     gates = torch.sigmoid(a.to(wide))
     before = None if initial is None else initial.to(wide)
-    h = linear_scan(gates, kv.to(wide), before, reverse=reverse, backend=chosen, **layout._asdict())
+    h = linear_scan(gates, kv.to(wide), before, reverse=reverse, backend=backend, **layout._asdict())
     return q * h.to(q.dtype), last_states(h, before, reverse, layout)
+
+
+def _simple_over_ranks(
+    ranks: Ranks, qkva: Tensor, initial: Tensor | None, reverse: bool, backend: str, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """A part of `simple_gate_loop`."""
+
+    def gates(qkva: Tensor) -> Pair:
+        a = qkva.chunk(3, -1)[2].detach()
+        return cleared(Pair(torch.sigmoid(a.to(compute_dtype(a.dtype)))), layout.resets)
+
+    def run(start: Pair | None) -> tuple[Tensor, Pair]:
+        with context_parallel(None):
+            y, final = _simple(qkva, None if start is None else start.re, reverse, backend, layout)
+        return y, Pair(final)
+
+    def before(grad: Tensor, qkva: Tensor) -> Pair:
+        a = gates(qkva)
+        read = Pair(qkva.chunk(3, -1)[0].to(a.re.dtype) * grad.to(a.re.dtype))
+        return scan_before(read, a, reverse, backend)
+
+    part = Recurrence(run, lambda: product_over_time(gates(qkva)), before, [qkva], 1)
+    y, final = over_ranks(ranks, "simple_gate_loop", part, None if initial is None else Pair(initial))
+    return y, final.re
+
+
+def _run(arguments: _Arguments, start: list[Tensor], options: _Options) -> tuple[Tensor, list[Tensor]]:
+    """y and the parts of the last state."""
+    packed, projections, swish, bias = arguments
+    forward = _compute if direct(packed, *projections, *swish, *bias, *start) else _forward
+    y, *final, _ = forward(*arguments, start, *options)
+    return y, final
+
+
+def _over_ranks(
+    ranks: Ranks, arguments: _Arguments, start: list[Tensor], options: _Options
+) -> tuple[Tensor, list[Tensor]]:
+    """A part of `channel_gate_loop`."""
+    gate, _, reverse, backend, resets, _ = options
+    packed, (projections,), swish, bias = arguments
+
+    def run(state: Pair | None) -> tuple[Tensor, Pair]:
+        y, final = _run(arguments, [] if state is None else state.parts(), options)
+        return y, Pair(*final)
+
+    def product() -> Pair:
+        # What becomes of a state of 1 when nothing is added.
+        nothing = packed.new_zeros(packed.shape[-1]).expand(packed.shape)
+        one = packed.new_ones(packed.shape[0], packed.shape[-1] // 3, dtype=compute_dtype(packed.dtype))
+        _, final = _run((nothing, [projections], [], bias), [one, torch.zeros_like(one)], options)
+        return Pair(*final)
+
+    counts = len(swish), len(bias)
+
+    def before(grad: Tensor, packed: Tensor, projections: Tensor, *rest: Tensor) -> Pair:
+        swish, bias = take(rest, counts)
+        read = grad * torch.nn.functional.silu(swish[0]) if swish else grad
+        re, im, _ = head_gates(projections, gate=gate, bias=(bias[0], bias[1]) if bias else None, backend=backend)
+        queries, gates = packed.chunk(3, -1)[0], cleared(Pair(re, im), resets)
+        state = loop_before(read.unsqueeze(-1), queries.unsqueeze(-1), gates, reverse, backend)
+        return state.map(lambda x: x.flatten(1))
+
+    part = Recurrence(run, product, before, [packed, projections, *swish, *bias], 2)
+    y, final = over_ranks(ranks, "channel_gate_loop", part, Pair(*start) if start else None)
+    return y, final.parts()
 
 
 def _check_packed(operator: str, name: str, x: Tensor) -> None:

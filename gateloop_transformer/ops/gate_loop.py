@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
+from gateloop_transformer.ops.carry import Recurrence, Shift, over_ranks, product_over_time
+from gateloop_transformer.ops.context_parallel import Ranks, current
 from gateloop_transformer.ops.dispatch import FUSED, TABLE, choose, direct, reads_layout
 from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
@@ -98,7 +100,9 @@ def gate_loop(
         raise ValueError("gate_loop: gates and initial must both be tensors or both be tuples (real, imaginary)")
     chosen = choose(backend, queries.device, queries.dtype)
     inputs = queries, keys, values
-    if layout.plain or reads_layout(chosen, keys, values, a):
+    if (ranks := current()) is not None:
+        y, final = _over_ranks(ranks.along(reverse), *inputs, cleared(a, resets), start, reverse, chosen)
+    elif layout.plain or reads_layout(chosen, keys, values, a):
         y, final = _run(*inputs, a, start, reverse, chosen, layout)
     else:
         y, final = _as_rows(*inputs, cleared(a, resets), start, reverse, chosen, layout)
@@ -121,6 +125,52 @@ def _run(
     forward = _compute if direct(queries, keys, values, *a, *start) else _forward
     y, *final = forward(queries, keys, values, a, start, reverse, backend, *layout)
     return y, final
+
+
+def _over_ranks(
+    ranks: Ranks,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs of a part of a sequence, and the state after the whole of it."""
+
+    def run(start: Pair | None) -> tuple[Tensor, Pair]:
+        y, final = _run(queries, keys, values, gates, start, reverse, backend, PLAIN)
+        return y, Pair(*final)
+
+    def product() -> Pair:
+        return product_over_time(gates).map(beside_state)
+
+    def before(grad: Tensor, queries: Tensor, *gates: Tensor) -> Pair:
+        return gradient_before(grad, queries, Pair(*gates), reverse, backend)
+
+    parts = 1 if gates.im is None and (initial is None or initial.im is None) else 2
+    part = Recurrence(run, product, before, [queries, *gates.parts()], parts)
+    y, state = over_ranks(ranks, "gate_loop", part, initial)
+    return y, state.parts()
+
+
+def beside_state(gate: Tensor) -> Tensor:
+    """Gates of a step (B, H) or (B, H, K), to be multiplied with states (B, H, K, V)."""
+    return gate.reshape(*gate.shape[:2], -1, 1)
+
+
+def gradient_before(grad: Tensor, queries: Tensor, gates: Pair, reverse: bool, backend: str) -> Pair:
+    """The gradient of the state before the first step (B, H, K, V), given that of the outputs (B, T, H, V)."""
+    B, T, H, K = queries.shape
+    dtype = compute_dtype(queries.dtype, gates.re.dtype)
+    if not T:
+        return Pair(queries.new_zeros(B, H, K, grad.shape[-1], dtype=dtype))
+    shift = Shift.of(reverse)
+    q, dy, a = queries[:, shift.inputs], grad[:, shift.inputs], gates.map(lambda x: x[:, shift.gates])
+    last = queries[:, shift.last, :, :, None].to(dtype) * grad[:, shift.last, :, None].to(dtype)
+    _, state = _run(q, q, dy, a, Pair(last), not reverse, backend, PLAIN)
+    return gates.select(1, shift.first).map(beside_state).times(Pair(*state)).conj()
 
 
 def _as_rows(

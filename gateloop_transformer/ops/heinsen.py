@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.associative_scan import Elements, associative_scan
+from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import TABLE, choose
 from gateloop_transformer.ops.packing import by_documents, cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
@@ -50,6 +51,7 @@ def heinsen_scan(
     >>> heinsen_scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)).flatten()
     tensor([1.0000, 1.5000, 1.7500])
     """
+    refuse("heinsen_scan", "linear_scan gives the same states")
     layout = checks.scan("heinsen_scan", gates, inputs, initial, resets, cu_seqlens)
     checks.floating("heinsen_scan", ("gates", "inputs", "initial"), gates=gates, inputs=inputs, initial=initial)
     gates, start = cleared(Pair(gates), resets).re, [] if initial is None else [initial]

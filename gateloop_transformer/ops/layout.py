@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.context_parallel import refuse
+
 
 class Layout(NamedTuple):
     """What a batch is made of.
@@ -84,6 +86,8 @@ def read_layout(operator: str, x: Tensor, resets: Tensor | None, cu_seqlens: Ten
     for name, mark in (("resets", resets), ("cu_seqlens", cu_seqlens)):
         if mark is not None and not isinstance(mark, Tensor):
             raise ValueError(f"{operator}: {name} must be a torch tensor, not {type(mark).__name__}")
+    if cu_seqlens is not None:
+        refuse(f"{operator}: cu_seqlens", "mark where documents begin by resets")
     if resets is not None:
         check_marks(operator, "resets", resets, x)
     if cu_seqlens is None:

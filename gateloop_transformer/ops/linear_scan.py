@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
+from gateloop_transformer.ops.carry import Recurrence, Shift, over_ranks, product_over_time
+from gateloop_transformer.ops.context_parallel import Ranks, current
 from gateloop_transformer.ops.dispatch import FUSED, TABLE, choose, direct
-from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.packing import by_documents, cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
@@ -50,12 +52,51 @@ def linear_scan(
     """
     layout = checks.scan("linear_scan", gates, inputs, initial, resets, cu_seqlens)
     chosen = choose(backend, inputs.device, inputs.dtype)
+    if (ranks := current()) is not None:
+        part = cleared(split(gates), resets), split(inputs), None if initial is None else split(initial)
+        return _over_ranks(ranks.along(reverse), *part, reverse, chosen)
     if not (layout.plain or chosen in FUSED):
         return _as_rows(cleared(split(gates), resets).complex(), inputs, initial, reverse, chosen, layout)
-    h = [] if initial is None else split(initial).parts()
-    a, x = split(gates).parts(), split(inputs).parts()
+    return _run(split(gates), split(inputs), None if initial is None else split(initial), reverse, chosen, layout)
+
+
+def _run(
+    gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, backend: str, layout: Layout = PLAIN
+) -> Tensor:
+    a, x, h = gates.parts(), inputs.parts(), [] if initial is None else initial.parts()
     forward = _compute if direct(*a, *x, *h) else _forward
-    return Pair(*forward(a, x, h, reverse, chosen, *layout)).complex()
+    return Pair(*forward(a, x, h, reverse, backend, *layout)).complex()
+
+
+def _over_ranks(ranks: Ranks, gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, backend: str) -> Tensor:
+    """A part of a sequence; the states that are handed on are float32 or better."""
+    dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
+    x = inputs.to(compute_dtype(dtype))
+    parts = 2 if any(pair is not None and pair.im is not None for pair in (gates, inputs, initial)) else 1
+
+    def run(start: Pair | None) -> tuple[Tensor, Pair]:
+        states = _run(gates, x, start, reverse, backend)
+        first = None if start is None else start.complex()
+        return states, split(last_states(states, first, reverse, PLAIN))
+
+    def before(grad: Tensor, *gates: Tensor) -> Pair:
+        return gradient_before(split(grad), Pair(*gates), reverse, backend)
+
+    part = Recurrence(run, lambda: product_over_time(gates), before, gates.parts(), parts)
+    states, _ = over_ranks(ranks, "linear_scan", part, initial)
+    return states if states.is_complex() else states.to(dtype)
+
+
+def gradient_before(grad: Pair, gates: Pair, reverse: bool, backend: str) -> Pair:
+    """The gradient of the state before the first step (B, D), given that of all states (B, T, D)."""
+    if not grad.re.shape[1]:
+        return grad.map(lambda x: x.new_zeros(x.shape[0], x.shape[2]))
+    shift, grad = Shift.of(reverse), grad.conj()
+    inputs, later = grad.map(lambda x: x[:, shift.inputs]), gates.map(lambda x: x[:, shift.gates])
+    start = grad.select(1, shift.last)
+    states = _run(later, inputs, start, not reverse, backend)
+    last = split(last_states(states, start.complex(), not reverse, PLAIN))
+    return gates.select(1, shift.first).times(last).conj()
 
 
 def _as_rows(

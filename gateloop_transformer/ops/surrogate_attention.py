@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
+from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import TABLE, choose
 from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
@@ -47,6 +48,7 @@ def surrogate_attention(
     >>> surrogate_attention(ones, ones, ones, torch.full((1, 3, 1), 0.5)).flatten()
     tensor([1.0000, 1.5000, 1.7500])
     """
+    refuse("surrogate_attention", "gate_loop gives the same outputs")
     a = split(gates)
     layout = checks.gate_loop("surrogate_attention", queries, keys, values, a, None, resets, cu_seqlens)
     a = cleared(a, resets)
