@@ -13,7 +13,8 @@ from gateloop_transformer.cli.errors import message
 
 def add_fields(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
     """One flag per field; a flag not given is absent from the namespace."""
-    from gateloop_transformer.training.config import PRESETS, value_types
+    from gateloop_transformer.training.config import value_types
+    from gateloop_transformer.training.presets import PRESETS
 
     preset = {name for values in PRESETS.values() for name in values}
     group = parser.add_argument_group(title)
@@ -50,6 +51,16 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint: which weights of a run."""
+    parser.add_argument(
+        "--checkpoint",
+        default="last",
+        metavar="WHICH",
+        help="weights: last, best (on validation data) or a step",
+    )
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     from gateloop_transformer.layers.quantized import KINDS
 
@@ -57,13 +68,18 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=KINDS, default="float32", help=text)
 
 
-def bytes_bar(total: int) -> Any:
-    """A progress bar in bytes where there is a terminal and tqdm is installed."""
+def add_field(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    text = "of JSON lines, Parquet files and datasets: where the text is (default: text)"
+    parser.add_argument("--field", metavar="NAME", default=default, help=text)
+
+
+def bytes_bar(total: int | None, delay: float = 0) -> Any:
+    """A progress bar in bytes where there is a terminal and tqdm is installed, shown after `delay` seconds."""
     try:
         from tqdm import tqdm
     except ImportError:
         return NoBar()
-    return tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True, delay=delay)
 
 
 class NoBar(contextlib.nullcontext["NoBar"]):
@@ -72,3 +88,6 @@ class NoBar(contextlib.nullcontext["NoBar"]):
 
     def update(self, _count: int) -> None:
         """Nothing to show."""
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateloop_transformer.cli.flags import add_dtype, folder
+from gateloop_transformer.cli.flags import add_checkpoint, add_dtype, folder
 
 if TYPE_CHECKING:
+    from gateloop_transformer.data.tokenizer import Tokenizer
     from gateloop_transformer.generation import DraftReport
 
 
@@ -27,13 +28,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue, not empty")
     parser.add_argument("--state", type=Path, metavar="FILE", help="continue what 'gateloop read' has read")
-    parser.add_argument("--tokens", type=int, default=400, metavar="N", help="bytes to add (default: 400)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=400,
+        metavar="N",
+        help="tokens to add: bytes, unless trained with a tokenizer (default: 400)",
+    )
     parser.add_argument(
         "--temperature", type=float, metavar="X", help="0: likeliest (default: 0.8; with --num-beams: 0)"
     )
-    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest bytes")
-    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the likeliest bytes that sum to X")
-    parser.add_argument("--min-p", type=float, metavar="X", help="draw from bytes X times as likely as the likeliest")
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the likeliest tokens that sum to X")
+    parser.add_argument("--min-p", type=float, metavar="X", help="draw from tokens X times as likely as the likeliest")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: less repetition")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end after this text (may be repeated)")
     parser.add_argument("--seed", type=int, metavar="S", help="for the same text every time")
@@ -42,14 +49,15 @@ def add_parser(commands: Any) -> None:
         "--length-penalty", type=float, default=1.0, metavar="X", help="of beams: above 0 for longer text (default: 1)"
     )
     parser.add_argument(
-        "--draft", type=folder, metavar="DIR", help="run of a smaller model that drafts bytes, for speed"
+        "--draft", type=folder, metavar="DIR", help="run of a smaller model that drafts tokens, for speed"
     )
-    parser.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="bytes drafted at once (default: 4)")
+    parser.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="tokens drafted at once (default: 4)")
     parser.add_argument(
-        "--stats", action="store_true", help="say bytes per second, and how many drafted ones came, on standard error"
+        "--stats", action="store_true", help="say tokens per second, and how many drafted ones came, on standard error"
     )
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
     add_dtype(parser)
+    add_checkpoint(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -57,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from gateloop_transformer.generation import DraftReport
     from gateloop_transformer.layers.quantized import quantize
-    from gateloop_transformer.training.checkpoint import load_model, pick_device
+    from gateloop_transformer.training.checkpoint import weights_file
+    from gateloop_transformer.training.folder import load_model, load_tokenizer, pick_device
     from gateloop_transformer.training.reading import load_reading, model_digest
 
     if arguments.tokens < 0:
@@ -68,20 +77,25 @@ def run(arguments: argparse.Namespace) -> None:
     prompt = os.fsencode(arguments.prompt or "")
     if not prompt and arguments.state is None:
         raise ValueError("--prompt must not be empty; a newline starts from next to nothing")
-    model = quantize(load_model(arguments.dir), arguments.dtype).to(device)
-    before, state = b"", None
+    tokenizer = load_tokenizer(arguments.dir)
+    weights = weights_file(arguments.dir, arguments.checkpoint)
+    model = quantize(load_model(arguments.dir, weights), arguments.dtype).to(device)
+    before, state = [], None
     if arguments.state is not None:
-        reading = load_reading(arguments.state, model_digest(arguments.dir, arguments.dtype))
-        before, state = bytes([reading.last]), reading.state
-    ids = torch.tensor([list(before + prompt)], device=device)
+        reading = load_reading(arguments.state, model_digest(weights, arguments.dtype))
+        before, state = [reading.last], reading.state
+    ids = torch.tensor([before + tokenizer.encode(prompt).tolist()], device=device)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _SAMPLING}
     options["state"] = None if state is None else state.to(device)
-    options["stop"] = [list(os.fsencode(text)) for text in arguments.stop or []]
     beams = arguments.num_beams != 1
+    stops = [os.fsencode(text) for text in arguments.stop or []]
+    options["stop"] = _stop_tokens(tokenizer, stops, beams)
     if arguments.temperature is None and not beams:
         options["temperature"] = 0.8
     report = DraftReport()
     if arguments.draft is not None:
+        if load_tokenizer(arguments.draft).sha256 != tokenizer.sha256:
+            raise ValueError(f"--draft: {str(arguments.draft)!r} has another tokenizer than {str(arguments.dir)!r}")
         draft = quantize(load_model(arguments.draft), arguments.dtype).to(device)
         options.update(draft=draft, draft_tokens=arguments.draft_tokens, draft_report=report)
     start = time.perf_counter()
@@ -91,23 +105,50 @@ def run(arguments: argparse.Namespace) -> None:
         steps = model.generate(ids, arguments.tokens, **options, **beam)[0, ids.shape[1] :]
     else:
         steps = model.stream(ids, arguments.tokens, **options)
+    count = _write(prompt, (tokenizer.pieces[int(token)] for token in steps), stops)
+    seconds = time.perf_counter() - start
+    if arguments.stats:
+        unit = "bytes" if tokenizer.kind == "bytes" else "tokens"
+        print(_stats(count, unit, seconds, report if arguments.draft is not None else None), file=sys.stderr)
+
+
+def _stop_tokens(tokenizer: Tokenizer, stops: list[bytes], beams: bool) -> list[list[int]]:
+    """Tokens that end a generation: those of `stops` where a token is a byte; else `_write` looks for these texts.
+
+    Raises:
+        ValueError: a stop is empty, or cannot be found by beam search.
+    """
+    if tokenizer.kind == "bytes":
+        return [list(stop) for stop in stops]
+    if stops and beams:
+        raise ValueError("--stop with --num-beams needs a model of bytes: a text can be cut into tokens in many ways")
+    if b"" in stops:
+        raise ValueError("--stop must not be empty")
+    return [[tokenizer.end]] if tokenizer.end is not None else []
+
+
+def _write(prompt: bytes, pieces: Iterable[bytes], stops: list[bytes]) -> int:
+    """Print the prompt and what comes, up to the first of the texts in `stops`; returns how many pieces came."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     sys.stdout.write(decoder.decode(prompt))
-    count = 0
-    for token in steps:
-        sys.stdout.write(decoder.decode(bytes([int(token)])))
-        sys.stdout.flush()
+    longest, tail, count = max(map(len, stops), default=1), b"", 0
+    for piece in pieces:
         count += 1
-    seconds = time.perf_counter() - start
+        text = tail + piece
+        ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+        sys.stdout.write(decoder.decode(text[len(tail) : min(ends, default=len(text))]))
+        sys.stdout.flush()
+        if ends:
+            break
+        tail = text[max(0, len(text) - longest + 1) :]
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
     sys.stdout.flush()
-    if arguments.stats:
-        print(_stats(count, seconds, report if arguments.draft is not None else None), file=sys.stderr)
+    return count
 
 
-def _stats(count: int, seconds: float, report: DraftReport | None) -> str:
+def _stats(count: int, unit: str, seconds: float, report: DraftReport | None) -> str:
     """One line about a generation, the prompt's reading included."""
-    speed = f"{count:,} bytes in {seconds:.2f} s, {count / max(seconds, 1e-9):.1f} bytes/s"
+    speed = f"{count:,} {unit} in {seconds:.2f} s, {count / max(seconds, 1e-9):.1f} {unit}/s"
     if report is None:
         return speed
-    return f"{speed}; {report.accepted:,} of {report.drafted:,} drafted bytes accepted ({report.rate:.0%})"
+    return f"{speed}; {report.accepted:,} of {report.drafted:,} drafted {unit} accepted ({report.rate:.0%})"

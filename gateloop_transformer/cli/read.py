@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gateloop_transformer.cli.flags import add_dtype, bytes_bar, folder
+from gateloop_transformer.cli.flags import add_checkpoint, add_dtype, bytes_bar, folder
 
 
 def add_parser(commands: Any) -> None:
@@ -20,20 +20,22 @@ def add_parser(commands: Any) -> None:
         "'gateloop generate --state' continues.",
     )
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
-    parser.add_argument("text", metavar="FILE", help="any file, .gz and .xz too; - for standard input")
+    parser.add_argument("text", metavar="FILE", help="any file, .gz, .xz and .zst too; - for standard input")
     parser.add_argument("--state", required=True, type=Path, metavar="FILE", help="where to save the state")
     parser.add_argument("--after", type=Path, metavar="FILE", help="read on from this state, not from the start")
     parser.add_argument("--overwrite", action="store_true", help="replace the state file")
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
     add_dtype(parser)
+    add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help='print {"bytes": ..., "position": ..., "seconds": ...}')
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.data.documents import count
     from gateloop_transformer.layers.quantized import quantize
-    from gateloop_transformer.training.checkpoint import load_model, pick_device
-    from gateloop_transformer.training.data import count
-    from gateloop_transformer.training.reading import load_reading, model_digest, open_text, read, save_reading
+    from gateloop_transformer.training.checkpoint import weights_file
+    from gateloop_transformer.training.folder import load_model, load_tokenizer, pick_device
+    from gateloop_transformer.training.reading import load_reading, model_digest, read, save_reading, text_blocks
 
     path = arguments.state
     if path.is_dir():
@@ -42,15 +44,17 @@ def run(arguments: argparse.Namespace) -> None:
     if path.exists() and not (arguments.overwrite or same):
         raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
     device = pick_device(arguments.device)
-    model = quantize(load_model(arguments.dir), arguments.dtype).to(device)
-    digest = model_digest(arguments.dir, arguments.dtype)
+    weights = weights_file(arguments.dir, arguments.checkpoint)
+    model = quantize(load_model(arguments.dir, weights), arguments.dtype).to(device)
+    digest = model_digest(weights, arguments.dtype)
     start = None if arguments.after is None else load_reading(arguments.after, digest)
     if start is not None and start.state is not None:
         start = start._replace(state=start.state.to(device))
     size = os.path.getsize(arguments.text) if os.path.isfile(arguments.text) else 0
     began = time.perf_counter()
-    with open_text(arguments.text) as text, bytes_bar(size) as bar:
-        reading = read(model, text, start, bar.update)
+    text = text_blocks(arguments.text)
+    with bytes_bar(size) as bar:
+        reading = read(model, text, start, bar.update, load_tokenizer(arguments.dir))
     seconds = time.perf_counter() - began
     save_reading(reading, path, digest)
     new = reading.position - (0 if start is None else start.position)

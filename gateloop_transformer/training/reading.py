@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from gateloop_transformer.data.files import blocks, open_file, open_standard_input
+from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer, encode_blocks
 from gateloop_transformer.generation import evaluating
 from gateloop_transformer.layers.state import TransformerState, describe_state, load_state, save_state
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.checkpoint import MODEL
-from gateloop_transformer.training.data import open_file
+from gateloop_transformer.training.evaluation import in_blocks
+from gateloop_transformer.training.storage import digest
 
-# Bytes for which activations exist at a time.
+# Tokens for which activations exist at a time.
 _BLOCK = 2048
 
 
 class Reading(NamedTuple):
     """How far a text was read.
 
-    state: of the model after all bytes but the last; None where there is but one. last: that byte, from which whoever
-    continues begins. position: how many bytes there were, `last` included.
+    state: of the model after all tokens but the last; None where there is but one. last: that token, from which
+    whoever continues begins. position: how many bytes there were, those of `last` included.
     """
 
     state: TransformerState | None
@@ -33,61 +33,62 @@ class Reading(NamedTuple):
     position: int
 
 
-@contextlib.contextmanager
-def open_text(name: str) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed if it ends in .gz or .xz; "-" is standard input.
+def text_blocks(name: str) -> Iterator[bytes]:
+    """A file's bytes in blocks, decompressed if it ends in .gz, .xz or .zst; "-" is standard input.
 
     Raises:
         ValueError: it cannot be read or decompressed.
     """
     path = Path(name)
     if name == "-":
-        yield sys.stdin.buffer
-        return
+        return blocks(open_standard_input())
     if path.is_dir():
         raise ValueError(f"{name!r} is a folder; read one file at a time")
-    with open_file(path) as file:
-        yield file
+    return blocks(open_file(path))
 
 
 @torch.no_grad()
 def read(
-    model: Transformer, text: BinaryIO, start: Reading | None = None, report: Callable[[int], object] | None = None
+    model: Transformer,
+    text: Iterable[bytes],
+    start: Reading | None = None,
+    report: Callable[[int], object] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Reading:
     """Read a text to its end.
 
     Args:
         model: is put in evaluation mode meanwhile.
-        text: the bytes, taken in blocks.
+        text: the bytes, in blocks.
         start: what was read before.
-        report: called after each block with the number of bytes in it.
+        report: called after each block of tokens with the number of bytes in it.
+        tokenizer: of the model; None: its tokens are bytes.
 
     Raises:
         ValueError: there are no bytes, here or before.
     """
+    tokenizer = tokenizer or ByteTokenizer()
     device = next(model.parameters()).device
     state, position = (None, 0) if start is None else (start.state, start.position)
-    held = b"" if start is None else bytes([start.last])
+    held = np.array([] if start is None else [start.last], dtype=np.int64)
     with evaluating(model):
-        while block := text.read(_BLOCK):
-            fed, held = (held + block)[:-1], block[-1:]
-            if fed:
-                _, state = model(torch.tensor([list(fed)], device=device), state=state, return_state=True)
-            position += len(block)
+        for block in in_blocks(encode_blocks(tokenizer, text), _BLOCK):
+            ids = np.concatenate([held, block])
+            fed, held = ids[:-1], ids[-1:]
+            if len(fed):
+                _, state = model(torch.from_numpy(fed)[None].to(device), state=state, return_state=True)
+            size = int(tokenizer.lengths[block].sum())
+            position += size
             if report is not None:
-                report(len(block))
-    if not held:
+                report(size)
+    if not len(held):
         raise ValueError("the text is empty: there is nothing to read")
-    return Reading(state, held[0], position)
+    return Reading(state, int(held[0]), position)
 
 
-def model_digest(folder: Path, dtype: str) -> str:
-    """What tells the model of a run from others: SHA-256 of its weights' file, and the type they are used in."""
-    digest = hashlib.sha256()
-    with (folder / MODEL).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"{digest.hexdigest()} {dtype}"
+def model_digest(weights: Path, dtype: str) -> str:
+    """What tells a model from others: SHA-256 of its weights' file, and the type they are used in."""
+    return f"{digest(weights)} {dtype}"
 
 
 def save_reading(reading: Reading, path: Path, digest: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from gateloop_transformer.cli import main
 from gateloop_transformer.training import reading
-from gateloop_transformer.training.checkpoint import load_model
+from gateloop_transformer.training.folder import load_model
 from gateloop_transformer.training.reading import load_reading, model_digest, read
 
 TEXT = "".join(f"{n} times {n} is {n * n}, so ünd so.\n" for n in range(120)).encode()
@@ -89,7 +89,7 @@ def test_reading_goes_on_after_a_saved_state(run: Path, tmp_path: Path, capsys: 
     assert TEXT[:900].decode() + generated(capsys, run, "--state", state) == generated(
         capsys, run, "--prompt", TEXT[:900].decode()
     )
-    assert load_reading(state, model_digest(run, "float32")).position == 900
+    assert load_reading(state, model_digest(run / "model.safetensors", "float32")).position == 900
 
 
 def test_memory_does_not_grow_with_the_text(run: Path) -> None:

@@ -1,0 +1,115 @@
+"""gateloop tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gateloop_transformer.cli.flags import add_field, bytes_bar
+
+if TYPE_CHECKING:
+    from gateloop_transformer.data.documents import Source
+
+
+def add_parser(commands: Any) -> None:
+    from gateloop_transformer.data.documents import SOURCES
+
+    parser = commands.add_parser("tokenizer", help="make a BPE tokenizer", description="Make a BPE tokenizer.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    train = actions.add_parser(
+        "train",
+        help="learn a byte-level BPE tokenizer from text",
+        description="Learn a byte-level BPE tokenizer from text, for 'gateloop train --tokenizer FILE'. The file is a "
+        "tokenizer.json that Hugging Face's transformers read too. The same text gives the same file.",
+    )
+    train.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help=f"{SOURCES} (default: the sources of this Python's standard library)",
+    )
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, at least 257")
+    train.add_argument("--out", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
+    train.add_argument("--overwrite", action="store_true", help="replace the file")
+    add_field(train)
+    train.add_argument(
+        "--limit-bytes", type=int, metavar="N", help="learn from the first N bytes alone (default: all of them)"
+    )
+    train.add_argument(
+        "--json", action="store_true", help='print {"tokens": ..., "bytes": ..., "bytes_per_token": ...}'
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.data.bpe import train_tokenizer
+    from gateloop_transformer.data.sources import open_source
+
+    path, limit = arguments.out, arguments.limit_bytes
+    if path.is_dir():
+        raise ValueError(f"--out: {str(path)!r} is a folder, not a file")
+    if path.exists() and not arguments.overwrite:
+        raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: there is no folder {str(path.parent)!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit-bytes must be at least 1, not {limit}")
+    source = open_source(arguments.data, field=arguments.field)
+    texts = _Texts(source, limit)
+    with bytes_bar(limit or source.size()) as bar:
+        tokenizer = train_tokenizer(texts.read(bar), arguments.vocab_size)
+    tokens = sum(len(ids) for ids in tokenizer.encode_many(list(tokenizer.cut(texts.sample))))
+    tokenizer.save_as(path)
+    size = sum(map(len, texts.sample))
+    result = {
+        "tokens": tokenizer.size,
+        "bytes": texts.size,
+        "bytes_per_token": size / tokens,
+        "sha256": tokenizer.sha256,
+        "file": str(path),
+    }
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    fewer = (
+        ""
+        if tokenizer.size == arguments.vocab_size
+        else f" (the text has no more than that, not {arguments.vocab_size:,})"
+    )
+    print(
+        f"{tokenizer.size:,} tokens{fewer} from {texts.size:,} bytes, {size / tokens:.2f} bytes per token\n"
+        f"tokenizer: {path} ({os.path.getsize(path):,} bytes)"
+    )
+
+
+class _Texts:
+    """The documents of a source up to a number of bytes; remembers the first few of these as a sample."""
+
+    def __init__(self, source: Source, limit: int | None, sample: int = 1 << 22) -> None:
+        self._source, self._limit, self._room = source, limit, sample
+        self.size = 0
+        self.sample: list[bytes] = []
+
+    def read(self, bar: Any) -> Iterator[Iterator[bytes]]:
+        """The blocks of each document."""
+        for document in self._source.documents():
+            if self._limit is not None and self.size >= self._limit:
+                return
+            yield self._blocks(document.blocks, bar)
+
+    def _blocks(self, blocks: Iterator[bytes], bar: Any) -> Iterator[bytes]:
+        for block in blocks:
+            left = len(block) if self._limit is None else self._limit - self.size
+            part = block[:left]
+            self.size += len(part)
+            bar.update(len(part))
+            if self._room > 0:
+                self.sample.append(part[: self._room])
+                self._room -= len(part)
+            if part:
+                yield part
+            if len(part) < len(block):
+                return

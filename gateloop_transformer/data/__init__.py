@@ -1,0 +1,1 @@
+"""Text as data: sources, tokenizers, corpora in a cache, batches. Knows nothing of models."""

@@ -1,0 +1,158 @@
+"""Batches as functions of the step: nothing but the step has to be kept to go on where a run has ended."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gateloop_transformer.data.shards import Tokens
+
+Numbers = npt.NDArray[np.int64]
+
+_ALL = slice(None)
+_ROUNDS = 6
+# Tell apart what is drawn for shuffles and for streams, from the same seed.
+_SHUFFLE, _STREAM = 1, 0
+
+
+class Batch(NamedTuple):
+    """Windows of tokens.
+
+    ids: (rows, context + 1), int64. resets: (rows, context + 1), booleans, True where a document begins, so that the
+    state is to be cleared before that token, and no token before is to predict it; None: nowhere.
+    """
+
+    ids: Tensor
+    resets: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(self.ids.to(device), None if self.resets is None else self.resets.to(device))
+
+
+def batch_at(
+    tokens: Tokens,
+    step: int,
+    micro_batch: int,
+    *,
+    batch: int,
+    accumulate: int,
+    context: int,
+    seed: int,
+    rows: slice = _ALL,
+) -> Batch:
+    """Shuffled windows, each from an empty state; every one once in an epoch.
+
+    Window number ((step - 1) * accumulate + micro_batch) * batch + row of a run is number (that modulo n) of an epoch
+    of n = (len(tokens) - 1) // context windows. Each epoch has its own order, and its own shift of all windows, so
+    that their borders vary. Nothing of the order is kept in memory; it depends on the arguments alone.
+
+    Args:
+        tokens: at least context + 1.
+        step: from 1 on.
+        micro_batch: within the step, from 0 on.
+        batch: windows in a micro-batch.
+        accumulate: micro-batches in a step.
+        context: tokens that a window predicts.
+        seed: of the order.
+        rows: those of the micro-batch that are wanted.
+    """
+    count = (len(tokens) - 1) // context
+    first, last, stride = rows.indices(batch)
+    epoch, place = divmod(((step - 1) * accumulate + micro_batch) * batch + first, count)
+    ahead = place + np.arange(0, last - first, stride)
+    starts = np.empty_like(ahead)
+    for n in np.unique(ahead // count):
+        own = ahead // count == n
+        starts[own] = _shuffled(ahead[own] % count, epoch + int(n), count, context, seed, len(tokens))
+    return windows_at(tokens, starts, context)
+
+
+def stream_at(
+    tokens: Tokens,
+    step: int,
+    micro_batch: int,
+    *,
+    batch: int,
+    accumulate: int,
+    context: int,
+    seed: int,
+    rows: slice = _ALL,
+) -> Batch:
+    """Windows that go on where those of the step before ended, by one token's overlap; arguments as of `batch_at`.
+
+    Every row of every micro-batch is a stream of its own: it begins somewhere, all evenly spread, and comes back to
+    the data's start after its end, with a reset there.
+    """
+    count = (len(tokens) - 1) // context
+    shift = int(np.random.default_rng([seed, _STREAM]).integers(0, len(tokens) - count * context))
+    places = micro_batch * batch + np.arange(*rows.indices(batch))
+    numbers = (places * count // (batch * accumulate) + step - 1) % count
+    return windows_at(tokens, shift + numbers * context, context, numbers == 0)
+
+
+def windows_at(tokens: Tokens, starts: Numbers, context: int, begin: npt.NDArray[np.bool_] | None = None) -> Batch:
+    """Windows that begin at `starts` (rows,).
+
+    Args:
+        tokens: all there are.
+        starts: places in them.
+        context: tokens that a window predicts.
+        begin: windows (rows,) that are at the data's start, where others go on from a state; None: each begins with
+            an empty state, so that no reset is needed before its first token.
+    """
+    ids = np.empty((len(starts), context + 1), dtype=np.int64)
+    resets = np.zeros(ids.shape, dtype=bool)
+    for row, start in enumerate(starts.tolist()):
+        ids[row] = tokens.read(start, start + context + 1)
+        resets[row, tokens.starts(start, start + context + 1) - start] = True
+    resets[:, 0] = False if begin is None else resets[:, 0] | begin
+    return Batch(torch.from_numpy(ids), torch.from_numpy(resets) if resets.any() else None)
+
+
+def _shuffled(numbers: Numbers, epoch: int, count: int, context: int, seed: int, length: int) -> Numbers:
+    """Where the windows of these numbers of an epoch begin."""
+    keys = np.random.SeedSequence([seed, epoch, _SHUFFLE]).generate_state(_ROUNDS + 1, np.uint64).astype(np.uint64)
+    shift = int(keys[-1]) % (length - count * context)
+    return shift + permute(numbers, count, keys[:-1]) * context
+
+
+def permute(numbers: Numbers, count: int, keys: npt.NDArray[np.uint64]) -> Numbers:
+    """Distinct numbers in [0, count) for distinct ones, in an order that the keys decide; constant memory.
+
+    A Feistel network on pairs of numbers below the root of `count`, rounded up; what falls outside goes through again
+    until it is inside, which keeps it a bijection (cycle walking).
+
+    Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains (2002).
+
+    >>> import numpy as np
+    >>> sorted(permute(np.arange(10), 10, np.array([3, 5], np.uint64)).tolist())
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    side = np.uint64(math.isqrt(count - 1) + 1)
+    values = numbers.astype(np.uint64)
+    outside = np.ones(len(values), dtype=bool)
+    while outside.any():
+        values[outside] = _feistel(values[outside], side, keys)
+        outside = values >= np.uint64(count)
+    return values.astype(np.int64)
+
+
+def _feistel(values: npt.NDArray[np.uint64], side: np.uint64, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Distinct numbers below side² for distinct ones."""
+    left, right = values // side, values % side
+    for key in keys:
+        left, right = right, (left + _mix(right ^ key) % side) % side
+    return left * side + right
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Every bit of the result depends on every bit of x (the finalizer of splitmix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,146 @@
+"""A folder for what can be made again: each entry is there whole or not at all, however many processes make it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_PARTIAL = ".partial"
+_DAY = 24 * 3600
+
+
+def cache_folder() -> Path:
+    """$GATELOOP_CACHE, else $XDG_CACHE_HOME/gateloop, else ~/.cache/gateloop."""
+    own, general = os.environ.get("GATELOOP_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own)
+    return Path(general) / "gateloop" if general else Path.home() / ".cache" / "gateloop"
+
+
+def make_folder(folder: Path) -> None:
+    """The folder is there.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot make the cache folder {str(folder)!r}: {error.strerror or error}; set GATELOOP_CACHE to another"
+        ) from error
+
+
+def build_once(target: Path, build: Callable[[Path], None], whole: Callable[[Path], bool]) -> None:
+    """Have a whole folder `target`: as it is, or built aside and renamed, so that a kill leaves nothing half done.
+
+    Processes that want the same one wait for the first; where files cannot be locked each builds its own, and one is
+    kept. What killed builds have left is deleted.
+
+    Args:
+        target: a folder in a folder of such entries.
+        build: fills an empty folder.
+        whole: whether a folder is there and whole.
+
+    Raises:
+        ValueError: the folder around it cannot be made.
+        OSError: it cannot be written.
+    """
+    if whole(target):
+        return
+    make_folder(target.parent)
+    with _alone(target, wait=True) as locked:
+        if whole(target):
+            return
+        _clean(target, locked)
+        with aside(target) as folder:
+            build(folder)
+            _sync(folder)
+            _publish(folder, target, whole)
+
+
+@contextlib.contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, gone at the end if it is still there."""
+    folder = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def spool(folder: Path) -> Iterator[Path]:
+    """A new folder in `folder`, gone at the end; if this process is killed, the next build there deletes it."""
+    make_folder(folder)
+    target = folder / f"spool-{secrets.token_hex(8)}"
+    try:
+        with _alone(target, wait=True), aside(target) as inner:
+            yield inner
+    finally:
+        target.with_name(f"{target.name}.lock").unlink(missing_ok=True)
+
+
+def _publish(folder: Path, target: Path, whole: Callable[[Path], bool]) -> None:
+    if target.exists() and not whole(target):
+        damaged = target.with_name(f"{folder.name.removesuffix(_PARTIAL)}-damaged{_PARTIAL}")
+        os.rename(target, damaged)
+        shutil.rmtree(damaged)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        # Where files cannot be locked, another process may have been faster.
+        if not whole(target):
+            raise
+
+
+def _sync(folder: Path) -> None:
+    """All files and the folder are on disk."""
+    for path in [*folder.iterdir(), folder]:
+        if path.is_dir() and sys.platform == "win32":
+            continue
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _clean(target: Path, locked: bool) -> None:
+    """Delete what killed builds have left: of `target`, if this process has locked it, and of what nobody locks.
+
+    Where files cannot be locked, a build a day old is taken for a killed one.
+    """
+    for partial in target.parent.glob(f"*{_PARTIAL}"):
+        name = partial.name.split(".")[0]
+        other = contextlib.nullcontext(locked) if name == target.name else _alone(target.with_name(name), wait=False)
+        with contextlib.suppress(FileNotFoundError), other as alone:
+            if alone or time.time() - partial.stat().st_mtime > _DAY:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(target: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process alone makes `target` meanwhile; the system lets go when it ends, however it does."""
+    if sys.platform == "win32":
+        yield False
+        return
+    import fcntl
+
+    descriptor = os.open(target.with_name(f"{target.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        locked = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,113 @@
+"""Records with a text in a field: lines of JSON, rows of Parquet files and of Hugging Face datasets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# A line of JSON is parsed in memory; a file without line breaks is no JSON lines.
+LONGEST_LINE = 1 << 28
+_ROWS = 256
+
+
+def json_lines(file: BinaryIO, where: str, field: str) -> Iterator[bytes]:
+    """The texts of JSON lines, one a line, as UTF-8; empty for null. Blank lines are passed over.
+
+    Raises:
+        ValueError: a line is no JSON object, or has no text in the field; the message says which line.
+    """
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        place = f"{where}, line {number}"
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"{place} is longer than {LONGEST_LINE >> 20} MiB; JSON lines hold one document a line")
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place} is not UTF-8: {error.reason} at byte {error.start}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{place} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{place} must be a JSON object with the field {field!r}, not {_kind(record)}")
+        if field not in record:
+            raise ValueError(_missing(place, field, record))
+        yield _text(record[field], place, field)
+
+
+def parquet_rows(path: Path, field: str) -> Iterator[bytes]:
+    """The texts of a Parquet file's rows, as UTF-8; empty for null. One row group is in memory at a time.
+
+    Raises:
+        ValueError: it is damaged, or has no column of texts of that name; or pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("Parquet files need the package pyarrow: `pip install gateloop-transformer[train]`") from error
+    where = repr(str(path))
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise ValueError(_missing(where, field, file.schema_arrow.names))
+            row = 0
+            for batch in file.iter_batches(_ROWS, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield _text(value, f"{where}, row {row}", field)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"cannot read {where}: {str(error).splitlines()[0]}") from error
+
+
+def dataset_rows(dataset: Any, where: str, field: str) -> Iterator[bytes]:
+    """The texts of a Hugging Face dataset's rows, as UTF-8; empty for null.
+
+    Raises:
+        ValueError: it has no column of texts of that name, or cannot be read.
+    """
+    import datasets
+
+    names = dataset.column_names
+    if names is not None and field not in names:
+        raise ValueError(_missing(where, field, names))
+    row = 0
+    try:
+        for batch in dataset.select_columns([field]).iter(batch_size=_ROWS):
+            for value in batch[field]:
+                row += 1
+                yield _text(value, f"{where}, row {row}", field)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"cannot read {where}: {str(error).splitlines()[0]}") from error
+
+
+def _text(value: Any, place: str, field: str) -> bytes:
+    if value is None:
+        return b""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: the field {field!r} must be a text, not {_kind(value)}")
+    # JSON can hold half of a surrogate pair, for which UTF-8 has no bytes.
+    return value.encode("utf-8", "surrogatepass")
+
+
+def _missing(place: str, field: str, names: Iterable[str]) -> str:
+    others = ", ".join(map(repr, list(names)[:8]))
+    return f"{place} has no field {field!r} (--field names another: {others or 'there is none'})"
+
+
+def _kind(value: Any) -> str:
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
