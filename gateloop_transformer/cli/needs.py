@@ -1,0 +1,58 @@
+"""What a run needs, in words, before it starts or instead of it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gateloop_transformer.training.config import RunConfig
+    from gateloop_transformer.training.loop import Trainer
+
+
+def print_needs(config: RunConfig, processes: int, as_json: bool) -> None:
+    """The estimate of a run that is not started; with several processes both for DDP and for FSDP2.
+
+    Raises:
+        ValueError: a value without a meaning.
+    """
+    from gateloop_transformer.training.estimate import estimate
+    from gateloop_transformer.training.needs import Spread
+
+    device = "cuda" if _on_cuda(config.training.device) else "cpu"
+    ranks = config.training.context_parallel
+    found = estimate(config, Spread(processes, ranks), device=device)
+    sharded = estimate(config, Spread(processes, ranks, sharded=True), device=device) if processes > 1 else None
+    if as_json:
+        more = {} if sharded is None else {"fsdp2": sharded.to_json()}
+        print(json.dumps({**found.to_json(), **more}))
+        return
+    print("\n".join(found.describe()))
+    if sharded is not None:
+        _, memory, _, *sent = sharded.describe()
+        print("\n".join(["with --parallel fsdp:", *("  " + line for line in (memory, *sent))]))
+
+
+def needs_of(trainer: Trainer) -> list[str]:
+    """Lines about a run whose model is there: memory and work, and a warning where the memory is not."""
+    from gateloop_transformer.training.estimate import available_memory, estimate
+    from gateloop_transformer.training.needs import Spread
+
+    engine = trainer.engine
+    spread = Spread(engine.size, engine.context_size, engine.fsdp)
+    found = estimate(trainer.config, spread, device="cuda" if trainer.device.type == "cuda" else "cpu")
+    lines = found.describe()[1:]
+    available = available_memory(trainer.device)
+    needed = found.memory.total - found.memory.weights
+    if available is not None and needed > available:
+        lines.append(
+            f"warning: this may not fit: {needed / 1e9:.1f} GB more are needed, {available / 1e9:.1f} GB are available "
+            "(a smaller --batch with a larger --accumulate takes less)"
+        )
+    return lines
+
+
+def _on_cuda(device: str) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and device.split(":")[0] in ("auto", "cuda")

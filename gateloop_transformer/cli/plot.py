@@ -1,0 +1,47 @@
+"""gateloop plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from gateloop_transformer.cli.flags import folder
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plot",
+        help="draw the loss of runs against tokens, time and steps",
+        description="Draw training losses (smoothed) and validations of one or several runs, finished or still going, "
+        "in bits per byte.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=folder, help="folder of a run")
+    parser.add_argument(
+        "--out", type=folder, default=Path("curves.png"), metavar="FILE.png", help="(default: curves.png)"
+    )
+    parser.add_argument(
+        "--against", choices=("tokens", "time", "steps", "all"), default="all", help="the panels (default: all)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help='print {"out": ..., "runs": [...]}: how far each run has come, its losses'
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.training.curves import AGAINST, read_curves, summary
+    from gateloop_transformer.training.plot import check_png, draw_curves
+
+    check_png(arguments.out)
+    curves = read_curves(arguments.runs)
+    draw_curves(curves, arguments.out, AGAINST if arguments.against == "all" else (arguments.against,))
+    rows = [summary(curve) for curve in curves]
+    if arguments.json:
+        print(json.dumps({"out": str(arguments.out), "runs": rows}))
+        return
+    for row in rows:
+        valid = row["bits_per_byte"]
+        said = "no validation yet" if valid is None else f"{valid:.4f} bits per byte on validation data"
+        print(f"{row['run']}: {said} after {row['steps']:,.0f} steps")
+    print(f"curves: {arguments.out}")

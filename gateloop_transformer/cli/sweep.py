@@ -1,0 +1,62 @@
+"""gateloop sweep."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from gateloop_transformer.cli.flags import add_field, add_fields, folder
+
+
+def add_parser(commands: Any) -> None:
+    from gateloop_transformer.training.config import ModelConfig, TrainingConfig
+    from gateloop_transformer.training.presets import PRESET_HELP, PRESETS
+
+    parser = commands.add_parser(
+        "sweep",
+        help="train with every combination of some settings",
+        description="Train one run after the other, each in DIR/NAME, with every combination of the grid's values. Run "
+        "again with the same flags it goes on where it was. DIR gets results.json, curves.png, lr.png and logs.",
+    )
+    parser.add_argument("data", nargs="?", metavar="DATA", help="as for gateloop train")
+    parser.add_argument("--out", required=True, metavar="DIR", type=folder, help="folder of the sweep")
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="NAME=X,Y,...",
+        help="a setting of gateloop train and its values (may be repeated)",
+    )
+    parser.add_argument("--seeds", metavar="N,N,...", help="the same as --grid seed=N,N,...")
+    parser.add_argument("--preset", default=argparse.SUPPRESS, choices=PRESETS, help=f"{PRESET_HELP} (default: tiny)")
+    add_field(parser, argparse.SUPPRESS)
+    parser.add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="FILE", help="as for gateloop train")
+    parser.add_argument("--json", action="store_true", help='print {"rows": [...]}, the best first')
+    add_fields(parser, TrainingConfig, "training, of all runs")
+    add_fields(parser, ModelConfig, "model, of all runs")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed; `pip install gateloop-transformer[train]`") from error
+    from gateloop_transformer.training import sweep
+
+    own = {"command", "data", "out", "grid", "seeds", "json"}
+    settings = {name: value for name, value in vars(arguments).items() if name not in own}
+    plan = sweep.Sweep(
+        arguments.out, sweep.data_of(arguments.data), settings, sweep.parse_grid(arguments.grid, arguments.seeds)
+    )
+    say = sys.stderr if arguments.json else sys.stdout
+    rows = sweep.run(plan, lambda line: print(line, file=say, flush=True))
+    if arguments.json:
+        print(json.dumps({"rows": sweep.ranked(rows)}))
+    else:
+        print(f"\n{sweep.table(rows)}\nresults: {arguments.out / sweep.RESULTS}")
+    failed = [row["name"] for row in rows if row["status"] == "failed"]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(rows)} runs failed: {'; '.join(failed)}")

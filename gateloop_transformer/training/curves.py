@@ -1,0 +1,135 @@
+"""What metrics.jsonl says of runs, as curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+AGAINST = ("tokens", "time", "steps")
+
+
+@dataclass(frozen=True)
+class Points:
+    """Bits against each of `AGAINST`."""
+
+    tokens: list[float] = field(default_factory=list)
+    time: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    bits: list[float] = field(default_factory=list)
+
+    def against(self, what: str) -> list[float]:
+        """The horizontal axis of that name."""
+        values: list[float] = getattr(self, what)
+        return values
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run's metrics.jsonl says: its name, losses in training (bits per token), validations (bits per byte).
+
+    bytewise: tokens are bytes, so that both are the same.
+    """
+
+    name: str
+    bytewise: bool = True
+    train: Points = field(default_factory=Points)
+    valid: Points = field(default_factory=Points)
+
+
+def read_records(metrics: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; half a line, as a killed or a running process leaves, is passed over."""
+    records = []
+    for line in metrics.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def read_curve(folder: Path, name: str | None = None) -> Curve:
+    """The curve of the run in a folder, finished or not.
+
+    Args:
+        folder: of a run.
+        name: what the curve is called; None: as the folder.
+
+    Raises:
+        ValueError: no such folder, or its metrics.jsonl is missing or has no losses yet.
+    """
+    metrics = folder / "metrics.jsonl"
+    if not folder.is_dir():
+        raise ValueError(f"no folder {str(folder)!r}")
+    if not metrics.is_file():
+        raise ValueError(f"{str(folder)!r} has no metrics.jsonl: it holds no run that has begun")
+    name = folder.resolve().name if name is None else name
+    curve = curve_of(read_records(metrics), name, is_bytewise(folder))
+    if not curve.train.steps and not curve.valid.steps:
+        raise ValueError(f"{str(metrics)!r} holds no losses yet")
+    return curve
+
+
+def read_curves(folders: Sequence[Path]) -> list[Curve]:
+    """The curves of several runs, called by their folders' names, or by paths where two have the same name.
+
+    Raises:
+        ValueError: as `read_curve`, or a folder is named twice.
+    """
+    names = [folder.resolve().name for folder in folders]
+    names = [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("the same run is named twice")
+    return [read_curve(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def summary(curve: Curve) -> dict[str, Any]:
+    """How far a run has come: steps, tokens, seconds, its last loss (nats per token), last and best validation."""
+    train, valid = curve.train, curve.valid
+    ends = {what: max((value for value in values_of([curve], what)), default=None) for what in AGAINST}
+    return {
+        "run": curve.name,
+        "steps": ends["steps"],
+        "tokens": ends["tokens"],
+        "seconds": ends["time"],
+        "loss": train.bits[-1] * math.log(2) if train.bits else None,
+        "bits_per_byte": valid.bits[-1] if valid.bits else None,
+        "best_bits_per_byte": min(valid.bits, default=None),
+    }
+
+
+def is_bytewise(folder: Path) -> bool:
+    """Whether config.json says so; where there is none, there is nothing that says otherwise."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return True
+    return not isinstance(config, dict) or config.get("tokenizer", "bytes") in ("bytes", {"kind": "bytes"})
+
+
+def curve_of(records: Sequence[dict[str, Any]], name: str, bytewise: bool = True) -> Curve:
+    """Training and validation points; tokens and seconds of a validation are those of the training at its step."""
+    curve = Curve(name, bytewise)
+    places: dict[int, tuple[float, float]] = {}
+    for record in records:
+        step = record["step"]
+        tokens, seconds = places.get(step, (math.nan, math.nan))
+        places[step] = float(record.get("tokens", tokens)), float(record.get("seconds", seconds))
+        for key, points, unit in (("loss", curve.train, math.log(2)), ("bits_per_byte", curve.valid, 1.0)):
+            if isinstance(record.get(key), int | float):
+                points.tokens.append(places[step][0])
+                points.time.append(places[step][1])
+                points.steps.append(step)
+                points.bits.append(record[key] / unit)
+    return curve
+
+
+def values_of(curves: Sequence[Curve], what: str) -> list[float]:
+    """All places of some curves on an axis, as far as they are known."""
+    points = [point for curve in curves for point in (curve.train, curve.valid)]
+    return [value for each in points for value in each.against(what) if math.isfinite(value)]
