@@ -48,7 +48,7 @@ $(BIN)/python:
 	@touch $@
 
 .venv/dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,jax,examples,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,data,watch,jax,examples,dev]'
 	@touch $@
 
 .venv-peers/ready: constraints.txt Makefile

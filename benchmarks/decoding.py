@@ -19,11 +19,11 @@ import torch
 from gateloop_transformer import Transformer, quantize
 from gateloop_transformer.bench.report import about, about_line
 from gateloop_transformer.bench.timing import Times, interleaved
+from gateloop_transformer.data.corpus import load_corpus
 from gateloop_transformer.generation import DraftReport
 from gateloop_transformer.layers.quantized import KINDS, SmallLinear
-from gateloop_transformer.training.checkpoint import METRICS, load_model, read_config
-from gateloop_transformer.training.data import load_corpus
 from gateloop_transformer.training.evaluation import bits_per_byte
+from gateloop_transformer.training.folder import METRICS, load_model, load_tokenizer, read_config
 
 PROMPT, NEW, LONG, BLOCKS = 256, 128, 4096, (2, 4)
 
@@ -190,9 +190,15 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=200_000, help="of held-out text for bits per byte")
     arguments = parser.parse_args()
     config = read_config(arguments.model)
-    corpus = load_corpus(config.data, config.training.valid_fraction, config.training.context)
-    data = corpus.valid[: arguments.bytes]
-    text = torch.from_numpy(corpus.valid[: max(LONG, 20_000)].copy()).long().unsqueeze(0)
+    corpus = load_corpus(
+        config.data,
+        valid_fraction=config.training.valid_fraction,
+        context=config.training.context,
+        tokenizer=load_tokenizer(arguments.model),
+        field=config.field,
+    )
+    data = corpus.valid.read(0, min(arguments.bytes, len(corpus.valid)))
+    text = torch.from_numpy(corpus.valid.read(0, min(max(LONG, 20_000), len(corpus.valid)))).unsqueeze(0)
     facts, whose = about(), "the processor" if torch.get_num_threads() == 1 else "the clock"
     lines = [
         "# Decoding",

@@ -16,6 +16,12 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is left in the user's cache; processes that tests start inherit this."""
+    os.environ["GATELOOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(params=list(TABLE))
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend in the dispatch table, by name. All run here: one that cannot is an error, not a skip."""

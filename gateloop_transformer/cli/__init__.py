@@ -8,10 +8,19 @@ import sys
 from typing import NoReturn
 
 import gateloop_transformer
-from gateloop_transformer.cli import bench, evaluate, generate, read, train
+from gateloop_transformer.cli import bench, evaluate, generate, plot, read, sweep, tokenizer, train
 from gateloop_transformer.cli.errors import message
 
-_COMMANDS = {"train": train, "generate": generate, "read": read, "eval": evaluate, "bench": bench}
+_COMMANDS = {
+    "train": train,
+    "tokenizer": tokenizer,
+    "generate": generate,
+    "read": read,
+    "eval": evaluate,
+    "plot": plot,
+    "sweep": sweep,
+    "bench": bench,
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,35 +7,57 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from gateloop_transformer.cli.flags import add_fields, folder
+from gateloop_transformer.cli.flags import add_field, add_fields, bytes_bar, folder
+from gateloop_transformer.cli.needs import needs_of, print_needs
 
 if TYPE_CHECKING:
+    from gateloop_transformer.data.tokenizer import Tokenizer
+    from gateloop_transformer.training.config import RunConfig
     from gateloop_transformer.training.loop import Trainer
 
 
 def add_parser(commands: Any) -> None:
-    from gateloop_transformer.training.config import PRESET_HELP, PRESETS, ModelConfig, TrainingConfig
+    from gateloop_transformer.data.documents import SOURCES
+    from gateloop_transformer.training.config import ModelConfig, TrainingConfig
+    from gateloop_transformer.training.presets import PRESET_HELP, PRESETS
 
     parser = commands.add_parser(
         "train",
-        help="train a model on text, byte by byte",
-        description="Train a language model on the bytes of text. DIR gets model.safetensors, config.json, "
+        help="train a model on text",
+        description="Train a language model on text, byte by byte or on BPE tokens; alone, or under torchrun or "
+        "accelerate launch on many devices. DIR gets model.safetensors, config.json, "
         "metrics.jsonl (one object a line), loss.png and checkpoints/.",
     )
     parser.add_argument(
         "data",
         nargs="?",
         metavar="DATA",
-        help="a text file, a folder (read recursively), a glob in quotes, or .gz or .xz files "
-        "(default: the sources of this Python's standard library)",
+        help=f"{SOURCES} (default: the sources of this Python's standard library)",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", type=folder, help="folder of the run")
+    parser.add_argument("--out", metavar="DIR", type=folder, help="folder of the run; not needed for --dry-run")
     parser.add_argument("--preset", default=argparse.SUPPRESS, choices=PRESETS, help=f"{PRESET_HELP} (default: tiny)")
+    add_field(parser, argparse.SUPPRESS)
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="a tokenizer.json of byte-level BPE, as 'gateloop tokenizer train' writes (default: each byte is a token)",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="continue the run in DIR from its newest checkpoint")
     how.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what the run would need (parameters, memory with this machine's kernels, operations, communication); "
+        "start and write nothing",
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="with --dry-run: as if for N processes (default: those of this job)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_fields(parser, TrainingConfig, "training")
     add_fields(parser, ModelConfig, "model")
@@ -43,18 +65,22 @@ def add_parser(commands: Any) -> None:
 
 def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     """The configuration that the flags ask for; when resuming, the stored one with what may change."""
-    from gateloop_transformer.training import checkpoint, config, loop
+    from gateloop_transformer.data.sources import absolute
+    from gateloop_transformer.training import config, loop, presets
+    from gateloop_transformer.training.folder import read_config
 
     if arguments.data == "":
         raise ValueError("DATA must not be empty; leave it out for the default corpus")
-    data = None if arguments.data is None else os.path.abspath(arguments.data)
+    data = absolute(arguments.data)
     if "minutes" in given and "steps" in given:
         raise ValueError("give --steps or --minutes, not both")
     if not arguments.resume:
-        return config.resolve(given.pop("preset", "tiny"), given, data)
-    stored = checkpoint.read_config(arguments.out)
+        field = given.pop("field", None)
+        return dataclasses.replace(config.resolve(given.pop("preset", "tiny"), given, data), field=field)
+    stored = read_config(arguments.out)
     now = {**dataclasses.asdict(stored.model), **dataclasses.asdict(stored.training), "data": stored.data}
-    wanted = {**config.PRESETS.get(given.pop("preset", ""), {}), **given}
+    now["field"] = stored.field
+    wanted = {**presets.PRESETS.get(given.pop("preset", ""), {}), **given}
     if data is not None and stored.data_sha256 is None:
         wanted["data"] = data
     changed = [
@@ -68,50 +94,105 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     if "steps" in again:
         again["minutes"] = None
     training = dataclasses.replace(stored.training, **again)
+    if training.windows != (windows := stored.training.windows):
+        raise ValueError(f"--resume: a step of this run has {windows} windows: --batch times --accumulate must be that")
     # Data may have moved; `prepare` compares its hash.
     return dataclasses.replace(stored, training=training, data=stored.data if data is None else data)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def _check_flags(arguments: argparse.Namespace) -> None:
+    if arguments.out is None and (arguments.resume or not arguments.dry_run):
+        raise ValueError("--out DIR is missing: the folder of the run")
+    if arguments.processes is not None and not arguments.dry_run:
+        raise ValueError("--processes goes with --dry-run")
+    if arguments.processes is not None and arguments.processes < 1:
+        raise ValueError(f"--processes must be at least 1, not {arguments.processes}")
+
+
+def _check_installed() -> None:
     try:
+        import accelerate  # noqa: F401
         import matplotlib  # noqa: F401
         import tqdm  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed; `pip install gateloop-transformer[train]`") from error
-    from gateloop_transformer.training.data import count
+
+
+def _tokenizer(arguments: argparse.Namespace, config: RunConfig) -> Tokenizer | None:
+    """The tokenizer of --tokenizer; when resuming it can only be the run's."""
+    from gateloop_transformer.data.bpe import load_tokenizer_file
+
+    if arguments.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer_file(arguments.tokenizer)
+    if arguments.resume and tokenizer.sha256 != config.tokenizer.sha256:
+        raise ValueError(f"--resume: the run in {str(arguments.out)!r} has another tokenizer")
+    return tokenizer
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train."""
+    from gateloop_transformer.data.documents import count
+    from gateloop_transformer.training.config import TokenizerConfig
+    from gateloop_transformer.training.engine import LostError, launched
     from gateloop_transformer.training.loop import prepare
 
-    own = {"command", "data", "out", "resume", "overwrite", "json"}
+    _check_flags(arguments)
+    own = {"command", "data", "out", "resume", "overwrite", "json", "dry_run", "processes", "tokenizer"}
     given = {name: value for name, value in vars(arguments).items() if name not in own}
     config = _run_config(arguments, given)
-    with prepare(config, arguments.out, arguments.resume, arguments.overwrite) as trainer:
+    tokenizer = _tokenizer(arguments, config)
+    if arguments.dry_run:
+        if tokenizer is not None:
+            config = dataclasses.replace(config, tokenizer=TokenizerConfig.of(tokenizer))
+        print_needs(config, arguments.processes or launched(), arguments.json)
+        return
+    _check_installed()
+    how = (arguments.resume, arguments.overwrite, _warn)
+    with bytes_bar(None, delay=2) as bar, prepare(config, arguments.out, *how, tokenizer, bar.update) as trainer:
+        bar.close()
+        main = trainer.engine.main
+        say = (sys.stderr if arguments.json else sys.stdout) if main else open(os.devnull, "w")  # noqa: SIM115
         try:
-            _report(trainer, arguments.resume, sys.stderr if arguments.json else sys.stdout)
+            _report(trainer, arguments.resume, say)
         except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt("continue with --resume") from interrupt
+            raise KeyboardInterrupt(*(interrupt.args or ["continue with --resume"])) from interrupt
+        except LostError as error:
+            print(f"gateloop train: failed: {error}", file=sys.stderr, flush=True)
+            # Leaving in order would wait for the process that is gone.
+            os._exit(1)
         result = trainer.result()
+        unit = "bytes" if trainer.config.tokenizer.kind == "bytes" else "tokens"
+    if not main:
+        return
     if arguments.json:
         print(json.dumps({**dataclasses.asdict(result), "out": str(arguments.out)}))
         return
     print(
         f"validation: {result.bits_per_byte:.4f} bits per byte after {count(result.steps, 'step')}, "
-        f"{result.tokens:,} bytes, {result.seconds:.0f} s\n"
+        f"{result.tokens:,} {unit}, {result.seconds:.0f} s\n"
         f"model: {arguments.out / 'model.safetensors'}\ncurve: {arguments.out / 'loss.png'}"
     )
+
+
+def _warn(text: str) -> None:
+    print(f"gateloop train: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _report(trainer: Trainer, resumed: bool, say: TextIO) -> None:
     """Train, saying on `say` what and from where, with a bar on a terminal."""
     from tqdm import tqdm
 
-    parameters = trainer.result().parameters
-    print(f"{trainer.corpus.description}\n{parameters:,} parameters on {trainer.device}", file=say, flush=True)
+    engine, parameters = trainer.engine, trainer.result().parameters
+    print(f"{trainer.corpus.description}\n{parameters:,} parameters on {engine.described()}", file=say)
+    print("\n".join(needs_of(trainer)), file=say, flush=True)
     step, options = trainer.progress.step, trainer.config.training
     if resumed:
         where = f"resumed at step {step}" if step else "no checkpoint yet: starting from step 0"
         print(where, file=say, flush=True)
     total = None if options.minutes else options.steps
-    with tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True) as bar:
+    silent = None if engine.main else True
+    with tqdm(total=total, initial=step, unit="step", disable=silent, dynamic_ncols=True) as bar:
         trainer.run(_Reporter(bar, say))
 
 

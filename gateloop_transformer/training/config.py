@@ -7,9 +7,14 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-FORMAT = 2
+from gateloop_transformer.training.presets import PRESETS
+
+if TYPE_CHECKING:
+    from gateloop_transformer.data.tokenizer import Tokenizer
+
+FORMAT = 3
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, since: int = 1) -> Any:
@@ -22,7 +27,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, sinc
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The arguments of `Transformer`, in its words; the vocabulary is the 256 bytes."""
+    """The arguments of `Transformer`, in its words; the vocabulary is the tokenizer's."""
 
     dim: int = option(128, "width")
     depth: int = option(4, "number of blocks")
@@ -52,9 +57,9 @@ class ModelConfig:
     attn_window: int | None = option(None, "steps that attention layers see at most; none: all", since=2)
     dropout: float = option(0.0, "probability of dropping an element of what a block adds")
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `Transformer`."""
-        values = {"num_tokens": 256, **dataclasses.asdict(self)}
+    def arguments(self, num_tokens: int = 256) -> dict[str, Any]:
+        """Keyword arguments for `Transformer`, of a vocabulary of that size."""
+        values = {"num_tokens": num_tokens, **dataclasses.asdict(self)}
         values["data_dependent_rel_pos"] = {"none": False, "released": True, "gate_loop": "gate_loop"}[
             self.data_dependent_rel_pos
         ]
@@ -68,17 +73,26 @@ class TrainingConfig:
     steps: int = option(1000, "optimizer steps")
     minutes: float | None = option(None, "stop after this much training time instead; the schedule follows it")
     context: int = option(256, "bytes in a training window")
-    batch: int = option(16, "windows in a micro-batch")
-    accumulate: int = option(1, "micro-batches in a step")
+    batch: int = option(16, "windows that a process works on at a time")
+    accumulate: int = option(1, "so many times --batch windows are in a step, shared by all processes")
     lr: float = option(3e-3, "peak learning rate")
     min_lr: float = option(0.1, "final learning rate as a fraction of the peak")
     gate_lr: float = option(0.5, "learning rate of gate parameters as a fraction of the others'")
     warmup: float = option(0.05, "fraction of the run in which the learning rate rises")
+    schedule: str = option(
+        "cosine",
+        "after the warm-up: cosine falls to the end; wsd stays, then falls during the last part; constant stays",
+        ("cosine", "wsd", "constant"),
+        since=3,
+    )
+    decay: float = option(0.2, "fraction of the run in which the learning rate of wsd falls", since=3)
     weight_decay: float = option(0.1, "of matrices, gates and embeddings excepted")
     beta1: float = option(0.9, "of AdamW")
     beta2: float = option(0.95, "of AdamW")
     clip: float = option(1.0, "largest norm of a step's gradient")
-    precision: str = option("float32", "of matrix products (autocast)", ("float32", "bf16"))
+    precision: str = option(
+        "float32", "of matrix products (bf16: autocast), or of everything (float64)", ("float32", "bf16", "float64")
+    )
     seed: int = option(0, "of weights, batches and dropout")
     device: str = option("auto", "auto, cpu, cuda, ...")
     valid_fraction: float = option(0.1, "share of the data held out for validation")
@@ -90,10 +104,39 @@ class TrainingConfig:
     carry_state: bool = option(
         False, "windows follow each other in the text, each from the state that the one before ended with", since=2
     )
+    ema: float = option(
+        0.0, "decay a step of an average of the weights, which is validated and published; 0: none", since=3
+    )
+    z_loss: float = option(0.0, "weight of the squared log-normaliser in the loss; 0: none", since=3)
+    skip_nonfinite: int = option(0, "batches with a loss or gradient that is not finite to pass over in all", since=3)
+    parallel: str = option(
+        "ddp", "each process has all weights (ddp), or a part of each (fsdp)", ("ddp", "fsdp"), since=3
+    )
+    context_parallel: int = option(1, "processes that share each window, a part of its time each", since=3)
+    track: str = option(
+        "auto",
+        "where else metrics go; auto: to TensorBoard where that is installed",
+        ("auto", "none", "tensorboard", "wandb", "trackio"),
+        since=3,
+    )
+
+    @property
+    def windows(self) -> int:
+        """Windows in a step, of all processes."""
+        return self.batch * self.accumulate
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
-        positive = ("steps", "context", "batch", "accumulate", "eval_every", "checkpoint_every", "keep")
+        positive = (
+            "steps",
+            "context",
+            "batch",
+            "accumulate",
+            "eval_every",
+            "checkpoint_every",
+            "keep",
+            "context_parallel",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -107,6 +150,12 @@ class TrainingConfig:
             (0 <= self.min_lr <= 1, "min_lr must be in [0, 1]", self.min_lr),
             (0 < self.gate_lr <= 1, "gate_lr must be in (0, 1]", self.gate_lr),
             (0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup),
+            (0 < self.decay <= 1, "decay must be in (0, 1]", self.decay),
+            (
+                self.schedule != "wsd" or self.warmup + self.decay <= 1,
+                "warmup + decay must be at most 1 for the wsd schedule",
+                self.warmup + self.decay,
+            ),
             (0 <= self.weight_decay < math.inf, "weight_decay must be finite, 0 or more", self.weight_decay),
             (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "betas must be in [0, 1)", (self.beta1, self.beta2)),
             (self.clip > 0, "clip must be above 0", self.clip),
@@ -114,6 +163,9 @@ class TrainingConfig:
             (0 < self.valid_fraction < 1, "valid_fraction must be in (0, 1)", self.valid_fraction),
             (self.eval_bytes >= 2, "eval_bytes must be at least 2", self.eval_bytes),
             (self.sample_bytes >= 0, "sample_bytes must be 0 or more", self.sample_bytes),
+            (0 <= self.ema < 1, "ema must be in [0, 1)", self.ema),
+            (0 <= self.z_loss < math.inf, "z_loss must be finite, 0 or more", self.z_loss),
+            (self.skip_nonfinite >= 0, "skip_nonfinite must be 0 or more", self.skip_nonfinite),
         )
         for fine, rule, value in rules:
             if not fine:
@@ -121,13 +173,58 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokens a model reads: bytes, or those of a BPE tokenizer.
+
+    kind: "bytes" or "bpe". size: of the vocabulary. sha256: of the tokenizer.json in the run's folder; None: bytes.
+    """
+
+    kind: str = "bytes"
+    size: int = 256
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerConfig:
+        """What tells this tokenizer."""
+        return cls() if tokenizer.kind == "bytes" else cls(tokenizer.kind, tokenizer.size, tokenizer.sha256)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return {"kind": "bytes"} if self.kind == "bytes" else dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any, where: str) -> TokenizerConfig:
+        """The inverse of `to_json`; before format 3 there was the word "bytes".
+
+        Raises:
+            ValueError: an unknown kind, or a value that is missing or of the wrong type.
+        """
+        if values in ("bytes", {"kind": "bytes"}):
+            return cls()
+        if not isinstance(values, dict) or values.get("kind") != "bpe":
+            raise ValueError(f"{where}: unknown tokenizer {values!r}; there are 'bytes' and 'bpe'")
+        if values.keys() != {"kind", "size", "sha256"} or [type(values[key]) for key in ("size", "sha256")] != [
+            int,
+            str,
+        ]:
+            raise ValueError(f"{where}: a BPE tokenizer has a kind, a size and a sha256, not {values!r}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """One run: what is trained, how, and on which data (None: the Python standard library's sources; with its hash)."""
+    """One run: what is trained, how, and on which data.
+
+    data: as in `open_source`; None: the Python standard library's sources. data_sha256: of the corpus. field: of
+    records, the one with the text, as in `open_source`. tokenizer: of the text.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: str | None = None
     data_sha256: str | None = None
+    field: str | None = None
+    tokenizer: TokenizerConfig = TokenizerConfig()
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
@@ -138,7 +235,7 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary with the format's number."""
-        return {"format": FORMAT, "tokenizer": "bytes", **dataclasses.asdict(self)}
+        return {"format": FORMAT, **dataclasses.asdict(self), "tokenizer": self.tokenizer.to_json()}
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> RunConfig:
@@ -154,17 +251,18 @@ class RunConfig:
                 f"{where} is of format {values['format']}, newer than this version of gateloop-transformer reads "
                 f"({FORMAT}); install a newer one"
             )
-        if values.get("tokenizer") != "bytes":
-            raise ValueError(f"{where}: unknown tokenizer {values.get('tokenizer')!r}; there is only 'bytes'")
-        data = values.get("data")
-        digest = values.get("data_sha256")
-        for entry in (data, digest):
-            if not (entry is None or isinstance(entry, str)):
-                raise ValueError(f"{where}: data and data_sha256 must be texts or null, not {entry!r}")
         version = values["format"]
+        tokenizer = TokenizerConfig.from_json(values.get("tokenizer"), where)
+        data = values.get("data")
+        # Earlier formats hashed other splits of the same data.
+        digest = values.get("data_sha256") if version >= 3 else None
+        name = values.get("field")
+        for entry in (data, digest, name):
+            if not (entry is None or isinstance(entry, str)):
+                raise ValueError(f"{where}: data, data_sha256 and field must be texts or null, not {entry!r}")
         model = build(ModelConfig, values.get("model"), f"{where}, model", version)
         training = build(TrainingConfig, values.get("training"), f"{where}, training", version)
-        return cls(model, training, data, digest)
+        return cls(model, training, data, digest, name, tokenizer)
 
 
 Config = typing.TypeVar("Config", ModelConfig, TrainingConfig)
@@ -211,58 +309,6 @@ def build(kind: type[Config], values: Any, where: str, version: int = FORMAT) ->
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-_GATED = {"gate": "ring", "conv_size": 4}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        **_GATED,
-        "dim": 128,
-        "depth": 4,
-        "gate_loop_heads": 8,
-        "head_norm": True,
-        "max_memory": 256,
-        "steps": 700,
-        "context": 256,
-        "batch": 8,
-        "lr": 4e-3,
-        "eval_every": 100,
-    },
-    "small": {
-        **_GATED,
-        "dim": 512,
-        "depth": 6,
-        "gate_loop_heads": 16,
-        "head_norm": True,
-        "max_memory": 512,
-        "steps": 10000,
-        "context": 512,
-        "batch": 16,
-        "lr": 1e-3,
-        "eval_every": 500,
-        "checkpoint_every": 500,
-        "eval_bytes": 262144,
-    },
-    "paper": {
-        "gate": "paper",
-        "dim": 768,
-        "depth": 14,
-        "dropout": 0.1,
-        "steps": 100000,
-        "context": 512,
-        "batch": 16,
-        "lr": 6e-4,
-        "gate_lr": 0.2,
-        "eval_every": 1000,
-        "checkpoint_every": 1000,
-        "eval_bytes": 1048576,
-    },
-}
-PRESET_HELP = (
-    "tiny: 0.9 M parameters, minutes on a CPU; small: 23 M parameters; paper: 124 M parameters, as many heads as "
-    "channels and the paper's gate"
-)
 
 
 def split_fields(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

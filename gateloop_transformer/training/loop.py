@@ -5,27 +5,36 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
 
-from gateloop_transformer.layers.attention import CausalFullAttention
-from gateloop_transformer.layers.gate_looped import GateLoopedAttention
-from gateloop_transformer.layers.state import TransformerState
-from gateloop_transformer.training import checkpoint
-from gateloop_transformer.training.checkpoint import Progress
-from gateloop_transformer.training.config import RunConfig, TrainingConfig
-from gateloop_transformer.training.data import Corpus, batch_at, load_corpus, stream_at
-from gateloop_transformer.training.evaluation import validate
+from gateloop_transformer.data.corpus import Corpus, load_corpus
+from gateloop_transformer.data.sources import is_standard_input
+from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
+from gateloop_transformer.training import checkpoint, folder, snapshot
+from gateloop_transformer.training.checkpoint import Progress, Snapshot
+from gateloop_transformer.training.config import RunConfig, TokenizerConfig
+from gateloop_transformer.training.diagnosis import first_not_finite
+from gateloop_transformer.training.engine import ElsewhereError, Engine, LostError, full, launched
+from gateloop_transformer.training.evaluation import Share, validate
+from gateloop_transformer.training.optimizer import Average, parameter_groups
 from gateloop_transformer.training.plot import draw_curve
+from gateloop_transformer.training.schedule import learning_rate
+from gateloop_transformer.training.signals import Signals
+from gateloop_transformer.training.step import Carried, Flags, Outcome, Stepper, draw
+from gateloop_transformer.training.storage import digest, write_text
+from gateloop_transformer.training.watching import Clock, Log, peak_memory
 
-# What may change when a run is resumed: how long it goes on, and how often it is looked at.
-RESUMABLE = ("steps", "minutes", "eval_every", "checkpoint_every", "sample_bytes", "keep", "device")
+# What may change when a run is resumed: how long it goes on, how often it is looked at, and on what it runs.
+RESUMABLE = (
+    *("steps", "minutes", "eval_every", "checkpoint_every", "sample_bytes", "keep", "device", "skip_nonfinite"),
+    *("parallel", "context_parallel", "track", "batch", "accumulate"),
+)
 
 
 class TrainingError(RuntimeError):
@@ -43,86 +52,34 @@ class Result:
     parameters: int
 
 
-def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """AdamW groups: matrices (decayed), the rest (not), gate parameters (lower learning rate, not decayed)."""
-    gate_ids = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, GateLoopedAttention | CausalFullAttention)
-        for parameter in module.gate_parameters()
-    }
-    matrix_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    matrices, others, gates = [], [], []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in gate_ids:
-            gates.append(parameter)
-        elif id(parameter) in matrix_ids:
-            matrices.append(parameter)
-        else:
-            others.append(parameter)
-    groups = (
-        {"params": matrices, "weight_decay": config.weight_decay, "factor": 1.0},
-        {"params": others, "weight_decay": 0.0, "factor": 1.0},
-        {"params": gates, "weight_decay": 0.0, "factor": config.gate_lr},
-    )
-    return [group for group in groups if group["params"]]
-
-
-def learning_rate(config: TrainingConfig, done: float) -> float:
-    """Linear warm-up, then a cosine from the peak to min_lr, as a function of the fraction of the run done."""
-    if done < config.warmup:
-        return config.lr * done / config.warmup
-    rest = (done - config.warmup) / (1 - config.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
-    return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
-
-
-def first_not_finite(model: nn.Module, ids: Tensor) -> str:
-    """Name the first module, in order of computation, whose parameters or output are not finite."""
-    found: list[str] = []
-    names = {module: name or "model" for name, module in model.named_modules()}
-
-    def look(module: nn.Module, _inputs: Any, output: Any) -> None:
-        own = any(not torch.isfinite(p).all() for p in module.parameters(recurse=False))
-        bad = isinstance(output, Tensor) and output.is_floating_point() and not torch.isfinite(output).all()
-        if not found and (own or bad):
-            what = "parameters" if own else "output"
-            found.append(f"{what} of {names[module]} ({type(module).__name__})")
-
-    hooks = [module.register_forward_hook(look) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model(ids[:, :-1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if found:
-        return found[0]
-    gradients = [
-        name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()
-    ]
-    return f"gradient of {gradients[0]}" if gradients else "the loss itself"
-
-
 class Trainer:
-    """One run in one folder: model, optimizer, data, and where it stands."""
+    """One run in one folder: model, optimizer, data, and where it stands; on each of its processes."""
 
-    def __init__(self, config: RunConfig, folder: Path, corpus: Corpus, source: Path | None = None) -> None:
-        """`source`: the file that the configuration was read from, if any, for errors."""
-        self.config, self.folder, self.corpus = config, folder, corpus
+    def __init__(
+        self, config: RunConfig, where: Path, corpus: Corpus, engine: Engine, source: Path | None = None
+    ) -> None:
+        """`where`: the run's folder; `source`: the file that the configuration was read from, if any, for errors."""
+        self.config, self.folder, self.corpus, self.engine = config, where, corpus, engine
         options = config.training
-        self.device = checkpoint.pick_device(options.device)
+        self.device = engine.device
         torch.manual_seed(options.seed)
-        self.model = checkpoint.new_model(config.model, source).to(self.device)
+        model = folder.new_model(config.model, source, config.tokenizer.size)
+        self.model = (model.double() if options.precision == "float64" else model).to(self.device)
+        engine.shard(self.model)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, options), lr=options.lr, betas=(options.beta1, options.beta2), fused=True
         )
-        self.progress = Progress(0, 0.0)
+        unused = config.model.ablate_complex or config.model.ablate_state_transition
+        clock = Clock(self.device)
+        self.stepper = Stepper(self.model, engine.wrap(self.model, unused), corpus.train, options, engine, clock)
+        self.average = Average(self.model, options.ema) if options.ema else None
+        self.progress = Progress()
         # One for each micro-batch, where windows follow each other.
-        self.carried: list[TransformerState | None] = [None] * options.accumulate if options.carry_state else []
-        self.bits_per_byte = math.nan
+        self.carried: Carried = [None] * len(engine.micro_batches(options)) if options.carry_state else []
+        self.bits_per_byte, self.best = math.nan, math.inf
+        self.trouble: OSError | None = None
+        self.seconds = 0.0
+        self.log: Log | None = None
 
     @property
     def finished(self) -> bool:
@@ -136,73 +93,136 @@ class Trainer:
             return progress.seconds / (60 * minutes)
         return progress.step / self.config.training.steps
 
-    def restore(self) -> None:
-        """Go back to the newest checkpoint, or to step 0 where there is none, and forget later metrics."""
-        progress = checkpoint.load_checkpoint(self.folder, self.model, self.optimizer, self.config, self.carried)
-        if progress is not None:
-            self.progress = progress
+    def restore(self, warn: Any) -> None:
+        """Go back to the newest whole checkpoint, or to step 0 where there is none, and forget later metrics.
+
+        Raises:
+            ValueError: no checkpoint is whole, or it is of another configuration.
+        """
+        engine = self.engine
+        newest = engine.together(lambda: checkpoint.newest_whole(self.folder, warn), main=True)
+        (name,) = engine.share([newest.name if newest else None])
+        if name is not None:
+            engine.together(lambda: self._read(self.folder / folder.CHECKPOINTS / name))
+        engine.together(self._tidy, main=True)
+        self.bits_per_byte, self.best = engine.share([self.bits_per_byte, self.best])
+
+    def _read(self, path: Path) -> None:
+        """Take up the place at which a checkpoint was written."""
+        saved = checkpoint.read(path, self.config)
+        folder.check_fit(self.model, saved.model, path / folder.MODEL)
+        self.carried = snapshot.give(self.engine, saved, self.model, self.optimizer, self.average, self.config.training)
+        self.progress, self.seconds = saved.progress, saved.progress.seconds
+        model = self.folder / folder.MODEL
+        same = model.exists() and not saved.average and digest(model) == digest(path / folder.MODEL)
+        if self.engine.main and not same:
             # A kill between a checkpoint and this file leaves the file of an earlier step.
-            checkpoint.publish(self.folder, self.model, self.config)
-        metrics = self.folder / checkpoint.METRICS
+            folder.publish(self.folder, saved.average or saved.model, self.config)
+
+    def _tidy(self) -> None:
+        """Put the folder where the run stands: no later checkpoints, no later metrics."""
+        checkpoint.set_aside(self.folder, self.progress.step)
+        metrics = self.folder / folder.METRICS
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         kept = [record for record in _records(lines) if record["step"] <= self.progress.step]
-        checkpoint.write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
         validations = [record["bits_per_byte"] for record in kept if "bits_per_byte" in record]
         self.bits_per_byte = validations[-1] if validations else math.nan
+        best = checkpoint.best_checkpoint(self.folder)
+        self.best = math.inf if best is None else checkpoint.score(best)
 
     def run(self, bar: Any) -> None:
-        """Train to the end. `bar` has update(), set_postfix() and write(), as a tqdm bar has."""
+        """Train to the end. `bar` has update(), set_postfix() and write(), as a tqdm bar has.
+
+        Raises:
+            TrainingError: something is not finite, or cannot be written.
+            KeyboardInterrupt: a signal asked to stop; the last step is saved.
+            LostError: another process is gone.
+        """
         self.model.train()
-        with (self.folder / checkpoint.METRICS).open("a") as log:
-            while not self.finished:
-                started = time.perf_counter()
-                record = self._step()
-                elapsed = self.progress.seconds + time.perf_counter() - started
-                self.progress = replace(self.progress, step=self.progress.step + 1, seconds=elapsed)
-                record["seconds"] = round(elapsed, 3)
-                _log(log, record)
-                self._show(bar, record)
-                options, step = self.config.training, self.progress.step
-                if step % options.eval_every == 0 or self.finished:
-                    self._validate(log, bar)
-                if step % options.checkpoint_every == 0 or self.finished:
-                    self._save()
+        try:
+            with Signals() as signals, self._logging(), self.engine.watched():
+                while not self.finished:
+                    stop = self._step(signals, bar)
+                    self._look(bar, stop)
+                    if stop:
+                        self._stop(signals.received)
+        except LostError as error:
+            raise LostError(f"{error}; {self._kept()}. Start it again with --resume") from error
         if math.isnan(self.bits_per_byte):
             self.bits_per_byte = self._bits_per_byte()
+            self.engine.reshard(self.model)
 
-    def _step(self) -> dict[str, Any]:
-        """One optimizer step; what there is to log of it."""
-        options, step = self.config.training, self.progress.step + 1
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """metrics.jsonl and trackers are open meanwhile, on the main process."""
+        engine = self.engine
+        self.log = engine.together(
+            lambda: Log(self.folder / folder.METRICS, engine.accelerator, self.config, self.progress.step), main=True
+        )
+        try:
+            yield
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    def _look(self, bar: Any, stop: bool) -> None:
+        """Validate and save where it is time to."""
+        options, step = self.config.training, self.progress.step
+        improved = False
+        if step % options.eval_every == 0 or self.finished:
+            improved = self._validate(bar)
+        if step % options.checkpoint_every == 0 or self.finished or improved or stop:
+            self._save()
+
+    def _stop(self, received: str | None) -> NoReturn:
+        if not self.engine.main:
+            raise ElsewhereError(1)
+        what = received or "a signal to another process"
+        raise KeyboardInterrupt(f"{what}: step {self.progress.step} is saved; continue with --resume")
+
+    def _step(self, signals: Signals, bar: Any) -> bool:
+        """One optimizer step, logged; whether a process was asked to stop."""
+        options, step, clock = self.config.training, self.progress.step + 1, self.stepper.clock
+        clock.start()
         rate = learning_rate(options, self._schedule())
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        total = 0.0
-        for micro in range(options.accumulate):
-            ids, loss = self._loss(step, micro)
-            total += loss.item() / options.accumulate
-            self._guard(math.isfinite(loss.item()), "loss", step, ids)
-            (loss / options.accumulate).backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-        self._guard(bool(torch.isfinite(norm)), "gradient", step, ids)
-        self.optimizer.step()
+        flags = Flags(signals.received is not None, self.trouble is not None, self.seconds)
+        outcome = self.stepper.gradients(step, self.carried, flags)
+        if outcome.trouble:
+            self.engine.together(self._raise_trouble, main=True)
+        tokens = step * options.windows * options.context
+        if outcome.fault:
+            skipped = self._pass_over(outcome, step)
+            record: dict[str, Any] = {"step": step, "skipped": skipped, "tokens": tokens, "lr": rate}
+        else:
+            skipped = self.progress.skipped
+            self._update(outcome, step)
+            record = {"step": step, "loss": outcome.loss, "tokens": tokens, "lr": rate, "grad_norm": outcome.norm}
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = step * options.batch * options.accumulate * options.context
-        return {"step": step, "loss": total, "tokens": tokens, "lr": rate, "grad_norm": norm.item()}
+        clock.lap("optimizer")
+        self.seconds = (self.seconds if self.engine.main else outcome.seconds) + clock.elapsed()
+        self.progress = Progress(step, self.seconds, tokens, skipped)
+        self._write(record | self._speed(clock))
+        self._show(bar, record)
+        return outcome.stop
 
-    def _loss(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """The ids of a micro-batch and its loss."""
-        options, train = self.config.training, self.corpus.train
-        if not options.carry_state:
-            ids = batch_at(train, step, micro, options.batch, options.context, options.seed).to(self.device)
-            with self._autocast():
-                return ids, self.model(ids, return_loss=True)
-        ids, resets = stream_at(train, step, micro, options.batch, options.accumulate, options.context, options.seed)
-        ids = ids.to(self.device)
-        marks = {} if resets is None else {"resets": resets.to(self.device)}
-        with self._autocast():
-            loss, state = self.model(ids, self.carried[micro], return_loss=True, return_state=True, **marks)
-        self.carried[micro] = state.detach()
-        return ids, loss
+    def _update(self, outcome: Outcome, step: int) -> None:
+        self.optimizer.step()
+        self.carried = outcome.carried
+        if self.average is not None:
+            self.average.update(self.model, step)
+
+    def _speed(self, clock: Clock) -> dict[str, Any]:
+        """How fast this step was, in what memory, and where its time went."""
+        options = self.config.training
+        return {
+            "seconds": round(self.progress.seconds, 3),
+            "tokens_per_second": round(options.windows * options.context / clock.elapsed(), 1),
+            "memory": peak_memory(self.device),
+            "shares": clock.shares(),
+        }
 
     def _schedule(self) -> float:
         """The fraction of the run done in the middle of the coming step."""
@@ -210,50 +230,85 @@ class Trainer:
             return max(self.done(self.progress), 1e-3)
         return (self.progress.step + 0.5) / self.config.training.steps
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.training.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
+    def _write(self, record: dict[str, Any]) -> None:
+        """Log a record on the main process; what fails is said to the others with the next step."""
+        if self.log is None:
+            return
+        try:
+            self.log.write(record)
+        except OSError as error:
+            self.trouble = error
 
-    def _guard(self, fine: bool, what: str, step: int, ids: Tensor) -> None:
-        """Stop before anything that is not finite reaches the weights.
+    def _raise_trouble(self) -> None:
+        if self.trouble is not None:
+            raise TrainingError(f"cannot write to {str(self.folder)!r}: {self._reason(self.trouble)}") from self.trouble
+
+    def _reason(self, error: OSError) -> str:
+        """What the system said, and what is left."""
+        return f"{error.strerror or error}; {self._kept()}. Continue with --resume once that is mended"
+
+    def _kept(self) -> str:
+        saved = folder.newest_step(self.folder)
+        return f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+
+    def _pass_over(self, outcome: Outcome, step: int) -> int:
+        """Count a step whose loss or gradient is not finite; nothing of it reaches the weights.
+
+        Returns:
+            How many were passed over so far.
 
         Raises:
-            TrainingError: naming the step and the first module at fault.
+            TrainingError: one too many; naming the step and the first module at fault.
         """
-        if fine:
-            return
-        with self._autocast():
-            where = first_not_finite(self.model, ids)
-        self._fail(f"the {what} is not finite at step {step}: first in the {where}")
+        skipped, allowed = self.progress.skipped + 1, self.config.training.skip_nonfinite
+        if skipped > allowed:
+            with self.stepper.autocast():
+                found = self.engine.gather(first_not_finite(self.model, outcome.ids[:, :-1]))
+            # A process whose own share of the batch is fine has only its gradients to show.
+            where = min(found, key=lambda text: text.startswith(("gradient", "the loss")))
+            after = f" (after {allowed} that --skip-nonfinite let pass)" if allowed else ""
+            self._fail(f"the {outcome.fault} is not finite at step {step}{after}: first in the {where}")
+        return skipped
 
     def _fail(self, what: str) -> NoReturn:
-        saved = checkpoint.newest_step(self.folder)
-        kept = (
-            f"the checkpoint of step {saved} is kept"
-            if saved
-            else "there is no checkpoint yet (start again with --overwrite)"
-        )
-        raise TrainingError(f"{what}; {kept}. A lower --lr or --clip, or --precision float32, may help")
+        """End the run because of its numbers. All processes call this."""
+        saved = folder.newest_step(self.folder)
+        kept = self._kept() + ("" if saved else " (start again with --overwrite)")
+        error = TrainingError(f"{what}; {kept}. A lower --lr or --clip, or --precision float32, may help")
+        self.engine.fail(error)
 
-    def _validate(self, log: Any, bar: Any) -> None:
+    def _validate(self, bar: Any) -> bool:
+        """Bits per byte of the validation data, logged and drawn; whether they are the fewest so far."""
         options, step = self.config.training, self.progress.step
         self._guard_weights()
-        self.bits_per_byte = self._bits_per_byte()
+        with self.average.applied(self.model) if self.average else contextlib.nullcontext():
+            self.bits_per_byte = self._bits_per_byte()
+            sample = self._sample(options.sample_bytes) if options.sample_bytes else None
+            self.engine.reshard(self.model)
+        self.progress = replace(self.progress, bits_per_byte=self.bits_per_byte)
         record: dict[str, Any] = {"step": step, "bits_per_byte": self.bits_per_byte}
-        if options.sample_bytes:
-            record["sample"] = self._sample(options.sample_bytes)
-        _log(log, record)
-        draw_curve(self.folder / checkpoint.METRICS, self.folder / checkpoint.CURVE)
+        self._write(record if sample is None else {**record, "sample": sample})
+        self.engine.together(self._draw, main=True)
         of = "" if options.minutes else f"/{options.steps}"
         bar.write(f"step {step}{of}: {self.bits_per_byte:.4f} bits per byte on validation data")
-        if options.sample_bytes:
-            bar.write("\n".join("    " + line for line in record["sample"].splitlines()))
+        if sample is not None:
+            bar.write("\n".join("    " + line for line in sample.splitlines()))
+        improved = self.bits_per_byte < self.best
+        self.best = min(self.best, self.bits_per_byte)
+        return improved
+
+    def _draw(self) -> None:
+        try:
+            draw_curve(self.folder / folder.METRICS, self.folder / folder.CURVE)
+        except OSError as error:
+            raise TrainingError(f"cannot draw {folder.CURVE}: {self._reason(error)}") from error
 
     def _bits_per_byte(self) -> float:
         options = self.config.training
-        with self._autocast():
-            return validate(self.model, self.corpus.valid, options.context, options.eval_bytes, options.batch)
+        with self.stepper.autocast():
+            share = Share(self.engine.rank, self.engine.size, self.engine.sum)
+            sizes = options.context, options.eval_bytes, options.batch
+            return validate(self.model, self.corpus.valid, *sizes, self.corpus.tokenizer, share)
 
     def _guard_weights(self) -> None:
         """Nothing that is not finite is validated or saved.
@@ -261,45 +316,59 @@ class Trainer:
         Raises:
             TrainingError: naming the step and the first parameter at fault.
         """
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                self._fail(f"the weights are not finite after step {self.progress.step}: first in {name}")
+        names = [name for name, tensor in self.model.named_parameters() if not torch.isfinite(full(tensor)).all()]
+        if names:
+            self._fail(f"the weights are not finite after step {self.progress.step}: first in {names[0]}")
 
     def _sample(self, length: int) -> str:
-        """A text from the model as it is, without touching the random state that training uses."""
-        prompt = torch.tensor([[ord("\n")]], device=self.device)
+        """A text from the model as it is."""
+        tokenizer = self.corpus.tokenizer
+        prompt = torch.from_numpy(tokenizer.encode(b"\n").astype("int64"))[None].to(self.device)
         ids = self.model.generate(prompt, length, temperature=1.0, top_p=0.95, seed=self.config.training.seed)
-        return bytes(ids[0, 1:].tolist()).decode("utf-8", errors="replace")
+        return tokenizer.decode(ids[0, prompt.shape[1] :].tolist()).decode("utf-8", errors="replace")
 
     def _save(self) -> None:
         self._guard_weights()
-        checkpoint.save_checkpoint(self.folder, self.model, self.optimizer, self.progress, self.config, self.carried)
+        windows = self.config.training.windows
+        whole = snapshot.take(
+            self.engine, self.model, self.optimizer, self.average, self.carried, windows, self.progress
+        )
+        self.engine.together(lambda: self._write_checkpoint(whole), main=True)
+
+    def _write_checkpoint(self, whole: Snapshot | None) -> None:
+        assert whole is not None
+        try:
+            checkpoint.write(self.folder, whole, self.config)
+        except OSError as error:
+            step = self.progress.step
+            raise TrainingError(f"cannot write the checkpoint of step {step}: {self._reason(error)}") from error
 
     def _show(self, bar: Any, record: dict[str, Any]) -> None:
         rate = record["tokens"] / max(self.progress.seconds, 1e-9)
-        bar.set_postfix({"loss": f"{record['loss']:.3f}", "tokens/s": f"{rate:,.0f}"}, refresh=False)
+        loss = f"{record['loss']:.3f}" if "loss" in record else "not finite"
+        bar.set_postfix({"loss": loss, "tokens/s": f"{rate:,.0f}"}, refresh=False)
         bar.update(1)
 
     def result(self) -> Result:
         """How the run stands."""
-        options = self.config.training
         return Result(
             bits_per_byte=self.bits_per_byte,
             steps=self.progress.step,
-            tokens=self.progress.step * options.batch * options.accumulate * options.context,
+            tokens=self.progress.tokens,
             seconds=self.progress.seconds,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
         )
 
 
-def _check_batch(corpus: Corpus, options: TrainingConfig) -> None:
+def _check_batch(corpus: Corpus, config: RunConfig, engine: Engine) -> None:
     """A batch fits into memory.
 
     Raises:
         ValueError: it does not.
     """
+    options = config.training
     try:
-        batch_at(corpus.train, 1, 0, options.batch, options.context, options.seed)
+        draw(corpus.train, options, engine, 1, 0)
     except (MemoryError, OverflowError, ValueError) as error:
         raise ValueError(f"{options.batch} windows (--batch) do not fit into memory: {error}") from error
 
@@ -315,47 +384,85 @@ def _records(lines: Iterable[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _log(log: Any, record: dict[str, Any]) -> None:
-    log.write(json.dumps(record) + "\n")
-    log.flush()
-
-
 @contextlib.contextmanager
-def prepare(config: RunConfig, folder: Path, resume: bool, overwrite: bool) -> Iterator[Trainer]:
-    """A trainer whose folder is locked meanwhile.
+def prepare(
+    config: RunConfig,
+    where: Path,
+    resume: bool,
+    overwrite: bool,
+    warn: Callable[[str], object],
+    tokenizer: Tokenizer | None = None,
+    report: Callable[[int], object] | None = None,
+) -> Iterator[Trainer]:
+    """A trainer whose folder is locked meanwhile. All processes of a run call this.
 
     Everything that can be refused is refused here, before anything in the folder is touched.
 
     Args:
         config: of the run; when resuming, the stored one.
-        folder: of the run.
-        resume: continue from its newest checkpoint, or from step 0 where there is none yet.
+        where: the run's folder.
+        resume: continue from its newest whole checkpoint, or from step 0 where there is none yet.
         overwrite: delete the run that the folder holds.
+        warn: told of damaged checkpoints.
+        tokenizer: of the text; None: bytes, or when resuming that of the run.
+        report: called with numbers of bytes as the data is tokenised.
 
     Raises:
         ValueError: the data or the configuration cannot be used, the folder holds a run and neither flag is set, or
             another process is training in it.
     """
-    checkpoint.check_folder(folder, resume, overwrite)
     options = config.training
-    corpus = load_corpus(config.data, options.valid_fraction, options.context, folder)
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.check_folder(where, resume, overwrite)
+    if is_standard_input(config.data) and launched() > 1 and not resume:
+        raise ValueError("several processes cannot share standard input: train on files, or start with one process")
+    # Before the processes meet: preparing the data may take longer than one waits for another.
+    if tokenizer is None:
+        tokenizer = folder.load_tokenizer(where) if resume else ByteTokenizer()
+    corpus = load_corpus(
+        config.data,
+        valid_fraction=options.valid_fraction,
+        context=options.context,
+        tokenizer=tokenizer,
+        field=config.field,
+        exclude=where,
+        sha256=config.data_sha256 if resume else None,
+        report=report,
+    )
     if resume and config.data_sha256 not in (None, corpus.sha256):
         raise ValueError(
-            f"the data has changed since the run in {str(folder)!r} was started; it is now {corpus.description}"
+            f"the data has changed since the run in {str(where)!r} was started; it is now {corpus.description}"
         )
-    _check_batch(corpus, options)
-    source = folder / checkpoint.CONFIG if resume else None
-    trainer = Trainer(replace(config, data_sha256=corpus.sha256), folder, corpus, source)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from error
-    with checkpoint.locked(folder):
-        # Another process may have trained here since the first look.
-        checkpoint.check_contents(folder, resume, overwrite)
+    config = replace(config, data_sha256=corpus.sha256, tokenizer=TokenizerConfig.of(tokenizer))
+    source = where / folder.CONFIG if resume else None
+    with Engine(options, where) as engine, contextlib.ExitStack() as stack:
+        engine.together(lambda: engine.check(options))
+        engine.make_groups()
+        engine.together(lambda: _check_batch(corpus, config, engine))
+        trainer = Trainer(config, where, corpus, engine, source)
+        engine.together(lambda: stack.enter_context(_claimed(trainer, resume, overwrite)), main=True)
         if resume:
-            trainer.restore()
-        else:
-            checkpoint.clear_run(folder)
-        checkpoint.write_config(folder, trainer.config)
+            trainer.restore(warn)
+        engine.together(lambda: _describe_run(trainer), main=True)
         yield trainer
+
+
+def _describe_run(trainer: Trainer) -> None:
+    trainer.corpus.tokenizer.save(trainer.folder)
+    folder.write_config(trainer.folder, trainer.config)
+
+
+@contextlib.contextmanager
+def _claimed(trainer: Trainer, resume: bool, overwrite: bool) -> Iterator[None]:
+    """The folder is there, locked, and emptied of a run that is to be replaced."""
+    where = trainer.folder
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {str(where)!r}: {error.strerror}") from error
+    with folder.locked(where):
+        # Another process may have trained here since the first look.
+        folder.check_contents(where, resume, overwrite)
+        if not resume:
+            folder.clear_run(where)
+        yield

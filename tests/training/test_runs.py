@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,16 @@ from safetensors.torch import load_file, save_file
 
 from gateloop_transformer import Transformer, quantize
 from gateloop_transformer.cli import main
-from gateloop_transformer.training import checkpoint
-from gateloop_transformer.training.checkpoint import load_model
+from gateloop_transformer.data.batches import stream_at
+from gateloop_transformer.data.corpus import load_corpus
+from gateloop_transformer.data.shards import Tokens
+from gateloop_transformer.data.tokenizer import ByteTokenizer
+from gateloop_transformer.training import checkpoint, folder, storage
 from gateloop_transformer.training.config import PRESETS, ModelConfig, RunConfig, TrainingConfig, resolve
-from gateloop_transformer.training.data import load_corpus, stream_at
 from gateloop_transformer.training.evaluation import bits_per_byte, validate
-from gateloop_transformer.training.loop import learning_rate, parameter_groups
+from gateloop_transformer.training.folder import load_model
+from gateloop_transformer.training.loop import learning_rate
+from gateloop_transformer.training.optimizer import parameter_groups
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
 TINY = [
@@ -57,8 +63,23 @@ def train(text: Path | None, out: Path, *flags: str, steps: int | None = 8) -> i
 def metrics(out: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for record in records:
-        record.pop("seconds", None)
+        for changing in ("seconds", "tokens_per_second", "memory", "shares"):
+            record.pop(changing, None)
     return records
+
+
+def steps_of(out: Path) -> list[int]:
+    """The steps of the checkpoints, all of which are whole."""
+    paths = sorted((out / "checkpoints").iterdir())
+    for path in paths:
+        checkpoint.verify(path)
+    return [int(path.name.removeprefix("step-")) for path in paths]
+
+
+def seal(path: Path) -> None:
+    """A checkpoint's checksums fit what is in it now."""
+    names = [file for file in sorted(path.iterdir()) if file.name != "checksums.json"]
+    (path / "checksums.json").write_text(json.dumps({file.name: storage.digest(file) for file in names}))
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -101,9 +122,10 @@ def test_a_run_leaves_model_config_metrics_curve_and_checkpoints(text: Path, tmp
         "metrics.jsonl",
         "loss.png",
         "checkpoints",
+        "tensorboard",
         ".lock",
     }
-    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-000000006", "step-000000008"]
+    assert steps_of(out) == [6, 8]
     records = metrics(out)
     assert [record["step"] for record in records if "loss" in record] == list(range(1, 9))
     assert [record["step"] for record in records if "bits_per_byte" in record] == [4, 8]
@@ -170,7 +192,7 @@ def test_a_file_system_without_locks_is_said(text: Path, tmp_path: Path, monkeyp
 def test_two_runs_that_start_together_do_not_replace_each_other(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, look = tmp_path / "run", checkpoint.check_folder
+    out, look = tmp_path / "run", folder.check_folder
 
     def look_then_lose(*arguments: Any) -> None:
         look(*arguments)
@@ -178,7 +200,7 @@ def test_two_runs_that_start_together_do_not_replace_each_other(
         assert train(text, out, steps=1) == 0
         capsys.readouterr()
 
-    monkeypatch.setattr(checkpoint, "check_folder", look_then_lose)
+    monkeypatch.setattr(folder, "check_folder", look_then_lose)
     assert train(text, out, steps=3) == 2
     assert "already holds a run" in error_of(capsys)
     assert metrics(out)[-1]["step"] == 1
@@ -492,7 +514,7 @@ def test_resume_publishes_the_checkpoint_that_a_kill_left_unpublished(text: Path
     out = tmp_path / "run"
     assert train(text, out, steps=6) == 0
     newest = (out / "checkpoints" / "step-000000006" / "model.safetensors").read_bytes()
-    older = (out / "checkpoints" / "step-000000003" / "model.safetensors").read_bytes()
+    older = (out / "checkpoints" / "step-000000004" / "model.safetensors").read_bytes()
     assert newest != older
     (out / "model.safetensors").write_bytes(older)
     assert main(["train", "--out", str(out), "--resume"]) == 0
@@ -597,6 +619,7 @@ def test_optimizer_state_with_missing_parts_is_refused(
     path = out / "checkpoints" / "step-000000003" / "optimizer.safetensors"
     tensors = load_file(path)
     save_file(dict(list(tensors.items())[1:]) if how == "lacks an entry" else {}, path)
+    seal(path.parent)
     capsys.readouterr()
     assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 2
     assert "optimizer state" in error_of(capsys)
@@ -637,7 +660,7 @@ def test_eval_reads_any_bytes(text: Path, tmp_path: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["bytes"] == 512
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "progress.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "checksums.json", "progress.json"])
 def test_a_damaged_checkpoint_is_refused(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
@@ -652,20 +675,88 @@ def test_a_damaged_checkpoint_is_refused(
     assert "only checkpoint: start again with --overwrite" in error
 
 
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "harm"),
+    [
+        ("progress.json", Path.unlink),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-10])),
+        ("optimizer.safetensors", flip),
+        ("checksums.json", flip),
+    ],
+)
 def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, harm: Callable[[Path], Any]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert train(text, whole, steps=6) == 0
+    shutil.copytree(whole, out)
+    newest = out / "checkpoints" / "step-000000006"
+    harm(newest / file)
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    said = capsys.readouterr()
+    assert f"warning: '{newest}" in said.err
+    assert "going back to step-000000004" in said.err
+    assert "resumed at step 4" in said.out
+    assert metrics(out) == metrics(whole)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (out / "checkpoints" / "damaged-step-000000006").is_dir()
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+
+
+def test_the_best_checkpoint_is_kept(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    # After a step far too long nothing is as good as before.
+    flags = ["--eval-every", "2", "--checkpoint-every", "1", "--keep", "1", "--warmup", "0", "--min-lr", "1"]
+    assert train(text, out, *flags, "--lr", "1e-3", steps=2) == 0
+    stored = json.loads((out / "config.json").read_text())
+    stored["training"]["lr"] = 10.0
+    (out / "config.json").write_text(json.dumps(stored))
+    assert main(["train", "--out", str(out), "--resume", "--steps", "7"]) == 0
+    assert steps_of(out) == [2, 7]
+    assert checkpoint.best_checkpoint(out) == out / "checkpoints" / "step-000000002"
+
+
+def test_weights_of_any_checkpoint_can_be_used(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--keep", "9", steps=6) == 0
+    capsys.readouterr()
+
+    def bits(which: str) -> float:
+        assert main(["eval", str(out), str(text), "--json", "--checkpoint", which]) == 0
+        return float(json.loads(capsys.readouterr().out)["bits_per_byte"])
+
+    assert len({bits("3"), bits("4"), bits("6")}) == 3
+    assert bits("last") == bits("6")
+    best = min(("4", "6"), key=lambda step: checkpoint.score(out / "checkpoints" / f"step-00000000{step}"))
+    assert bits("best") == bits(best)
+    assert main(["generate", str(out), "--prompt", "1", "--tokens", "3", "--checkpoint", "5"]) == 2
+    assert "has no checkpoint '5'; there are last, best, 3, 4, 6" in error_of(capsys)
+
+
+def test_a_step_may_be_cut_anew_into_micro_batches(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
-    for folder in (whole, out):
-        assert train(text, folder, steps=6) == 0
-    newest = out / "checkpoints" / "step-000000006"
-    (newest / "progress.json").unlink()
+    flags = ["--carry-state", "--precision", "float64"]
+    assert train(text, whole, *flags, steps=9) == 0
+    shutil.copytree(whole, out)
+    for step in (8, 9):
+        shutil.rmtree(out / "checkpoints" / f"step-00000000{step}")
     capsys.readouterr()
-    assert main(["train", "--out", str(out), "--resume"]) == 2
-    assert f"delete {str(newest)!r} to go back to step-000000003" in error_of(capsys)
-    shutil.rmtree(newest)
-    assert main(["train", "--out", str(out), "--resume"]) == 0
-    assert metrics(out) == metrics(whole)
+    assert main(["train", "--out", str(out), "--resume", "--batch", "2"]) == 2
+    assert "a step of this run has 4 windows: --batch times --accumulate must be that" in error_of(capsys)
+    shutil.copytree(whole / "checkpoints" / "step-000000008", out / "checkpoints" / "step-000000008")
+    assert main(["train", "--out", str(out), "--resume", "--batch", "1", "--accumulate", "4"]) == 0
+    expected, found = load_file(whole / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.allclose(expected[name], found[name], rtol=0, atol=1e-12) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -725,7 +816,7 @@ def test_evaluation_carries_state_whatever_the_block() -> None:
     expected = model(ids, return_loss=True).item() / np.log(2)
     for block in (1, 7, 100, 499, 500, 5000):
         assert bits_per_byte(model, data, block) == pytest.approx(expected, rel=1e-10)
-    assert validate(model, data, 499, 10**6, 4) == pytest.approx(expected, rel=1e-6)
+    assert validate(model, Tokens.of(data), 499, 10**6, 4) == pytest.approx(expected, rel=1e-6)
 
 
 def test_every_parameter_is_in_one_group_and_gates_in_their_own() -> None:
@@ -749,7 +840,7 @@ def test_an_interrupt_hints_at_resume_once_there_is_a_run(
     place: str,
     hint: str,
 ) -> None:
-    def interrupt(*_arguments: Any) -> None:
+    def interrupt(*_arguments: Any, **_options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"gateloop_transformer.training.loop.{place}", interrupt)
@@ -792,11 +883,11 @@ def test_carried_states_are_part_of_a_checkpoint(
     # The schedule of three steps is another, so only the saved states' number and form can be compared.
     saved = [sorted(path.name for path in (run / "checkpoints" / "step-000000006").iterdir()) for run in (whole, out)]
     assert saved[0] == saved[1]
-    assert {"carried-0.safetensors", "carried-1.safetensors"} <= set(saved[0])
-    (out / "checkpoints" / "step-000000006" / "carried-1.safetensors").unlink()
+    assert "carried.safetensors" in saved[0]
+    (out / "checkpoints" / "step-000000006" / "carried.safetensors").unlink()
     capsys.readouterr()
-    assert main(["train", "--out", str(out), "--resume", "--steps", "9"]) == 2
-    assert "carried-1.safetensors' is missing" in error_of(capsys)
+    assert main(["train", "--out", str(out), "--resume", "--steps", "9"]) == 0
+    assert "carried.safetensors' is missing; going back to step" in capsys.readouterr().err
 
 
 def test_a_carried_state_is_what_reading_from_the_start_gives(text: Path, tmp_path: Path) -> None:
@@ -804,8 +895,9 @@ def test_a_carried_state_is_what_reading_from_the_start_gives(text: Path, tmp_pa
     out = tmp_path / "run"
     assert train(text, out, "--carry-state", "--batch", "1", "--lr", "1e-30", "--weight-decay", "0", steps=5) == 0
     model = load_model(out)
-    corpus = load_corpus(str(text), 0.1, 32)
-    windows = [stream_at(corpus.train, step, 0, 1, 1, 32, 0)[0] for step in range(1, 6)]
+    corpus = load_corpus(str(text), valid_fraction=0.1, context=32, tokenizer=ByteTokenizer())
+    shape = {"batch": 1, "accumulate": 1, "context": 32, "seed": 0}
+    windows = [stream_at(corpus.train, step, 0, **shape).ids for step in range(1, 6)]
     ids = torch.cat([windows[0], *(window[:, 1:] for window in windows[1:])], 1)
     logits = model(ids[:, :-1])
     losses = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none").view(5, 32).mean(1)
@@ -820,18 +912,27 @@ def test_attention_without_a_window_carries_no_state(
     assert "carry_state with attention layers needs an attn_window" in error_of(capsys)
 
 
-def test_a_run_of_the_first_format_is_still_read(text: Path, tmp_path: Path) -> None:
+def test_a_model_of_the_first_format_is_still_read(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert train(text, out, steps=3) == 0
     values = json.loads((out / "config.json").read_text())
-    values["format"] = 1
-    del values["model"]["attn_window"], values["training"]["carry_state"]
+    del values["model"]["attn_window"]
+    for item in dataclasses.fields(TrainingConfig):
+        if item.metadata["since"] > 1:
+            del values["training"][item.name]
+    values |= {"format": 1, "tokenizer": "bytes", "data_sha256": "that of another split"}
+    del values["field"]
     (out / "config.json").write_text(json.dumps(values))
     for path in out.rglob("model.safetensors"):
         tensors = load_file(path)
         save_file(tensors, path, {"model": json.dumps(values["model"], sort_keys=True)})
     load_model(out)
-    assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 0
+    (out / "checkpoints" / "step-000000003" / "random.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 2
+    assert "earlier version, whose runs this one cannot continue" in error_of(capsys)
     values["format"] = 2
     (out / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="missing: attn_window"):

@@ -1,0 +1,360 @@
+"""The processes of a run: how many there are, which part each has, and how they agree.
+
+Accelerate starts them, names their devices and keeps their trackers; torch.distributed does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gateloop_transformer.training.config import TrainingConfig
+from gateloop_transformer.training.folder import pick_device
+from gateloop_transformer.training.watching import trackers
+
+Value = TypeVar("Value")
+
+# A process waits for another at most this long: one that was stopped, or whose machine is gone without a word.
+TIMEOUT = timedelta(minutes=10)
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError, OverflowError)
+
+
+class ElsewhereError(SystemExit):
+    """Another process failed and says why; this one ends with the same exit code, silently."""
+
+
+class LostError(RuntimeError):
+    """Another process is gone."""
+
+
+def launched() -> int:
+    """How many processes a launcher (torchrun, accelerate launch, ...) has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def _check_launcher(options: TrainingConfig) -> None:
+    """What `accelerate launch` was asked for is not silently something else here.
+
+    Raises:
+        ValueError: it is.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", {"float32": "no", "bf16": "bf16", "float64": "no"}[options.precision]):
+        raise ValueError(
+            f"accelerate launch asks for the precision {precision}, gateloop train for {options.precision}: give "
+            "--precision bf16 to both or to none"
+        )
+    micro = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    if micro not in (1, options.accumulate):
+        raise ValueError(f"accelerate launch accumulates {micro} gradients, gateloop train {options.accumulate}")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if options.parallel != "fsdp":
+            raise ValueError("accelerate launch asks for FSDP: give gateloop train --parallel fsdp too")
+        # Sharding is done here, by torch's fully_shard.
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate launch asks for {name.lower().replace('_', ' ')}, which gateloop train has no use for: it "
+                "takes --parallel ddp or fsdp, and --context-parallel N"
+            )
+
+
+class Engine:
+    """The processes of a run. One of them, `main`, writes files and speaks.
+
+    rank, size: of this process, of all. data_rank, data_size: batches are shared out among so many. context_size:
+    processes that share each sequence; context_group: them, None where there is but this one.
+    """
+
+    def __init__(self, options: TrainingConfig, where: Path) -> None:
+        """Find the other processes, and wait for them. `where`: the run's folder, for the trackers.
+
+        Raises:
+            ValueError: the launcher's wishes contradict the configuration, or the processes cannot be shared out.
+        """
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+
+        _check_launcher(options)
+        device = pick_device(options.device) if launched() == 1 else None
+        on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",
+            log_with=trackers(options) or None,
+            project_dir=where,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        )
+        self.device = self.accelerator.device if device is None else device
+        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.rank == 0
+        self.context_size = options.context_parallel
+        self.data_rank, self.context_rank = divmod(self.rank, self.context_size)
+        self.data_size = self.size // self.context_size
+        self.context_group: dist.ProcessGroup | None = None
+        self.fsdp = options.parallel == "fsdp" and self.size > 1
+        self.last_exchange = 0.0
+
+    def check(self, options: TrainingConfig) -> None:
+        """The work can be shared out.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        what = f"{self.size} {'process' if self.size == 1 else 'processes'}"
+        if self.size % self.context_size:
+            raise ValueError(f"--context-parallel {self.context_size} does not divide {what}")
+        if options.windows < self.data_size:
+            raise ValueError(
+                f"a step of {options.windows} windows (--batch times --accumulate) cannot be shared by {what}: "
+                "each needs one at least"
+            )
+        if options.context < self.context_size:
+            raise ValueError(f"a context of {options.context} cannot be shared by {self.context_size} processes")
+
+    def make_groups(self) -> None:
+        """The processes that share a sequence find each other. All processes call this."""
+        if self.context_size == 1:
+            return
+        for first in range(0, self.size, self.context_size):
+            group = dist.new_group(list(range(first, first + self.context_size)), timeout=TIMEOUT)
+            if first <= self.rank < first + self.context_size:
+                self.context_group = group
+
+    def described(self) -> str:
+        """In words: "cpu", or "4 x cpu (fsdp, 2 share each window)"."""
+        if self.size == 1:
+            return str(self.device)
+        how = "fsdp" if self.fsdp else "ddp"
+        shared = f", {self.context_size} share each window" if self.context_size > 1 else ""
+        return f"{self.size} x {self.device.type} ({how}{shared})"
+
+    def close(self) -> None:
+        """Let go of the other processes and of what Accelerate keeps between runs of one process."""
+        from accelerate.state import AcceleratorState, GradientState
+
+        self.context_group = None
+        # Where something still refers to a process group at exit, its threads end the process with an abort.
+        gc.collect()
+        self.accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, _kind: type | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+        # Whoever has lost another process would wait for it here.
+        if not isinstance(error, LostError):
+            self.close()
+
+    def rows(self, windows: int) -> slice:
+        """Which of a step's windows this process has."""
+        return slice(windows * self.data_rank // self.data_size, windows * (self.data_rank + 1) // self.data_size)
+
+    def micro_batches(self, options: TrainingConfig) -> list[slice]:
+        """The same cut into micro-batches of --batch windows at most; as many on all processes."""
+        own = self.rows(options.windows)
+        count = math.ceil(math.ceil(options.windows / self.data_size) / options.batch)
+        cuts = [own.start + (own.stop - own.start) * n // count for n in range(count + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(cuts)]
+
+    def part(self, length: int) -> slice:
+        """The steps of a sequence that this process has."""
+        rank, size = self.context_rank, self.context_size
+        return slice(length * rank // size, length * (rank + 1) // size)
+
+    def shard(self, model: nn.Module) -> None:
+        """With FSDP2, spread the parameters over all processes, in place: one unit a block, and one for the rest."""
+        if not self.fsdp:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for block in model.layers:  # type: ignore[union-attr]
+            fully_shard(list(block), mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    def reshard(self, model: nn.Module) -> None:
+        """With FSDP2, let go of weights that a forward pass without a backward pass has gathered."""
+        if self.fsdp:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def wrap(self, model: nn.Module, unused: bool) -> nn.Module:
+        """What to call in the model's place, so that gradients become means over all processes.
+
+        Args:
+            model: as `shard` left it.
+            unused: some parameters may have no gradient.
+        """
+        if self.size == 1 or self.fsdp:
+            return model
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=unused, gradient_as_bucket_view=True
+        )
+        wrapped: nn.Module = self.accelerator.prepare_model(model)
+        # A lambda, as torch looks at annotations, and takes them for something else where they are texts.
+        hook = lambda _state, bucket: self._exchange(bucket)  # noqa: E731
+        wrapped.register_comm_hook(None, hook)  # type: ignore[operator]
+        return wrapped
+
+    def _exchange(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """DDP's own exchange, which notes when the last one began: what follows is waiting."""
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        self.last_exchange = time.perf_counter()
+        return allreduce_hook(dist.distributed_c10d._get_default_group(), bucket)
+
+    def accumulating(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around a backward pass: gradients are exchanged after the last micro-batch only."""
+        if self.size == 1:
+            return contextlib.nullcontext()
+        if self.fsdp:
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            return contextlib.nullcontext()
+        return contextlib.nullcontext() if last else model.no_sync()  # type: ignore[operator]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all processes."""
+        if self.size == 1:
+            return values
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor(values, dtype=kind, device=self.device)
+        with self.watched():
+            dist.all_reduce(total)
+            return total.tolist()
+
+    def share(self, values: list[Any]) -> list[Any]:
+        """The main process's values, on all."""
+        if self.size > 1:
+            with self.watched():
+                dist.broadcast_object_list(values, src=0, device=self.device)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, in the order of the processes, on all."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self.watched():
+                dist.all_gather_object(values, value)
+        return values
+
+    def together(self, function: Callable[[], Value], main: bool = False) -> Value | None:
+        """Run a function on all processes (or on the main one alone); where it fails on one, all fail.
+
+        Returns:
+            What the function returned; None where it was not run.
+
+        Raises:
+            ElsewhereError: it failed on another process, which says so.
+            Exception: what the function raised; on the main process also what it raised elsewhere, as far as said.
+        """
+        if self.size == 1:
+            return function()
+        value, failure = None, None
+        try:
+            if self.main or not main:
+                value = function()
+        except FAILURES as error:
+            failure = error
+        codes = self.gather(None if failure is None else (2 if isinstance(failure, ValueError) else 1, str(failure)))
+        failed = [n for n, code in enumerate(codes) if code is not None]
+        if not failed:
+            return value
+        code, text = codes[failed[0]]
+        if not self.main:
+            raise ElsewhereError(code)
+        if failure is not None:
+            raise failure
+        raise (ValueError if code == 2 else RuntimeError)(f"process {failed[0]}: {text}")
+
+    def fail(self, error: Exception) -> NoReturn:
+        """End all processes with an error that all of them have; the main one says it."""
+        if not self.main:
+            raise ElsewhereError(2 if isinstance(error, ValueError) else 1)
+        raise error
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Say that a process is gone where torch says something of sockets.
+
+        Raises:
+            LostError: one is gone, or did not answer for `TIMEOUT`.
+        """
+        try:
+            yield
+        except LostError:
+            raise
+        except RuntimeError as error:
+            if self.size > 1 and _is_lost(error):
+                reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
+                raise LostError(
+                    f"process {self.rank} lost contact with the others: one was killed, or its machine is "
+                    f"gone ({reason})"
+                ) from error
+            raise
+
+    def gather_rows(self, rows: Tensor, windows: int) -> Tensor:
+        """What belongs to the windows of a step (windows, ...), in order, from the rows of this process."""
+        if self.data_size == 1:
+            return rows
+        most = -(-windows // self.data_size)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded.contiguous())
+        shares = [windows * (n + 1) // self.data_size - windows * n // self.data_size for n in range(self.data_size)]
+        return torch.cat([parts[n * self.context_size][:share] for n, share in enumerate(shares)])
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed says that another process does not answer."""
+    text = str(error).lower()
+    signs = (
+        "connection closed",
+        "connection reset",
+        "connection refused",
+        "broken pipe",
+        "timed out",
+        "timeout",
+        "gloo",
+    )
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over processes. All of them call this."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own(whole: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `full`: this process's part of a whole tensor, spread as `like` is; on its device, of its type."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    whole = whole.to(like.device, like.dtype)
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

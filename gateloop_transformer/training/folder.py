@@ -1,0 +1,294 @@
+"""A run's folder: what is in it, who may train there, its configuration and its model. No pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateloop_transformer.data.bpe import TOKENIZER, load_tokenizer_file
+from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
+from gateloop_transformer.model import Transformer
+from gateloop_transformer.training.config import ModelConfig, RunConfig, with_later_fields
+from gateloop_transformer.training.storage import read_json, read_tensors, write_tensors, write_text
+
+CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
+    "config.json",
+    "model.safetensors",
+    "metrics.jsonl",
+    "loss.png",
+    "checkpoints",
+)
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder; the system lets go when this one ends, however it does.
+
+    The file `.lock` stays: once it were deleted, two processes could each lock a file of that name. Where Python has
+    no fcntl (Windows) nothing is locked.
+
+    Raises:
+        ValueError: another process is training there.
+    """
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process is training in {str(folder)!r}") from error
+    except OSError as error:
+        warnings.warn(
+            f"{str(folder)!r} cannot be locked: let one process at a time train there ({error})", stacklevel=4
+        )
+
+
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """The flags allow training in the folder, as far as can be said before it is locked. Nothing in it is touched.
+
+    Raises:
+        ValueError: they do not, another process is training there, or what is there is not a run's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file, not a folder")
+    if (folder / LOCK).exists():
+        with locked(folder):
+            pass
+    check_contents(folder, resume, overwrite)
+
+
+def check_contents(folder: Path, resume: bool, overwrite: bool) -> None:
+    """The flags allow training with what is in the folder.
+
+    Raises:
+        ValueError: they do not, or what is there is not a run's.
+    """
+    where = repr(str(folder))
+    _check_kinds(folder)
+    saved = newest_step(folder) is not None
+    if resume and not saved and (folder / MODEL).exists():
+        raise ValueError(
+            f"{where} has {MODEL} but no checkpoint to continue from: use the model as it is, or --overwrite it"
+        )
+    present = [name for name in (CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS, TOKENIZER) if (folder / name).exists()]
+    if resume or not present:
+        return
+    try:
+        read_config(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} holds {present[0]}, but not a run's; nothing was deleted, choose another folder ({error})"
+        ) from error
+    if not overwrite and not saved and MODEL not in present:
+        raise ValueError(f"{where} holds a run that ended before its first checkpoint: replace it with --overwrite")
+    if not overwrite:
+        raise ValueError(f"{where} already holds a run: continue it with --resume or replace it with --overwrite")
+
+
+def _check_kinds(folder: Path) -> None:
+    for name in (CONFIG, MODEL, METRICS, CURVE, LOCK, TOKENIZER):
+        if (folder / name).is_dir():
+            raise ValueError(f"{str(folder / name)!r} is a folder, not a file: choose another folder for the run")
+    if (folder / CHECKPOINTS).exists() and not (folder / CHECKPOINTS).is_dir():
+        raise ValueError(f"{str(folder / CHECKPOINTS)!r} is a file, not a folder: choose another folder for the run")
+
+
+def clear_run(folder: Path) -> None:
+    """Delete a run's files, and nothing else, from a folder."""
+    for name in (CONFIG, MODEL, METRICS, CURVE, TOKENIZER):
+        (folder / name).unlink(missing_ok=True)
+    checkpoints = folder / CHECKPOINTS
+    for old in [*checkpoints.glob("step-*"), *checkpoints.glob("damaged-step-*")]:
+        shutil.rmtree(old)
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.json."""
+    write_text(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Read config.json.
+
+    Raises:
+        ValueError: the folder holds no run, or the file is damaged or of a newer format.
+    """
+    if folder.is_file():
+        raise ValueError(f"{str(folder)!r} is a file, not the folder of a run")
+    if not folder.is_dir():
+        raise ValueError(f"no folder {str(folder)!r}")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{str(folder)!r} holds no run: it has no {CONFIG}")
+    return RunConfig.from_json(read_json(folder / CONFIG), repr(str(folder / CONFIG)))
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+        ValueError: the folder holds no run, or its tokenizer.json is missing, damaged or another.
+    """
+    path = Path(folder)
+    config = read_config(path).tokenizer
+    if config.kind == "bytes":
+        return ByteTokenizer()
+    tokenizer = load_tokenizer_file(path / TOKENIZER)
+    if (tokenizer.sha256, tokenizer.size) != (config.sha256, config.size):
+        raise ValueError(f"{str(path / TOKENIZER)!r} does not fit {CONFIG}: it is not the tokenizer of this run")
+    return tokenizer
+
+
+def new_model(config: ModelConfig, source: Path | None = None, num_tokens: int = 256) -> Transformer:
+    """A model with fresh weights, on the CPU.
+
+    Args:
+        config: its arguments.
+        source: the file that they were read from, for the error.
+        num_tokens: size of the vocabulary.
+
+    Raises:
+        ValueError: a value without a meaning, or sizes that no memory holds.
+    """
+    try:
+        return Transformer(**config.arguments(num_tokens))
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        # torch says the same in all of these, depending on how far beyond the memory a size is.
+        detail = "" if isinstance(error, TypeError) else f": {str(error).splitlines()[0]}"
+        problem = f"a model of these sizes does not fit into memory{detail}"
+        raise ValueError(problem if source is None else f"{str(source)!r}: {problem}") from error
+    except ValueError as error:
+        if source is None:
+            raise
+        raise ValueError(f"{str(source)!r}: {error}") from error
+
+
+def describe(config: RunConfig) -> str:
+    """The model's configuration, kept with its weights: other models may have the same shapes."""
+    return json.dumps(vars(config.model), sort_keys=True)
+
+
+def _described(text: str) -> Any:
+    """The inverse of `describe`, of this format or of an earlier one."""
+    with contextlib.suppress(json.JSONDecodeError, TypeError):
+        return with_later_fields(ModelConfig, json.loads(text), 1)
+    return None
+
+
+def read_weights(path: Path, config: RunConfig) -> dict[str, Tensor]:
+    """The tensors of a model's file.
+
+    Raises:
+        ValueError: it is missing or damaged, or was written for another model.
+    """
+    tensors, metadata = read_tensors(path)
+    if "model" in metadata and _described(metadata["model"]) != vars(config.model):
+        raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {metadata['model']}")
+    return tensors
+
+
+def publish(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None:
+    """Write the run's model.safetensors.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_tensors(folder / MODEL, weights, {"model": describe(config)})
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints, the earliest first."""
+    return sorted((folder / CHECKPOINTS).glob("step-*[0-9]"))
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint."""
+    found = steps(folder)
+    return int(found[-1].name.removeprefix("step-")) if found else None
+
+
+def check_fit(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
+    """Tensors have the names and shapes of a model's.
+
+    Raises:
+        ValueError: they have not.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    problems = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown] + wrong
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ValueError(f"{str(where)!r} does not fit {CONFIG}: {problems[0]}{more}")
+
+
+def load_weights(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy tensors into a model, all of them and no others.
+
+    Raises:
+        ValueError: names or shapes are not the model's.
+    """
+    check_fit(model, tensors, where)
+    model.load_state_dict(tensors)
+
+
+def load_model(folder: str | os.PathLike[str], weights: Path | None = None) -> Transformer:
+    """The model of a run, in evaluation mode, on the CPU.
+
+    Args:
+        folder: holds config.json and model.safetensors, as `gateloop train` writes them.
+        weights: the file to take them from; None: model.safetensors.
+
+    Raises:
+        ValueError: the folder holds no run, has no weights yet, or a file is damaged or does not fit.
+    """
+    path = Path(folder)
+    config = read_config(path)
+    model = new_model(config.model, path / CONFIG, load_tokenizer(path).size)
+    if not (path / MODEL).is_file():
+        raise ValueError(f"{str(path)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
+    weights = path / MODEL if weights is None else weights
+    load_weights(model, read_weights(weights, config), weights)
+    return model.eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: the device is not to be had.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not to be had: {str(error).splitlines()[0]}") from error
+    return device

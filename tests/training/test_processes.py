@@ -1,0 +1,144 @@
+"""Runs of several processes give what one process gives, end when one is killed, and go on with another number."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gateloop_transformer.cli import main
+
+TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
+# Everything that is kept between steps, in parts that processes cannot share evenly.
+TINY = [
+    *("--dim", "16", "--depth", "2", "--gate-loop-heads", "4", "--conv-size", "4", "--context", "32", "--batch", "5"),
+    *("--layer-pattern", "gate attention", "--dim-head", "8", "--heads", "2", "--rotary-emb", "--attn-window", "9"),
+    *("--accumulate", "2", "--carry-state", "--ema", "0.9", "--z-loss", "1e-3", "--precision", "float64"),
+    *("--eval-bytes", "512", "--eval-every", "10", "--sample-bytes", "0", "--checkpoint-every", "10"),
+    *("--steps", "20", "--track", "none"),
+]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def start(processes: int, *flags: str) -> subprocess.Popen[str]:
+    command = [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "gateloop_transformer", "train", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(processes: int, *flags: str) -> str:
+    """What a run of several processes said; it ended well."""
+    process = start(processes, *flags)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "data.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert main(["train", str(text), "--out", str(out), *TINY]) == 0
+    return out
+
+
+def distance(one: Path, other: Path) -> float:
+    """The largest difference of anything that a run ends with."""
+    found = 0.0
+    step = Path("checkpoints", "step-000000020")
+    files = [Path("model.safetensors"), *(path.relative_to(one) for path in (one / step).glob("*.safetensors"))]
+    assert len(files) == 5
+    for file in files:
+        tensors, others = load_file(one / file), load_file(other / file)
+        assert tensors.keys() == others.keys()
+        parts = [(tensors[name] - others[name]).abs().flatten() for name in tensors]
+        found = max(found, float(torch.cat(parts).max()))
+    return found
+
+
+def validations(out: Path) -> list[float]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record["bits_per_byte"] for record in records if "bits_per_byte" in record]
+
+
+def rewind(out: Path) -> None:
+    shutil.rmtree(out / "checkpoints" / "step-000000020")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "second", "third"), [("ddp", (3, "fsdp"), (1, "ddp")), ("fsdp", (3, "ddp"), (2, "fsdp"))]
+)
+def test_any_number_of_processes_trains_the_same_model(
+    text: Path, tmp_path: Path, alone: Path, parallel: str, second: tuple[int, str], third: tuple[int, str]
+) -> None:
+    out = tmp_path / "run"
+    said = run(2, str(text), "--out", str(out), *TINY, "--parallel", parallel)
+    assert f"on 2 x cpu ({parallel})" in said
+    assert said.count("validation:") == 1
+    assert distance(alone, out) < 1e-10
+    assert validations(out) == pytest.approx(validations(alone), rel=1e-10)
+    for processes, how in (second, third):
+        rewind(out)
+        assert "resumed at step 10" in run(processes, "--out", str(out), "--resume", "--parallel", how)
+        assert distance(alone, out) < 1e-10
+
+
+def test_processes_may_share_each_window(text: Path, tmp_path: Path, alone: Path) -> None:
+    out = tmp_path / "run"
+    said = run(3, str(text), "--out", str(out), *TINY, "--context-parallel", "3")
+    assert "on 3 x cpu (ddp, 3 share each window)" in said
+    assert distance(alone, out) < 1e-10
+    rewind(out)
+    # As many windows in a step, cut into micro-batches of another size.
+    sizes = ["--batch", "10", "--accumulate", "1"]
+    run(4, "--out", str(out), "--resume", "--context-parallel", "2", "--parallel", "fsdp", *sizes)
+    assert distance(alone, out) < 1e-10
+
+
+def test_a_wrong_share_is_refused_once(text: Path, tmp_path: Path) -> None:
+    process = start(2, str(text), "--out", str(tmp_path / "run"), *TINY, "--batch", "1", "--accumulate", "1")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    errors = [line for line in said.splitlines() if line.startswith("gateloop train: error:")]
+    assert len(errors) == 1
+    assert "a step of 1 windows (--batch times --accumulate) cannot be shared by 2 processes" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_when_one_process_ends_so_does_the_run(text: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    process = start(2, str(text), "--out", str(out), *TINY, "--steps", "100000", "--checkpoint-every", "5")
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_text().count('"loss"') < 7:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    killed = time.monotonic()
+    os.kill(max(int(child) for child in children.stdout.split()), number)
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    if number == signal.SIGKILL:
+        assert "lost contact with the others" in said
+        assert "is kept. Start it again with --resume" in said
+    last = max(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*[0-9]"))
+    assert main(["train", "--out", str(out), "--resume", "--steps", str(last + 1)]) == 0
+    assert torch.isfinite(load_file(out / "model.safetensors")["token_emb.weight"]).all()

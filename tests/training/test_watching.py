@@ -1,0 +1,214 @@
+"""What a run leaves to be looked at: metrics with shares of time, TensorBoard, and errors that say what was saved."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gateloop_transformer.cli import main
+from gateloop_transformer.training import checkpoint, loop, step, storage
+from gateloop_transformer.training.optimizer import Average
+
+TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
+TINY = [
+    *(
+        "--dim",
+        "16",
+        "--depth",
+        "1",
+        "--gate-loop-heads",
+        "4",
+        "--context",
+        "32",
+        "--batch",
+        "4",
+        "--sample-bytes",
+        "0",
+    ),
+    *("--eval-bytes", "256", "--eval-every", "4", "--checkpoint-every", "2"),
+]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "data.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def train(text: Path, out: Path, *flags: str) -> int:
+    return main(["train", str(text), "--out", str(out), *TINY, *flags])
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_say_speed_memory_and_where_the_time_went(text: Path, tmp_path: Path) -> None:
+    assert train(text, tmp_path / "run", "--steps", "3", "--track", "none") == 0
+    steps = [record for record in records(tmp_path / "run") if "loss" in record]
+    for record in steps:
+        assert record["tokens_per_second"] > 0
+        assert record["memory"] > 50e6
+        assert set(record["shares"]) == {"data", "forward", "backward", "optimizer", "communication"}
+        assert sum(record["shares"].values()) == pytest.approx(1, abs=1e-3)
+        assert record["shares"]["backward"] > 0
+    assert [record["seconds"] for record in steps] == sorted(record["seconds"] for record in steps)
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_tensorboard_has_what_metrics_have(text: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    assert train(text, out, "--steps", "4") == 0
+    assert main(["train", "--out", str(out), "--resume", "--steps", "6"]) == 0
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    found = {event.step: event.value for event in events.Scalars("loss")}
+    expected = {record["step"]: record["loss"] for record in records(out) if "loss" in record}
+    assert found == pytest.approx(expected)
+    assert [event.step for event in events.Scalars("bits_per_byte")] == [4, 6]
+    assert len(events.Scalars("shares/forward")) == 6
+
+
+def test_a_tracker_that_is_not_installed_is_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert train(text, tmp_path / "run", "--track", "wandb") == 2
+    assert "--track wandb: wandb is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """The loss of these steps is not a number."""
+    draw = step.draw
+    original = step.Stepper._objective
+
+    def objective(self: Any, ids: Any, resets: Any, state: Any) -> Any:
+        found = original(self, ids, resets, state)
+        if self.now in steps:
+            found = found._replace(total=found.total * torch.nan, nats=found.nats * torch.nan)
+        return found
+
+    def remember(tokens: Any, options: Any, engine: Any, number: int, micro: int) -> Any:
+        step.Stepper.now = number  # type: ignore[attr-defined]
+        return draw(tokens, options, engine, number, micro)
+
+    monkeypatch.setattr(step, "draw", remember)
+    monkeypatch.setattr(step.Stepper, "_objective", objective)
+
+
+def test_batches_that_are_not_finite_are_passed_over_and_counted(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2, 5)
+    out = tmp_path / "run"
+    assert train(text, out, "--steps", "6", "--skip-nonfinite", "2", "--carry-state") == 0
+    assert [record["skipped"] for record in records(out) if "skipped" in record] == [1, 2]
+    assert [record["step"] for record in records(out) if "loss" in record] == [1, 3, 4, 6]
+    progress = json.loads((out / "checkpoints" / "step-000000006" / "progress.json").read_text())
+    assert progress["skipped"] == 2
+    capsys.readouterr()
+    assert train(text, tmp_path / "other", "--steps", "6", "--skip-nonfinite", "1") == 1
+    said = capsys.readouterr().err
+    assert "the loss is not finite at step 5 (after 1 that --skip-nonfinite let pass)" in said
+    assert "the checkpoint of step 4 is kept" in said
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics"])
+def test_a_full_disk_is_said_with_what_was_saved(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if what == "checkpoint":
+        original = storage.write_tensors
+
+        def write(path: Path, *rest: Any) -> None:
+            if "step-000000004" in str(path):
+                raise full
+            original(path, *rest)
+
+        monkeypatch.setattr(checkpoint, "write_tensors", write)
+    else:
+        log = loop.Log.write
+
+        def note(self: Any, record: dict[str, Any]) -> None:
+            if record["step"] == 3:
+                raise full
+            log(self, record)
+
+        monkeypatch.setattr(loop.Log, "write", note)
+    out = tmp_path / "run"
+    assert train(text, out, "--steps", "6") == 1
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert f"{os.strerror(errno.ENOSPC)}; the checkpoint of step 2 is kept. Continue with --resume" in said
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000000002"]
+    monkeypatch.undo()
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_it_finds(text: Path, tmp_path: Path, number: signal.Signals) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    flags = ["--steps", "150", "--checkpoint-every", "1000", "--eval-every", "1000", "--track", "none"]
+    command = [sys.executable, "-m", "gateloop_transformer", "train", str(text), "--out", str(out), *TINY, *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or metrics.read_text().count('"loss"') < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (saved,) = (out / "checkpoints").iterdir()
+    last = int(saved.name.removeprefix("step-"))
+    assert f"interrupted; {number.name}: step {last} is saved; continue with --resume" in said
+    assert records(out)[-1]["step"] == last
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert train(text, whole, *flags) == 0
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_the_average_of_the_weights_is_what_its_definition_says() -> None:
+    model = torch.nn.Linear(2, 2)
+    average, kept = Average(model, 0.9), []
+    for number in range(1, 6):
+        with torch.no_grad():
+            model.weight.add_(number)
+        kept.append(model.weight.detach().clone())
+        average.update(model, number)
+    shares = torch.tensor([0.9 ** (5 - number) for number in range(1, 6)])
+    expected = sum(share * weight for share, weight in zip(shares / shares.sum(), kept, strict=True))
+    torch.testing.assert_close(average.weights["weight"], expected)
+    now = model.weight.detach().clone()
+    with average.applied(model):
+        torch.testing.assert_close(model.weight, expected)
+    assert torch.equal(model.weight, now)
+
+
+def test_the_average_is_published_and_validated(text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out = tmp_path / "run"
+    assert train(text, out, "--steps", "4", "--ema", "0.5") == 0
+    last = out / "checkpoints" / "step-000000004"
+    published, averaged, weights = (
+        load_file(path)
+        for path in (out / "model.safetensors", last / "average.safetensors", last / "model.safetensors")
+    )
+    for name, tensor in averaged.items():
+        assert torch.equal(published[name], tensor)
+    assert any(not torch.equal(published[name], tensor) for name, tensor in weights.items())
