@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
     from gateloop_transformer.layers.state import describe_state, load_state, save_state
     from gateloop_transformer.model import Transformer
+    from gateloop_transformer.training.folder import load_model, load_tokenizer
 
 __version__ = "1.0.0.dev0"
 
@@ -30,7 +31,9 @@ _HOMES = {
     "SimpleGateLoopLayer": "gateloop_transformer.layers.simple_gate_loop",
     "Transformer": "gateloop_transformer.model",
     "describe_state": "gateloop_transformer.layers.state",
+    "load_model": "gateloop_transformer.training.folder",
     "load_state": "gateloop_transformer.layers.state",
+    "load_tokenizer": "gateloop_transformer.training.folder",
     "quantize": "gateloop_transformer.layers.quantized",
     "save_state": "gateloop_transformer.layers.state",
 }
@@ -44,7 +47,9 @@ __all__ = [
     "SimpleGateLoopLayer",
     "Transformer",
     "describe_state",
+    "load_model",
     "load_state",
+    "load_tokenizer",
     "quantize",
     "save_state",
 ]

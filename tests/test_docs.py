@@ -27,10 +27,10 @@ def run(code: str | Path, cwd: Path, *arguments: str) -> str:
 
 
 def test_the_readme_has_its_snippets() -> None:
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["operator", "layer", "model", "documents"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["operator", "layer", "model", "documents", "processes"])
 def test_snippets_run(snippet: str, tmp_path: Path) -> None:
     run(snippet, tmp_path)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gateloop_transformer.layers.state import TransformerState, load_state, save_state
 from gateloop_transformer.training.config import RunConfig
-from gateloop_transformer.training.folder import CHECKPOINTS, MODEL, describe, publish, read_weights, steps
+from gateloop_transformer.training.folder import CHECKPOINTS, MODEL, describe, load_model, publish, read_weights, steps
 from gateloop_transformer.training.storage import (
     DamageError,
     digest,
@@ -24,6 +24,9 @@ from gateloop_transformer.training.storage import (
     write_tensors,
     write_text,
 )
+
+# Where users found it before there was `gateloop_transformer.load_model`.
+__all__ = ["load_model"]
 
 OPTIMIZER, AVERAGE, CARRIED, PROGRESS, CHECKSUMS = (
     "optimizer.safetensors",
