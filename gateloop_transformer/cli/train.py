@@ -48,6 +48,11 @@ def add_parser(commands: Any) -> None:
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="continue the run in DIR from its newest checkpoint")
+    how.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="--resume where DIR holds a run, else start one: the same command for every start of a job",
+    )
     how.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     parser.add_argument(
         "--dry-run",
@@ -100,8 +105,12 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     return dataclasses.replace(stored, training=training, data=stored.data if data is None else data)
 
 
+# Flags that are no part of a run's configuration.
+_OWN = {"command", "data", "out", "resume", "resume_or_start", "overwrite", "json", "dry_run", "processes", "tokenizer"}
+
+
 def _check_flags(arguments: argparse.Namespace) -> None:
-    if arguments.out is None and (arguments.resume or not arguments.dry_run):
+    if arguments.out is None and (arguments.resume or arguments.resume_or_start or not arguments.dry_run):
         raise ValueError("--out DIR is missing: the folder of the run")
     if arguments.processes is not None and not arguments.dry_run:
         raise ValueError("--processes goes with --dry-run")
@@ -135,11 +144,13 @@ def run(arguments: argparse.Namespace) -> None:
     from gateloop_transformer.data.documents import count
     from gateloop_transformer.training.config import TokenizerConfig
     from gateloop_transformer.training.engine import LostError, launched
+    from gateloop_transformer.training.folder import CONFIG
     from gateloop_transformer.training.loop import prepare
 
     _check_flags(arguments)
-    own = {"command", "data", "out", "resume", "overwrite", "json", "dry_run", "processes", "tokenizer"}
-    given = {name: value for name, value in vars(arguments).items() if name not in own}
+    if arguments.resume_or_start:
+        arguments.resume = (arguments.out / CONFIG).exists()
+    given = {name: value for name, value in vars(arguments).items() if name not in _OWN}
     config = _run_config(arguments, given)
     tokenizer = _tokenizer(arguments, config)
     if arguments.dry_run:

@@ -937,3 +937,18 @@ def test_a_model_of_the_first_format_is_still_read(
     (out / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="missing: attn_window"):
         load_model(out)
+
+
+def test_one_command_starts_and_resumes(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert train(text, whole) == 0
+    assert train(text, out, "--resume-or-start") == 0
+    for step in (6, 8):
+        shutil.rmtree(out / "checkpoints" / f"step-00000000{step}")
+    (out / "model.safetensors").unlink()
+    capsys.readouterr()
+    assert train(text, out, "--resume-or-start") == 0
+    assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
+    assert metrics(out) == metrics(whole)
+    assert train(text, out, "--resume-or-start", "--lr", "1e-3") == 2
+    assert "has another configuration: lr is 0.004, not 0.001" in error_of(capsys)
