@@ -188,7 +188,8 @@ class Trainer:
         rate = learning_rate(options, self._schedule())
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        flags = Flags(signals.received is not None, self.trouble is not None, self.seconds)
+        seconds = self.seconds if self.engine.main else 0.0
+        flags = Flags(signals.received is not None, self.trouble is not None, seconds)
         outcome = self.stepper.gradients(step, self.carried, flags)
         if outcome.trouble:
             self.engine.together(self._raise_trouble, main=True)
@@ -202,8 +203,9 @@ class Trainer:
             record = {"step": step, "loss": outcome.loss, "tokens": tokens, "lr": rate, "grad_norm": outcome.norm}
         self.optimizer.zero_grad(set_to_none=True)
         clock.lap("optimizer")
-        self.seconds = (self.seconds if self.engine.main else outcome.seconds) + clock.elapsed()
-        self.progress = Progress(step, self.seconds, tokens, skipped)
+        self.seconds += clock.elapsed()
+        # What the main process's clock said before this step: when the run ends is for all to agree on.
+        self.progress = Progress(step, outcome.seconds, tokens, skipped)
         self._write(record | self._speed(clock))
         self._show(bar, record)
         return outcome.stop
@@ -218,7 +220,7 @@ class Trainer:
         """How fast this step was, in what memory, and where its time went."""
         options = self.config.training
         return {
-            "seconds": round(self.progress.seconds, 3),
+            "seconds": round(self.seconds, 3),
             "tokens_per_second": round(options.windows * options.context / clock.elapsed(), 1),
             "memory": peak_memory(self.device),
             "shares": clock.shares(),
@@ -330,9 +332,8 @@ class Trainer:
     def _save(self) -> None:
         self._guard_weights()
         windows = self.config.training.windows
-        whole = snapshot.take(
-            self.engine, self.model, self.optimizer, self.average, self.carried, windows, self.progress
-        )
+        progress = replace(self.progress, seconds=self.seconds)
+        whole = snapshot.take(self.engine, self.model, self.optimizer, self.average, self.carried, windows, progress)
         self.engine.together(lambda: self._write_checkpoint(whole), main=True)
 
     def _write_checkpoint(self, whole: Snapshot | None) -> None:
@@ -344,7 +345,7 @@ class Trainer:
             raise TrainingError(f"cannot write the checkpoint of step {step}: {self._reason(error)}") from error
 
     def _show(self, bar: Any, record: dict[str, Any]) -> None:
-        rate = record["tokens"] / max(self.progress.seconds, 1e-9)
+        rate = record["tokens"] / max(self.seconds, 1e-9)
         loss = f"{record['loss']:.3f}" if "loss" in record else "not finite"
         bar.set_postfix({"loss": loss, "tokens/s": f"{rate:,.0f}"}, refresh=False)
         bar.update(1)
@@ -355,7 +356,7 @@ class Trainer:
             bits_per_byte=self.bits_per_byte,
             steps=self.progress.step,
             tokens=self.progress.tokens,
-            seconds=self.progress.seconds,
+            seconds=self.seconds,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
         )
 
@@ -371,6 +372,17 @@ def _check_batch(corpus: Corpus, config: RunConfig, engine: Engine) -> None:
         draw(corpus.train, options, engine, 1, 0)
     except (MemoryError, OverflowError, ValueError) as error:
         raise ValueError(f"{options.batch} windows (--batch) do not fit into memory: {error}") from error
+
+
+def _check_same(digests: list[str]) -> None:
+    """All processes have read the same data.
+
+    Raises:
+        ValueError: they have not.
+    """
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ValueError(f"the data that process {', '.join(others)} reads is not that of process 0")
 
 
 def _records(lines: Iterable[str]) -> list[dict[str, Any]]:
@@ -437,6 +449,7 @@ def prepare(
     source = where / folder.CONFIG if resume else None
     with Engine(options, where) as engine, contextlib.ExitStack() as stack:
         engine.together(lambda: engine.check(options))
+        engine.together(lambda: _check_same(engine.gather(corpus.sha256)))
         engine.make_groups()
         engine.together(lambda: _check_batch(corpus, config, engine))
         trainer = Trainer(config, where, corpus, engine, source)
