@@ -78,7 +78,6 @@ class Trainer:
         self.carried: Carried = [None] * len(engine.micro_batches(options)) if options.carry_state else []
         self.bits_per_byte, self.best = math.nan, math.inf
         self.trouble: OSError | None = None
-        self.seconds = 0.0
         self.log: Log | None = None
 
     @property
@@ -112,7 +111,7 @@ class Trainer:
         saved = checkpoint.read(path, self.config)
         folder.check_fit(self.model, saved.model, path / folder.MODEL)
         self.carried = snapshot.give(self.engine, saved, self.model, self.optimizer, self.average, self.config.training)
-        self.progress, self.seconds = saved.progress, saved.progress.seconds
+        self.progress = saved.progress
         model = self.folder / folder.MODEL
         same = model.exists() and not saved.average and digest(model) == digest(path / folder.MODEL)
         if self.engine.main and not same:
@@ -188,8 +187,7 @@ class Trainer:
         rate = learning_rate(options, self._schedule())
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        seconds = self.seconds if self.engine.main else 0.0
-        flags = Flags(signals.received is not None, self.trouble is not None, seconds)
+        flags = Flags(signals.received is not None, self.trouble is not None)
         outcome = self.stepper.gradients(step, self.carried, flags)
         if outcome.trouble:
             self.engine.together(self._raise_trouble, main=True)
@@ -203,9 +201,7 @@ class Trainer:
             record = {"step": step, "loss": outcome.loss, "tokens": tokens, "lr": rate, "grad_norm": outcome.norm}
         self.optimizer.zero_grad(set_to_none=True)
         clock.lap("optimizer")
-        self.seconds += clock.elapsed()
-        # What the main process's clock said before this step: when the run ends is for all to agree on.
-        self.progress = Progress(step, outcome.seconds, tokens, skipped)
+        self.progress = Progress(step, self._time(clock), tokens, skipped)
         self._write(record | self._speed(clock))
         self._show(bar, record)
         return outcome.stop
@@ -216,11 +212,18 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model, step)
 
+    def _time(self, clock: Clock) -> float:
+        """Seconds of training so far; where they decide how a run goes on, those of the main process, on all."""
+        seconds = self.progress.seconds + clock.elapsed()
+        if self.config.training.minutes is None:
+            return seconds
+        return self.engine.sum([seconds if self.engine.main else 0.0])[0]
+
     def _speed(self, clock: Clock) -> dict[str, Any]:
         """How fast this step was, in what memory, and where its time went."""
         options = self.config.training
         return {
-            "seconds": round(self.seconds, 3),
+            "seconds": round(self.progress.seconds, 3),
             "tokens_per_second": round(options.windows * options.context / clock.elapsed(), 1),
             "memory": peak_memory(self.device),
             "shares": clock.shares(),
@@ -332,8 +335,9 @@ class Trainer:
     def _save(self) -> None:
         self._guard_weights()
         windows = self.config.training.windows
-        progress = replace(self.progress, seconds=self.seconds)
-        whole = snapshot.take(self.engine, self.model, self.optimizer, self.average, self.carried, windows, progress)
+        whole = snapshot.take(
+            self.engine, self.model, self.optimizer, self.average, self.carried, windows, self.progress
+        )
         self.engine.together(lambda: self._write_checkpoint(whole), main=True)
 
     def _write_checkpoint(self, whole: Snapshot | None) -> None:
@@ -345,7 +349,7 @@ class Trainer:
             raise TrainingError(f"cannot write the checkpoint of step {step}: {self._reason(error)}") from error
 
     def _show(self, bar: Any, record: dict[str, Any]) -> None:
-        rate = record["tokens"] / max(self.seconds, 1e-9)
+        rate = record["tokens"] / max(self.progress.seconds, 1e-9)
         loss = f"{record['loss']:.3f}" if "loss" in record else "not finite"
         bar.set_postfix({"loss": loss, "tokens/s": f"{rate:,.0f}"}, refresh=False)
         bar.update(1)
@@ -356,7 +360,7 @@ class Trainer:
             bits_per_byte=self.bits_per_byte,
             steps=self.progress.step,
             tokens=self.progress.tokens,
-            seconds=self.seconds,
+            seconds=self.progress.seconds,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
         )
 

@@ -25,20 +25,19 @@ Carried = list[TransformerState | None]
 class Flags(NamedTuple):
     """What one process has to tell the others after its backward passes.
 
-    stop: it was asked to stop. trouble: it could not write. seconds: of training, on the main process.
+    stop: it was asked to stop. trouble: it could not write.
     """
 
     stop: bool
     trouble: bool
-    seconds: float
 
 
 class Outcome(NamedTuple):
     """A step's gradients as seen by all processes, and what of it is this process's own.
 
     loss: nats per predicted token. norm: of the gradient, before clipping. fault: "loss" or "gradient", which is not
-    finite; "" where all is. stop, trouble, seconds: of `Flags`, from all. carried: states that the next windows begin
-    with. ids: of the micro-batch at fault, or of the first.
+    finite; "" where all is. stop, trouble: of `Flags`, from all. carried: states that the next windows begin with.
+    ids: of the micro-batch at fault, or of the first.
     """
 
     loss: float
@@ -46,7 +45,6 @@ class Outcome(NamedTuple):
     fault: str
     stop: bool
     trouble: bool
-    seconds: float
     carried: Carried
     ids: Tensor
 
@@ -113,13 +111,13 @@ class Stepper:
             clock.lap("forward")
             self._backward(found.total, last=micro == count - 1)
         assert shown is not None
-        mine = [0.0 if bad else nats, targets, bad, flags.stop, flags.trouble, flags.seconds]
-        nats, predicted, faults, stop, trouble, seconds = engine.sum([float(value) for value in mine])
+        mine = [0.0 if bad else nats, targets, bad, flags.stop, flags.trouble]
+        nats, predicted, faults, stop, trouble = engine.sum([float(value) for value in mine])
         clock.lap("communication")
         norm = self._clip(predicted)
         fault = "loss" if faults else "" if math.isfinite(norm) else "gradient"
         clock.lap("optimizer")
-        return Outcome(nats / max(predicted, 1.0), norm, fault, stop > 0, trouble > 0, seconds, states, shown)
+        return Outcome(nats / max(predicted, 1.0), norm, fault, stop > 0, trouble > 0, states, shown)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in bfloat16, where the run asks for them."""
