@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+# A launcher passes on what a terminal has sent to all processes already.
+_REPEATED = 1.0
+
 
 class Signals:
-    """While entered, the first SIGINT or SIGTERM is only noted; a second one interrupts at once.
+    """While entered, the first SIGINT or SIGTERM is only noted; another one, a second later, interrupts at once.
 
     `received` is the name of the signal, None before. In other threads than the main one nothing is noted: Python
     delivers signals to that one alone.
@@ -17,6 +21,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.since = 0.0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -30,6 +35,7 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self.since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.since > _REPEATED:
             raise KeyboardInterrupt("at once; continue with --resume")
-        self.received = signal.Signals(number).name
