@@ -73,6 +73,22 @@ def _check_launcher(options: TrainingConfig) -> None:
             )
 
 
+def _device(name: str) -> torch.device | None:
+    """The device of a process that is alone; None: each has one of its own.
+
+    Raises:
+        ValueError: the device is not to be had, or is one for all processes.
+    """
+    if launched() == 1:
+        return pick_device(name)
+    if name == "auto":
+        return None
+    device, own = pick_device(name), torch.accelerator.current_accelerator()
+    if device.index is not None or device.type not in ("cpu", own and own.type):
+        raise ValueError(f"{launched()} processes cannot share the device {name!r}: leave out --device, or give cpu")
+    return None
+
+
 class Engine:
     """The processes of a run. One of them, `main`, writes files and speaks.
 
@@ -90,7 +106,7 @@ class Engine:
         from accelerate.utils import InitProcessGroupKwargs
 
         _check_launcher(options)
-        device = pick_device(options.device) if launched() == 1 else None
+        device = _device(options.device)
         on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
         self.accelerator = Accelerator(
             cpu=on_cpu,
