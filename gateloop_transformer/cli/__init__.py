@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import gateloop_transformer
 from gateloop_transformer.cli import bench, evaluate, generate, plot, read, sweep, tokenizer, train
-from gateloop_transformer.cli.errors import message
+from gateloop_transformer.cli.errors import let_main_speak, message
 
 _COMMANDS = {
     "train": train,
@@ -26,6 +26,7 @@ _COMMANDS = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
+        let_main_speak()
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -55,7 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         _COMMANDS[arguments.command].run(arguments)
+    except SystemExit:
+        # Another process has failed.
+        let_main_speak()
+        raise
     except (ValueError, PermissionError, FileExistsError, NotADirectoryError) as error:
+        let_main_speak()
         print(f"gateloop {arguments.command}: error: {message(error)}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError, MemoryError, OverflowError) as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 
 def message(error: Exception) -> str:
     """What went wrong, in one line and without an error number."""
@@ -11,3 +14,12 @@ def message(error: Exception) -> str:
         return f"not enough memory: {error}" if str(error) else "not enough memory"
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def let_main_speak() -> None:
+    """Under a launcher, what ends one process mostly ends all: the main one says it, and the launcher ends the others.
+
+    Where it does not come to that, this process says it itself, later.
+    """
+    if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
+        time.sleep(5)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ import torch
 
 from gateloop_transformer.cli import main
 from gateloop_transformer.training import checkpoint, loop, step, storage
+from gateloop_transformer.training.config import RunConfig, TrainingConfig
 from gateloop_transformer.training.optimizer import Average
+from gateloop_transformer.training.signals import Signals
+from gateloop_transformer.training.watching import Clock
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
 TINY = [
@@ -180,6 +184,50 @@ def test_a_signal_saves_the_step_it_finds(text: Path, tmp_path: Path, number: si
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert train(text, whole, *flags) == 0
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_signal_that_a_launcher_repeats_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        now += 0.1
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == "SIGINT"
+        now += 1
+        with pytest.raises(KeyboardInterrupt, match="at once"):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_processes_agree_on_the_minutes_that_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(main=False, sum=lambda values: [values[0] + 7.0])
+    config = RunConfig(training=TrainingConfig(minutes=1.0))
+    trainer: Any = SimpleNamespace(config=config, engine=engine, progress=checkpoint.Progress(seconds=3.0))
+    assert loop.Trainer._time(trainer, Clock(torch.device("cpu"))) == 7.0
+
+
+def test_the_main_process_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(time, "sleep", lambda _seconds: waited.append(capsys.readouterr().err))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            main(["train", "--lr", "x"])
+        assert main(["train", "--out", "x", "--lr", "-1"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 2 - int(rank)
+    assert [text.count("invalid float") for text in waited] == [0, 1]
+
+
+def test_several_processes_are_not_given_one_device(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for device in ("nowhere", "meta", "cpu:0"):
+        assert train(text, tmp_path / "run", "--device", device) == 2
+        assert repr(device) in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_average_of_the_weights_is_what_its_definition_says() -> None:
