@@ -20,6 +20,7 @@ from gateloop_transformer.training.storage import (
     digest,
     read_json,
     read_tensors,
+    remove,
     sync,
     write_tensors,
     write_text,
@@ -77,11 +78,11 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig) -> None:
     """
     target = folder / CHECKPOINTS / f"step-{snapshot.progress.step:09d}"
     aside = target.with_name(target.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     try:
         aside.mkdir(parents=True)
         _fill(aside, snapshot, config)
-        shutil.rmtree(target, ignore_errors=True)
+        remove(target)
         os.replace(aside, target)
         sync(target.parent)
     except OSError:
@@ -113,7 +114,7 @@ def _forget(folder: Path, keep: int) -> None:
             # Half a checkpoint must not stand under a whole one's name.
             gone = old.with_name(f"{old.name}.partial")
             os.replace(old, gone)
-            shutil.rmtree(gone)
+            remove(gone)
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -203,10 +204,10 @@ def set_aside(folder: Path, step: int) -> None:
     for path in steps(folder):
         if int(path.name.removeprefix("step-")) > step:
             aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             os.replace(path, aside)
     for partial in (folder / CHECKPOINTS).glob("step-*.partial"):
-        shutil.rmtree(partial)
+        remove(partial)
 
 
 def read(path: Path, config: RunConfig) -> Snapshot:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from gateloop_transformer.data.bpe import TOKENIZER, load_tokenizer_file
 from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.training.config import ModelConfig, RunConfig, with_later_fields
-from gateloop_transformer.training.storage import read_json, read_tensors, write_tensors, write_text
+from gateloop_transformer.training.storage import read_json, read_tensors, remove, write_tensors, write_text
 
 CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
     "config.json",
@@ -116,13 +115,14 @@ def _check_kinds(folder: Path) -> None:
 
 def clear_run(folder: Path) -> None:
     """Delete a run's files, and nothing else, from a folder."""
-    for name in (CONFIG, MODEL, METRICS, CURVE, TOKENIZER):
-        (folder / name).unlink(missing_ok=True)
     checkpoints = folder / CHECKPOINTS
-    for old in [*checkpoints.glob("step-*"), *checkpoints.glob("damaged-step-*")]:
-        shutil.rmtree(old)
+    for old in [*steps(folder), *checkpoints.glob("step-*.partial"), *checkpoints.glob("damaged-step-*")]:
+        remove(old)
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         checkpoints.rmdir()
+    # What tells that this is a run goes last: a kill meanwhile leaves something that can be replaced.
+    for name in (MODEL, METRICS, CURVE, TOKENIZER, CONFIG):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -220,7 +220,9 @@ def publish(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints, the earliest first."""
-    return sorted((folder / CHECKPOINTS).glob("step-*[0-9]"))
+    found = (folder / CHECKPOINTS).glob("step-*[0-9]")
+    # What a user keeps beside them under names of his own is none.
+    return sorted(path for path in found if path.name.removeprefix("step-").isdecimal())
 
 
 def newest_step(folder: Path) -> int | None:

@@ -122,7 +122,7 @@ class Trainer:
         """Put the folder where the run stands: no later checkpoints, no later metrics."""
         checkpoint.set_aside(self.folder, self.progress.step)
         metrics = self.folder / folder.METRICS
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
         kept = [record for record in _records(lines) if record["step"] <= self.progress.step]
         write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
         validations = [record["bits_per_byte"] for record in kept if "bits_per_byte" in record]
@@ -465,8 +465,9 @@ def prepare(
 
 
 def _describe_run(trainer: Trainer) -> None:
-    trainer.corpus.tokenizer.save(trainer.folder)
+    # In this order: without a configuration a tokenizer.json might be anyone's, and nothing could replace it.
     folder.write_config(trainer.folder, trainer.config)
+    trainer.corpus.tokenizer.save(trainer.folder)
 
 
 @contextlib.contextmanager

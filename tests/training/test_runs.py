@@ -699,6 +699,9 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(
     shutil.copytree(whole, out)
     newest = out / "checkpoints" / "step-000000006"
     harm(newest / file)
+    # Later than the checkpoint: to be forgotten, whatever it is.
+    with (out / "metrics.jsonl").open("ab") as log:
+        log.write(b'{"step": 7, "\xff')
     capsys.readouterr()
     assert main(["train", "--out", str(out), "--resume"]) == 0
     said = capsys.readouterr()
@@ -709,6 +712,25 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one(
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert (out / "checkpoints" / "damaged-step-000000006").is_dir()
     assert main(["train", "--out", str(out), "--resume"]) == 0
+
+
+def test_what_stands_in_the_place_of_checkpoints_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, own = tmp_path / "checkpoints", "step-000000006-copy2"
+    (checkpoints / "step-000000006").mkdir(parents=True)
+    (checkpoints / own).mkdir()
+    for name in ("step-000000008", "damaged-step-000000008", "step-000000009.partial"):
+        (checkpoints / name).write_text("no folder")
+    assert folder.newest_step(tmp_path) == 8
+    checkpoint.set_aside(tmp_path, 6)
+    assert sorted(os.listdir(checkpoints)) == ["damaged-step-000000008", "step-000000006", own]
+    (tmp_path / "config.json").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "remove", lambda _path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            folder.clear_run(tmp_path)
+    assert (tmp_path / "config.json").exists()
+    folder.clear_run(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints", own]
 
 
 def test_the_best_checkpoint_is_kept(text: Path, tmp_path: Path) -> None:
