@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo
+# Test processes. Tests use one thread each.
+WORKERS ?= 2
 
 .PHONY: demo test check slow examples bench format clean
 
@@ -12,7 +14,7 @@ demo: .venv/train
 	$(BIN)/gateloop generate $(OUT) --prompt "class Reader" --tokens 500 --temperature 0.9 --top-p 0.95 --seed 1
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -94,15 +94,29 @@ class Log:
     """
 
     def __init__(self, path: Path, accelerator: Any, config: RunConfig, step: int) -> None:
-        self.file: TextIO = path.open("a")
         self.accelerator = accelerator
-        folder = path.parent
-        if "tensorboard" in map(str, accelerator.log_with):
-            accelerator.init_trackers("tensorboard", None, {"tensorboard": {"purge_step": step + 1}})
-        elif accelerator.log_with:
-            flat = {**vars(config.model), **vars(config.training), "data": config.data}
-            named = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
-            accelerator.init_trackers("gateloop", flat, named)
+        if accelerator.log_with:
+            self._start_trackers(path.parent, config, step)
+        self.file: TextIO = path.open("a")
+
+    def _start_trackers(self, folder: Path, config: RunConfig, step: int) -> None:
+        """Let Accelerate start what was asked for.
+
+        Raises:
+            ValueError: it does not start.
+        """
+        names = [str(name) for name in self.accelerator.log_with]
+        flat = {**vars(config.model), **vars(config.training), "data": config.data}
+        named = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
+        try:
+            if "tensorboard" in names:
+                self.accelerator.init_trackers("tensorboard", None, {"tensorboard": {"purge_step": step + 1}})
+            else:
+                self.accelerator.init_trackers("gateloop", flat, named)
+        except (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            # What has not started cannot be finished.
+            self.accelerator.trackers.clear()
+            raise ValueError(f"--track {names[0]}: it does not start: {error}") from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record.

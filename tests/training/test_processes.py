@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 
 from gateloop_transformer.cli import main
 
+# One worker for all: what they share takes seconds to start.
+pytestmark = pytest.mark.xdist_group("processes")
+
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
 # Everything that is kept between steps, in parts that processes cannot share evenly.
 TINY = [
