@@ -243,11 +243,11 @@ class Engine:
         return allreduce_hook(dist.distributed_c10d._get_default_group(), bucket)
 
     def accumulating(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a backward pass: gradients are exchanged after the last micro-batch only."""
-        if self.size == 1:
-            return contextlib.nullcontext()
-        if self.fsdp:
-            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        """Around a backward pass: with DDP gradients are exchanged after the last micro-batch only.
+
+        With FSDP2 after each: whole gradients would have to be kept between them, which is what it is to avoid.
+        """
+        if self.size == 1 or self.fsdp:
             return contextlib.nullcontext()
         return contextlib.nullcontext() if last else model.no_sync()  # type: ignore[operator]
 
