@@ -2,8 +2,8 @@
 
 python benchmarks/communication.py
 
-Linux counts what passes through the loopback device; runs of two lengths differ by their steps alone. Whatever else uses
-that device meanwhile is counted too, so nothing else should.
+Linux counts what passes through the loopback device; runs of two lengths differ by their steps alone. Whatever else
+uses that device meanwhile is counted too, so nothing else should.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def markdown(results: dict[str, Any]) -> str:
         "[scaling.md](../scaling.md).\n",
         f"{about_line(results)}; commit {results['commit']}.\n",
         "Megabytes that all processes together send in a step of a small model (width 256, depth 4), as Linux counts "
-        f"them on the loopback device (runs of {SHORT} and {LONG} steps, their difference; headers of packets included), "
+        f"them on the loopback device (the difference of runs of {SHORT} and {LONG} steps; headers of packets included) "
         "and as `gateloop train --dry-run` estimates them; states: of that, what context parallel exchanges.\n",
         "| | processes | context | counted | estimated | off by | states |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -96,8 +96,8 @@ def markdown(results: dict[str, Any]) -> str:
             f"{row['estimated'] / 1e6:.2f} | {off:+.1%} | {row['states'] / 1e6:.2f} |"
         )
     lines.append(
-        "\nThe library for CPUs, gloo, reduces to all where each rank needs a part (FSDP2's gradients, those of the keys and "
-        "values of attention layers), which sends twice as much; the estimate is that of a library that does not."
+        "\nThe library for CPUs, gloo, reduces to all where each rank needs a part (FSDP2's gradients, those of the "
+        "keys and values of attention layers), which sends twice as much; the estimate is for one that does not."
     )
     return "\n".join(lines) + "\n"
 

@@ -35,36 +35,24 @@ class Batch(NamedTuple):
         return Batch(self.ids.to(device), None if self.resets is None else self.resets.to(device))
 
 
-def batch_at(
-    tokens: Tokens,
-    step: int,
-    micro_batch: int,
-    *,
-    batch: int,
-    accumulate: int,
-    context: int,
-    seed: int,
-    rows: slice = _ALL,
-) -> Batch:
+def batch_at(tokens: Tokens, step: int, *, windows: int, context: int, seed: int, rows: slice = _ALL) -> Batch:
     """Shuffled windows, each from an empty state; every one once in an epoch.
 
-    Window number ((step - 1) * accumulate + micro_batch) * batch + row of a run is number (that modulo n) of an epoch
-    of n = (len(tokens) - 1) // context windows. Each epoch has its own order, and its own shift of all windows, so
+    Window number (step - 1) * windows + row of a run is number (that modulo n) of an epoch of
+    n = (len(tokens) - 1) // context windows. Each epoch has its own order, and its own shift of all windows, so
     that their borders vary. Nothing of the order is kept in memory; it depends on the arguments alone.
 
     Args:
         tokens: at least context + 1.
         step: from 1 on.
-        micro_batch: within the step, from 0 on.
-        batch: windows in a micro-batch.
-        accumulate: micro-batches in a step.
+        windows: in a step.
         context: tokens that a window predicts.
         seed: of the order.
-        rows: those of the micro-batch that are wanted.
+        rows: which of the step's windows are wanted.
     """
     count = (len(tokens) - 1) // context
-    first, last, stride = rows.indices(batch)
-    epoch, place = divmod(((step - 1) * accumulate + micro_batch) * batch + first, count)
+    first, last, stride = rows.indices(windows)
+    epoch, place = divmod((step - 1) * windows + first, count)
     ahead = place + np.arange(0, last - first, stride)
     starts = np.empty_like(ahead)
     for n in np.unique(ahead // count):
@@ -73,26 +61,15 @@ def batch_at(
     return windows_at(tokens, starts, context)
 
 
-def stream_at(
-    tokens: Tokens,
-    step: int,
-    micro_batch: int,
-    *,
-    batch: int,
-    accumulate: int,
-    context: int,
-    seed: int,
-    rows: slice = _ALL,
-) -> Batch:
+def stream_at(tokens: Tokens, step: int, *, windows: int, context: int, seed: int, rows: slice = _ALL) -> Batch:
     """Windows that go on where those of the step before ended, by one token's overlap; arguments as of `batch_at`.
 
-    Every row of every micro-batch is a stream of its own: it begins somewhere, all evenly spread, and comes back to
-    the data's start after its end, with a reset there.
+    Every row is a stream of its own: it begins somewhere, all evenly spread, and comes back to the data's start after
+    its end, with a reset there.
     """
     count = (len(tokens) - 1) // context
     shift = int(np.random.default_rng([seed, _STREAM]).integers(0, len(tokens) - count * context))
-    places = micro_batch * batch + np.arange(*rows.indices(batch))
-    numbers = (places * count // (batch * accumulate) + step - 1) % count
+    numbers = (np.arange(*rows.indices(windows)) * count // windows + step - 1) % count
     return windows_at(tokens, shift + numbers * context, context, numbers == 0)
 
 

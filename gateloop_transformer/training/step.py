@@ -62,10 +62,9 @@ def draw(
     tokens: Tokens, options: TrainingConfig, engine: Engine, step: int, micro: int
 ) -> tuple[Tensor, Tensor | None]:
     """A micro-batch of this process, and its part of the time: ids and resets (rows, steps + 1)."""
-    sizes = {"batch": options.windows, "accumulate": 1, "context": options.context}
     which = stream_at if options.carry_state else batch_at
-    rows = engine.micro_batches(options)[micro]
-    ids, resets = which(tokens, step, 0, **sizes, seed=options.seed, rows=rows)
+    sizes = {"windows": options.windows, "context": options.context, "seed": options.seed}
+    ids, resets = which(tokens, step, **sizes, rows=engine.micro_batches(options)[micro])
     part = engine.part(options.context)
     steps = slice(part.start, part.stop + 1)
     return ids[:, steps].to(engine.device), None if resets is None else resets[:, steps].to(engine.device)

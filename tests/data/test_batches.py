@@ -12,7 +12,7 @@ import torch
 from gateloop_transformer.data.batches import Batch, batch_at, permute, stream_at
 from gateloop_transformer.data.shards import Tokens
 
-SHAPE: dict[str, Any] = {"batch": 3, "accumulate": 2, "context": 16, "seed": 1}
+SHAPE: dict[str, Any] = {"windows": 6, "context": 16, "seed": 1}
 
 
 def tokens(length: int) -> Tokens:
@@ -47,7 +47,7 @@ def test_shuffled_places_are_even() -> None:
 
 def test_every_epoch_has_every_window_once_in_its_own_order() -> None:
     data = tokens(16 * 12 + 9)
-    windows = [row for step in range(1, 7) for micro in (0, 1) for row in batch_at(data, step, micro, **SHAPE).ids]
+    windows = [row for step in range(1, 7) for row in batch_at(data, step, **SHAPE).ids]
     epochs = [windows[:12], windows[12:24], windows[24:36]]
     orders = []
     for epoch in epochs:
@@ -62,19 +62,19 @@ def test_every_epoch_has_every_window_once_in_its_own_order() -> None:
 
 
 def test_a_batch_may_be_longer_than_an_epoch() -> None:
-    data, shape = tokens(16 * 3 + 1), {**SHAPE, "batch": 10}
-    starts = batch_at(data, 1, 0, **shape).ids[:, 0].tolist()
+    data, shape = tokens(16 * 3 + 1), {**SHAPE, "windows": 10}
+    starts = batch_at(data, 1, **shape).ids[:, 0].tolist()
     assert [sorted(starts[n : n + 3]) for n in (0, 3, 6)] == [[0, 16, 32]] * 3
 
 
 @pytest.mark.parametrize("draw", [batch_at, stream_at])
 def test_batches_depend_on_the_arguments_alone(draw: Any) -> None:
     data = tokens(1000)
-    later = draw(data, 7, 0, **SHAPE).ids
+    later = draw(data, 7, **SHAPE).ids
     assert later.dtype == torch.int64
-    assert later.shape == (3, 17)
-    assert later.equal(draw(data, 7, 0, **SHAPE).ids)
-    for other in (draw(data, 8, 0, **SHAPE), draw(data, 7, 1, **SHAPE), draw(data, 7, 0, **{**SHAPE, "seed": 2})):
+    assert later.shape == (6, 17)
+    assert later.equal(draw(data, 7, **SHAPE).ids)
+    for other in (draw(data, 8, **SHAPE), draw(data, 7, **{**SHAPE, "seed": 2})):
         assert not later.equal(other.ids)
 
 
@@ -82,8 +82,8 @@ def test_batches_depend_on_the_arguments_alone(draw: Any) -> None:
 def test_parts_of_the_rows_make_up_the_batch(draw: Any) -> None:
     data = Tokens.of(np.arange(1000), np.arange(0, 1000, 7))
     for step in range(1, 40):
-        whole = draw(data, step, 1, **SHAPE)
-        parts = [draw(data, step, 1, **SHAPE, rows=rows) for rows in (slice(0, 2), slice(2, 3))]
+        whole = draw(data, step, **SHAPE)
+        parts = [draw(data, step, **SHAPE, rows=rows) for rows in (slice(0, 4), slice(4, 6))]
         assert whole.ids.equal(torch.cat([part.ids for part in parts]))
         assert whole.resets.equal(torch.cat([part.resets for part in parts]))
 
@@ -93,23 +93,21 @@ def test_where_documents_begin_there_is_a_reset() -> None:
     data = Tokens.of(np.arange(16 * 30 + 1), starts)
     found: set[int] = set()
     for step in range(1, 6):
-        for micro in (0, 1):
-            batch = batch_at(data, step, micro, **SHAPE)
-            marks = torch.zeros_like(batch.ids, dtype=torch.bool) if batch.resets is None else batch.resets
-            assert marks.equal(torch.isin(batch.ids, torch.tensor(starts)) & (torch.arange(17) > 0))
-            found |= set(batch.ids[marks].tolist())
+        batch = batch_at(data, step, **SHAPE)
+        marks = torch.zeros_like(batch.ids, dtype=torch.bool) if batch.resets is None else batch.resets
+        assert marks.equal(torch.isin(batch.ids, torch.tensor(starts)) & (torch.arange(17) > 0))
+        found |= set(batch.ids[marks].tolist())
     # All but the first, which begins a window.
     assert found == set(starts[1:])
-    plain = batch_at(tokens(1000), 1, 0, **SHAPE)
+    plain = batch_at(tokens(1000), 1, **SHAPE)
     assert plain.resets is None
 
 
 def test_streams_go_on_where_they_ended_and_begin_again_after_the_end() -> None:
     starts = list(range(0, 103, 7))
     data = Tokens.of(np.arange(103), starts)
-    shape: dict[str, Any] = {"batch": 2, "accumulate": 2, "context": 10, "seed": 5}
-    steps = [[stream_at(data, step, micro, **shape) for micro in (0, 1)] for step in range(1, 25)]
-    rows = [torch.cat([batch.ids for batch in micros]) for micros in steps]
+    steps = [stream_at(data, step, windows=4, context=10, seed=5) for step in range(1, 25)]
+    rows = [batch.ids for batch in steps]
     first = min(int(row.min()) for row in rows)
     for before, after in itertools.pairwise(rows):
         goes_on = after[:, 0] == before[:, -1]
@@ -118,11 +116,10 @@ def test_streams_go_on_where_they_ended_and_begin_again_after_the_end() -> None:
     # Every stream sees all windows, each once in ten steps, and is reset at the first and at documents alone.
     for row in range(4):
         assert len({int(ids[row, 0]) for ids in rows[:10]}) == 10
-    for micros in steps:
-        for batch in micros:
-            expected = torch.isin(batch.ids, torch.tensor(starts))
-            expected[:, 0] |= batch.ids[:, 0] == first
-            assert expected.equal(torch.zeros_like(expected) if batch.resets is None else batch.resets)
+    for batch in steps:
+        expected = torch.isin(batch.ids, torch.tensor(starts))
+        expected[:, 0] |= batch.ids[:, 0] == first
+        assert expected.equal(torch.zeros_like(expected) if batch.resets is None else batch.resets)
 
 
 def test_a_batch_goes_to_a_device() -> None:

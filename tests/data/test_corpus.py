@@ -355,7 +355,7 @@ import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 corpus = load_corpus({str(tmp_path / "large.txt")!r}, valid_fraction=0.1, context=512, tokenizer=ByteTokenizer())
 for step in range(2000):
-    batch_at(corpus.train, step + 1, 0, batch=16, accumulate=1, context=512, seed=0)
+    batch_at(corpus.train, step + 1, windows=16, context=512, seed=0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -918,8 +918,7 @@ def test_a_carried_state_is_what_reading_from_the_start_gives(text: Path, tmp_pa
     assert train(text, out, "--carry-state", "--batch", "1", "--lr", "1e-30", "--weight-decay", "0", steps=5) == 0
     model = load_model(out)
     corpus = load_corpus(str(text), valid_fraction=0.1, context=32, tokenizer=ByteTokenizer())
-    shape = {"batch": 1, "accumulate": 1, "context": 32, "seed": 0}
-    windows = [stream_at(corpus.train, step, 0, **shape).ids for step in range(1, 6)]
+    windows = [stream_at(corpus.train, step, windows=1, context=32, seed=0).ids for step in range(1, 6)]
     ids = torch.cat([windows[0], *(window[:, 1:] for window in windows[1:])], 1)
     logits = model(ids[:, :-1])
     losses = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none").view(5, 32).mean(1)
