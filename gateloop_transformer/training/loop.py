@@ -146,6 +146,7 @@ class Trainer:
                     self._look(bar, stop)
                     if stop:
                         self._stop(signals.received)
+                self.engine.together(self._flush, main=True)
         except LostError as error:
             raise LostError(f"{error}; {self._kept()}. Start it again with --resume") from error
         if math.isnan(self.bits_per_byte):
@@ -243,6 +244,15 @@ class Trainer:
             self.log.write(record)
         except OSError as error:
             self.trouble = error
+
+    def _flush(self) -> None:
+        """What is logged is on disk, on the main process."""
+        if self.log is not None and self.trouble is None:
+            try:
+                self.log.flush()
+            except OSError as error:
+                self.trouble = error
+        self._raise_trouble()
 
     def _raise_trouble(self) -> None:
         if self.trouble is not None:
@@ -342,6 +352,8 @@ class Trainer:
 
     def _write_checkpoint(self, whole: Snapshot | None) -> None:
         assert whole is not None
+        # A run that goes on from here does not log again what came before.
+        self._flush()
         try:
             checkpoint.write(self.folder, whole, self.config)
         except OSError as error:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -95,28 +99,41 @@ class Log:
 
     def __init__(self, path: Path, accelerator: Any, config: RunConfig, step: int) -> None:
         self.accelerator = accelerator
-        if accelerator.log_with:
-            self._start_trackers(path.parent, config, step)
         self.file: TextIO = path.open("a")
+        try:
+            with self._tracking():
+                self._start(path.parent, config, step)
+        except OSError:
+            # What was not started cannot be ended.
+            self.accelerator.trackers = []
+            self.close()
+            raise
 
-    def _start_trackers(self, folder: Path, config: RunConfig, step: int) -> None:
-        """Let Accelerate start what was asked for.
+    def _start(self, folder: Path, config: RunConfig, step: int) -> None:
+        accelerator = self.accelerator
+        if "tensorboard" in map(str, accelerator.log_with):
+            _hush_threads()
+            accelerator.init_trackers("tensorboard", None, {"tensorboard": {"purge_step": step + 1}})
+        elif accelerator.log_with:
+            flat = {**vars(config.model), **vars(config.training), "data": config.data}
+            named = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
+            accelerator.init_trackers("gateloop", flat, named)
+
+    @contextlib.contextmanager
+    def _tracking(self) -> Iterator[None]:
+        """A tracker is at work.
 
         Raises:
-            ValueError: it does not start.
+            OSError: it failed.
         """
-        names = [str(name) for name in self.accelerator.log_with]
-        flat = {**vars(config.model), **vars(config.training), "data": config.data}
-        named = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
         try:
-            if "tensorboard" in names:
-                self.accelerator.init_trackers("tensorboard", None, {"tensorboard": {"purge_step": step + 1}})
-            else:
-                self.accelerator.init_trackers("gateloop", flat, named)
-        except (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-            # What has not started cannot be finished.
-            self.accelerator.trackers.clear()
-            raise ValueError(f"--track {names[0]}: it does not start: {error}") from error
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            # Each tracker has errors of its own, which are not to cost a run what it has not saved.
+            name = ", ".join(map(str, self.accelerator.log_with))
+            raise OSError(f"the tracker {name} failed: {str(error) or type(error).__name__}") from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record.
@@ -127,11 +144,44 @@ class Log:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         flat = dict(_numbers(record))
-        self.accelerator.log(flat, step=flat.pop("step"))
+        with self._tracking():
+            self.accelerator.log(flat, step=flat.pop("step"))
+
+    def flush(self) -> None:
+        """All that was written is on disk, as far as this process decides it.
+
+        Raises:
+            OSError: it is not.
+        """
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        with self._tracking():
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.writer.flush()
 
     def close(self) -> None:
-        """Nothing more will be written."""
-        self.file.close()
+        """Nothing more will be written. What mattered was flushed before: there are no errors here."""
+        trackers, self.accelerator.trackers = self.accelerator.trackers, []
+        for tracker in trackers:
+            with contextlib.suppress(OSError), self._tracking():
+                tracker.finish()
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+def _hush_threads() -> None:
+    """TensorBoard's thread tells the caller of what the system refuses it; it need not print a traceback as well."""
+    before = threading.excepthook
+    if getattr(before, "hushes", False):
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            before(args)
+
+    hook.hushes = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
 
 
 def _numbers(record: dict[str, Any]) -> list[tuple[str, Any]]:

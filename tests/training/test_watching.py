@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from gateloop_transformer.cli import main
-from gateloop_transformer.training import checkpoint, loop, step, storage
+from gateloop_transformer.training import checkpoint, folder, loop, step, storage
 from gateloop_transformer.training.config import RunConfig, TrainingConfig
 from gateloop_transformer.training.optimizer import Average
 from gateloop_transformer.training.signals import Signals
@@ -71,11 +71,22 @@ def test_metrics_say_speed_memory_and_where_the_time_went(text: Path, tmp_path: 
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_tensorboard_has_what_metrics_have(text: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_what_metrics_have(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
+    write, seen = checkpoint.write, []
+
+    def look(*rest: Any) -> None:
+        """A run that is killed later goes on from here, and logs nothing again."""
+        events = EventAccumulator(str(out / "tensorboard"))
+        events.Reload()
+        seen.append(events.Scalars("loss")[-1].step)
+        write(*rest)
+
+    monkeypatch.setattr(checkpoint, "write", look)
     assert train(text, out, "--steps", "4") == 0
+    assert seen == [2, 4]
     assert main(["train", "--out", str(out), "--resume", "--steps", "6"]) == 0
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
@@ -131,6 +142,33 @@ def test_batches_that_are_not_finite_are_passed_over_and_counted(
     assert "the checkpoint of step 4 is kept" in said
 
 
+@pytest.mark.parametrize(("method", "step"), [("start", None), ("log", 2)])
+def test_a_tracker_that_fails_costs_no_checkpoint(
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    step: int | None,
+) -> None:
+    from accelerate.tracking import TensorBoardTracker
+
+    original = getattr(TensorBoardTracker, method)
+
+    def fail(self: Any, *rest: Any, **options: Any) -> None:
+        if options.get("step") in (None, 3):
+            raise LookupError("no such project")
+        original(self, *rest, **options)
+
+    monkeypatch.setattr(TensorBoardTracker, method, fail)
+    assert train(text, tmp_path / "run", "--steps", "6") == 1
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "the tracker tensorboard failed: " in said
+    assert "no such project" in said
+    assert folder.newest_step(tmp_path / "run") == step
+
+
 @pytest.mark.parametrize("what", ["checkpoint", "metrics"])
 def test_a_full_disk_is_said_with_what_was_saved(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
@@ -150,7 +188,8 @@ def test_a_full_disk_is_said_with_what_was_saved(
 
         def note(self: Any, record: dict[str, Any]) -> None:
             if record["step"] == 3:
-                raise full
+                self.file.close()
+                self.file = Path("/dev/full").open("w")  # noqa: SIM115
             log(self, record)
 
         monkeypatch.setattr(loop.Log, "write", note)
