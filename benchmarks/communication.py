@@ -84,7 +84,7 @@ def markdown(results: dict[str, Any]) -> str:
         "[scaling.md](../scaling.md).\n",
         f"{about_line(results)}; commit {results['commit']}.\n",
         "Megabytes that all processes send in a step of a small model (width 256, depth 4), as Linux counts "
-        f"them on the loopback device (the difference of runs of {SHORT} and {LONG} steps; headers of packets included) "
+        f"them on the loopback device (the difference of runs of {SHORT} and {LONG} steps; packet headers included) "
         "and as `gateloop train --dry-run` estimates them; states: of that, what context parallel exchanges.\n",
         "| | processes | context | counted | estimated | off by | states |",
         "| --- | --- | --- | --- | --- | --- | --- |",
