@@ -20,6 +20,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from gateloop_transformer.training.config import TrainingConfig
 from gateloop_transformer.training.folder import pick_device
@@ -89,6 +91,19 @@ def _device(name: str) -> torch.device | None:
     return None
 
 
+# How often this process has met others, and the backends they last spoke through.
+_met: list[str] = []
+
+
+def _meet_again() -> None:
+    """Where this process has met others for an earlier run, have them leave new addresses, not read the old ones."""
+    if not _met or launched() == 1 or dist.is_initialized():
+        return
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    apart = PrefixStore(f"run-{len(_met)}", store)
+    dist.init_process_group(_met[-1], store=apart, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
 class Engine:
     """The processes of a run. One of them, `main`, writes files and speaks.
 
@@ -107,6 +122,7 @@ class Engine:
 
         _check_launcher(options)
         device = _device(options.device)
+        _meet_again()
         on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
         self.accelerator = Accelerator(
             cpu=on_cpu,
@@ -118,6 +134,8 @@ class Engine:
         self.device = self.accelerator.device if device is None else device
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.rank == 0
+        if self.size > 1:
+            _met.append(self.accelerator.state.backend)
         self.context_size = options.context_parallel
         self.data_rank, self.context_rank = divmod(self.rank, self.context_size)
         self.data_size = self.size // self.context_size

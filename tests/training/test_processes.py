@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import HashStore
 
 from gateloop_transformer.cli import main
+from gateloop_transformer.training import engine
 
 # One worker for all: what they share takes seconds to start.
 pytestmark = pytest.mark.xdist_group("processes")
@@ -121,6 +124,24 @@ def test_a_wrong_share_is_refused_once(text: Path, tmp_path: Path) -> None:
     assert len(errors) == 1
     assert "a step of 1 windows (--batch times --accumulate) cannot be shared by 2 processes" in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_of_a_process_reads_no_addresses_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, keys = HashStore(), list[str]()
+
+    def init(backend: str, **options: Any) -> None:
+        assert (backend, options["rank"], options["world_size"]) == ("gloo", 1, 3)
+        options["store"].set("address", str(len(keys)))
+        keys.append(store.get(f"run-{len(keys) + 1}/address").decode())
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(engine, "rendezvous", lambda *_rest, **_options: iter([(store, 1, 3)]))
+    monkeypatch.setattr("torch.distributed.init_process_group", init)
+    for met in ([], ["gloo"], ["gloo", "gloo"]):
+        monkeypatch.setattr(engine, "_met", met)
+        engine._meet_again()
+    assert keys == ["0", "1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
