@@ -28,6 +28,8 @@ CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
     "checkpoints",
 )
 LOCK = ".lock"
+# Of TensorBoard.
+EVENTS = "tensorboard"
 
 
 @contextlib.contextmanager
@@ -118,8 +120,12 @@ def clear_run(folder: Path) -> None:
     checkpoints = folder / CHECKPOINTS
     for old in [*steps(folder), *checkpoints.glob("step-*.partial"), *checkpoints.glob("damaged-step-*")]:
         remove(old)
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()
+    events = folder / EVENTS
+    for old in events.glob("events.out.tfevents.*"):
+        old.unlink()
+    for emptied in (checkpoints, events):
+        if emptied.is_dir() and not any(emptied.iterdir()):
+            emptied.rmdir()
     # What tells that this is a run goes last: a kill meanwhile leaves something that can be replaced.
     for name in (MODEL, METRICS, CURVE, TOKENIZER, CONFIG):
         (folder / name).unlink(missing_ok=True)

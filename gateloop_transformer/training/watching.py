@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import torch
 
 from gateloop_transformer.training.config import RunConfig, TrainingConfig
+from gateloop_transformer.training.folder import EVENTS
 
 PHASES = ("data", "forward", "backward", "optimizer", "communication")
 
@@ -113,7 +114,7 @@ class Log:
         accelerator = self.accelerator
         if "tensorboard" in map(str, accelerator.log_with):
             _hush_threads()
-            accelerator.init_trackers("tensorboard", None, {"tensorboard": {"purge_step": step + 1}})
+            accelerator.init_trackers(EVENTS, None, {"tensorboard": {"purge_step": step + 1}})
         elif accelerator.log_with:
             flat = {**vars(config.model), **vars(config.training), "data": config.data}
             named = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}

@@ -95,6 +95,9 @@ def test_tensorboard_has_what_metrics_have(text: Path, tmp_path: Path, monkeypat
     assert found == pytest.approx(expected)
     assert [event.step for event in events.Scalars("bits_per_byte")] == [4, 6]
     assert len(events.Scalars("shares/forward")) == 6
+    before = set((out / "tensorboard").iterdir())
+    assert train(text, out, "--steps", "1", "--overwrite") == 0
+    assert not before & set((out / "tensorboard").iterdir())
 
 
 def test_a_tracker_that_is_not_installed_is_refused(
