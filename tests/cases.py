@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -189,3 +192,13 @@ def pieces(x: Tensor, cuts: Iterable[int]) -> list[Tensor]:
     """Stretches of time: (B, T, …) cut before the steps `cuts`."""
     edges = [0, *sorted(cuts), x.shape[1]]
     return [x[:, start:stop] for start, stop in pairwise(edges)]
+
+
+def lines(texts: list[Any], field: str = "text") -> bytes:
+    """JSON lines with these texts in a field."""
+    return b"".join(json.dumps({"id": n, field: text}).encode() + b"\n" for n, text in enumerate(texts))
+
+
+def give(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Bytes on standard input."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))

@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> None:
 def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     """The configuration that the flags ask for; when resuming, the stored one with what may change."""
     from gateloop_transformer.data.sources import absolute
-    from gateloop_transformer.training import config, loop, presets
+    from gateloop_transformer.training import config, presets
     from gateloop_transformer.training.folder import read_config
 
     if arguments.data == "":
@@ -91,11 +91,11 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     changed = [
         f"{name} is {now[name]!r}, not {value!r}"
         for name, value in wanted.items()
-        if value != now[name] and (name not in loop.RESUMABLE or name not in given)
+        if value != now[name] and (name not in config.RESUMABLE or name not in given)
     ]
     if changed:
         raise ValueError(f"--resume: the run in {str(arguments.out)!r} has another configuration: {'; '.join(changed)}")
-    again = {name: value for name, value in given.items() if name in loop.RESUMABLE}
+    again = {name: value for name, value in given.items() if name in config.RESUMABLE}
     if "steps" in again:
         again["minutes"] = None
     training = dataclasses.replace(stored.training, **again)
@@ -145,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
     from gateloop_transformer.training.config import TokenizerConfig
     from gateloop_transformer.training.engine import LostError, launched
     from gateloop_transformer.training.folder import CONFIG
-    from gateloop_transformer.training.loop import prepare
+    from gateloop_transformer.training.preparation import prepare
 
     _check_flags(arguments)
     if arguments.resume_or_start:

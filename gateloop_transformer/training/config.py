@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
 
 FORMAT = 3
+# What may change when a run is resumed: how long it goes on, how often it is looked at, and on what it runs.
+RESUMABLE = (
+    *("steps", "minutes", "eval_every", "checkpoint_every", "sample_bytes", "keep", "device", "skip_nonfinite"),
+    *("parallel", "context_parallel", "track", "batch", "accumulate"),
+)
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, since: int = 1) -> Any:

@@ -5,36 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from gateloop_transformer.data.corpus import Corpus, load_corpus
-from gateloop_transformer.data.sources import is_standard_input
-from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
+from gateloop_transformer.data.corpus import Corpus
 from gateloop_transformer.training import checkpoint, folder, snapshot
 from gateloop_transformer.training.checkpoint import Progress, Snapshot
-from gateloop_transformer.training.config import RunConfig, TokenizerConfig
+from gateloop_transformer.training.config import RunConfig
 from gateloop_transformer.training.diagnosis import first_not_finite
-from gateloop_transformer.training.engine import ElsewhereError, Engine, LostError, full, launched
+from gateloop_transformer.training.engine import ElsewhereError, Engine, LostError, full
 from gateloop_transformer.training.evaluation import Share, validate
 from gateloop_transformer.training.optimizer import Average, parameter_groups
 from gateloop_transformer.training.plot import draw_curve
 from gateloop_transformer.training.schedule import learning_rate
 from gateloop_transformer.training.signals import Signals
-from gateloop_transformer.training.step import Carried, Flags, Outcome, Stepper, draw
+from gateloop_transformer.training.step import Carried, Flags, Outcome, Stepper
 from gateloop_transformer.training.storage import digest, write_text
 from gateloop_transformer.training.watching import Clock, Log, peak_memory
-
-# What may change when a run is resumed: how long it goes on, how often it is looked at, and on what it runs.
-RESUMABLE = (
-    *("steps", "minutes", "eval_every", "checkpoint_every", "sample_bytes", "keep", "device", "skip_nonfinite"),
-    *("parallel", "context_parallel", "track", "batch", "accumulate"),
-)
 
 
 class TrainingError(RuntimeError):
@@ -377,30 +368,6 @@ class Trainer:
         )
 
 
-def _check_batch(corpus: Corpus, config: RunConfig, engine: Engine) -> None:
-    """A batch fits into memory.
-
-    Raises:
-        ValueError: it does not.
-    """
-    options = config.training
-    try:
-        draw(corpus.train, options, engine, 1, 0)
-    except (MemoryError, OverflowError, ValueError) as error:
-        raise ValueError(f"{options.batch} windows (--batch) do not fit into memory: {error}") from error
-
-
-def _check_same(digests: list[str]) -> None:
-    """All processes have read the same data.
-
-    Raises:
-        ValueError: they have not.
-    """
-    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        raise ValueError(f"the data that process {', '.join(others)} reads is not that of process 0")
-
-
 def _records(lines: Iterable[str]) -> list[dict[str, Any]]:
     """Whole records only: a killed run may have left half of one."""
     records = []
@@ -410,89 +377,3 @@ def _records(lines: Iterable[str]) -> list[dict[str, Any]]:
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
-
-
-@contextlib.contextmanager
-def prepare(
-    config: RunConfig,
-    where: Path,
-    resume: bool,
-    overwrite: bool,
-    warn: Callable[[str], object],
-    tokenizer: Tokenizer | None = None,
-    report: Callable[[int], object] | None = None,
-) -> Iterator[Trainer]:
-    """A trainer whose folder is locked meanwhile. All processes of a run call this.
-
-    Everything that can be refused is refused here, before anything in the folder is touched.
-
-    Args:
-        config: of the run; when resuming, the stored one.
-        where: the run's folder.
-        resume: continue from its newest whole checkpoint, or from step 0 where there is none yet.
-        overwrite: delete the run that the folder holds.
-        warn: told of damaged checkpoints.
-        tokenizer: of the text; None: bytes, or when resuming that of the run.
-        report: called with numbers of bytes as the data is tokenised.
-
-    Raises:
-        ValueError: the data or the configuration cannot be used, the folder holds a run and neither flag is set, or
-            another process is training in it.
-    """
-    options = config.training
-    if int(os.environ.get("RANK", "0")) == 0:
-        folder.check_folder(where, resume, overwrite)
-    if is_standard_input(config.data) and launched() > 1 and not resume:
-        raise ValueError("several processes cannot share standard input: train on files, or start with one process")
-    # Before the processes meet: preparing the data may take longer than one waits for another.
-    if tokenizer is None:
-        tokenizer = folder.load_tokenizer(where) if resume else ByteTokenizer()
-    corpus = load_corpus(
-        config.data,
-        valid_fraction=options.valid_fraction,
-        context=options.context,
-        tokenizer=tokenizer,
-        field=config.field,
-        exclude=where,
-        sha256=config.data_sha256 if resume else None,
-        report=report,
-    )
-    if resume and config.data_sha256 not in (None, corpus.sha256):
-        raise ValueError(
-            f"the data has changed since the run in {str(where)!r} was started; it is now {corpus.description}"
-        )
-    config = replace(config, data_sha256=corpus.sha256, tokenizer=TokenizerConfig.of(tokenizer))
-    source = where / folder.CONFIG if resume else None
-    with Engine(options, where) as engine, contextlib.ExitStack() as stack:
-        engine.together(lambda: engine.check(options))
-        engine.together(lambda: _check_same(engine.gather(corpus.sha256)))
-        engine.make_groups()
-        engine.together(lambda: _check_batch(corpus, config, engine))
-        trainer = Trainer(config, where, corpus, engine, source)
-        engine.together(lambda: stack.enter_context(_claimed(trainer, resume, overwrite)), main=True)
-        if resume:
-            trainer.restore(warn)
-        engine.together(lambda: _describe_run(trainer), main=True)
-        yield trainer
-
-
-def _describe_run(trainer: Trainer) -> None:
-    # In this order: without a configuration a tokenizer.json might be anyone's, and nothing could replace it.
-    folder.write_config(trainer.folder, trainer.config)
-    trainer.corpus.tokenizer.save(trainer.folder)
-
-
-@contextlib.contextmanager
-def _claimed(trainer: Trainer, resume: bool, overwrite: bool) -> Iterator[None]:
-    """The folder is there, locked, and emptied of a run that is to be replaced."""
-    where = trainer.folder
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {str(where)!r}: {error.strerror}") from error
-    with folder.locked(where):
-        # Another process may have trained here since the first look.
-        folder.check_contents(where, resume, overwrite)
-        if not resume:
-            folder.clear_run(where)
-        yield

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_sources import give, lines
+from cases import give, lines
 
 from gateloop_transformer.data import cache, corpus, shards
 from gateloop_transformer.data.bpe import BPETokenizer, train_tokenizer

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
-import json
 import lzma
 import os
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import give, lines
 
 from gateloop_transformer.data import files, records
 from gateloop_transformer.data.sources import absolute, open_source, standard_library
@@ -28,10 +27,6 @@ def pack_zst(content: bytes) -> bytes:
 PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": pack_zst}
 
 
-def lines(texts: list[Any], field: str = "text") -> bytes:
-    return b"".join(json.dumps({"id": n, field: text}).encode() + b"\n" for n, text in enumerate(texts))
-
-
 def read_all(source: str | None, **options: Any) -> tuple[list[tuple[str, bytes]], int]:
     opened = open_source(source, **options)
     documents = [(document.name, b"".join(document.blocks)) for document in opened.documents()]
@@ -43,10 +38,6 @@ def write_parquet(path: Path, texts: list[Any], field: str = "text") -> None:
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), field: texts}), path, row_group_size=2)
-
-
-def give(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
 
 
 @pytest.mark.parametrize("suffix", PACK)

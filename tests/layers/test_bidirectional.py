@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gateloop_transformer import Bidirectional, CausalFullAttention, GateLoopedAttention, SimpleGateLoopLayer, quantize
 from gateloop_transformer.training.config import TrainingConfig
-from gateloop_transformer.training.loop import parameter_groups
+from gateloop_transformer.training.optimizer import parameter_groups
 
 DIM = 8
 LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {

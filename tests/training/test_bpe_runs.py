@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_sources import give, lines
+from cases import give, lines
 
 from gateloop_transformer import Transformer
 from gateloop_transformer.cli import main

@@ -31,8 +31,8 @@ from gateloop_transformer.training import checkpoint, folder, storage
 from gateloop_transformer.training.config import PRESETS, ModelConfig, RunConfig, TrainingConfig, resolve
 from gateloop_transformer.training.evaluation import bits_per_byte, validate
 from gateloop_transformer.training.folder import load_model
-from gateloop_transformer.training.loop import learning_rate
 from gateloop_transformer.training.optimizer import parameter_groups
+from gateloop_transformer.training.schedule import learning_rate
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
 TINY = [
@@ -853,7 +853,9 @@ def test_every_parameter_is_in_one_group_and_gates_in_their_own() -> None:
     assert groups[-1]["factor"] == 0.25
 
 
-@pytest.mark.parametrize(("place", "hint"), [("load_corpus", ""), ("Trainer.run", "; continue with --resume")])
+@pytest.mark.parametrize(
+    ("place", "hint"), [("preparation.load_corpus", ""), ("loop.Trainer.run", "; continue with --resume")]
+)
 def test_an_interrupt_hints_at_resume_once_there_is_a_run(
     text: Path,
     tmp_path: Path,
@@ -865,7 +867,7 @@ def test_an_interrupt_hints_at_resume_once_there_is_a_run(
     def interrupt(*_arguments: Any, **_options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"gateloop_transformer.training.loop.{place}", interrupt)
+    monkeypatch.setattr(f"gateloop_transformer.training.{place}", interrupt)
     assert train(text, tmp_path / "run") == 1
     assert f"interrupted{hint}\n" in capsys.readouterr().err
     assert (tmp_path / "run").exists() == bool(hint)
