@@ -50,7 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stderr is None:
         # Closed by the caller: nothing can be said to it, and it must not go to standard output instead.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        # The parser itself would name the command that all have in common.
+        _Parser(prog=f"gateloop {arguments.command}").error(f"unrecognized arguments: {' '.join(unknown)}")
     if sys.stdout is None:
         print(f"gateloop {arguments.command}: error: standard output is closed; send it to /dev/null", file=sys.stderr)
         return 2

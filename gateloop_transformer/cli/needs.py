@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_needs(config: RunConfig, processes: int, as_json: bool) -> None:
-    """The estimate of a run that is not started; with several processes both for DDP and for FSDP2.
+    """The estimate of a run that is not started; with several processes also for the other way to share the weights.
 
     Raises:
         ValueError: a value without a meaning.
@@ -21,16 +21,17 @@ def print_needs(config: RunConfig, processes: int, as_json: bool) -> None:
 
     device = "cuda" if _on_cuda(config.training.device) else "cpu"
     ranks = config.training.context_parallel
-    found = estimate(config, Spread(processes, ranks), device=device)
-    sharded = estimate(config, Spread(processes, ranks, sharded=True), device=device) if processes > 1 else None
+    sharded = config.training.parallel == "fsdp"
+    found = estimate(config, Spread(processes, ranks, sharded and processes > 1), device=device)
+    other = estimate(config, Spread(processes, ranks, not sharded), device=device) if processes > 1 else None
+    name = "ddp" if sharded else "fsdp"
     if as_json:
-        more = {} if sharded is None else {"fsdp2": sharded.to_json()}
-        print(json.dumps({**found.to_json(), **more}))
+        print(json.dumps({**found.to_json(), **({} if other is None else {name: other.to_json()})}))
         return
     print("\n".join(found.describe()))
-    if sharded is not None:
-        _, memory, _, *sent = sharded.describe()
-        print("\n".join(["with --parallel fsdp:", *("  " + line for line in (memory, *sent))]))
+    if other is not None:
+        _, memory, _, *sent = other.describe()
+        print("\n".join([f"with --parallel {name}:", *("  " + line for line in (memory, *sent))]))
 
 
 def needs_of(trainer: Trainer) -> list[str]:

@@ -53,8 +53,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out: {str(path)!r} is a folder, not a file")
     if path.exists() and not arguments.overwrite:
         raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out: there is no folder {str(path.parent)!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit-bytes must be at least 1, not {limit}")
     source = open_source(arguments.data, field=arguments.field)
@@ -62,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     with bytes_bar(limit or source.size()) as bar:
         tokenizer = train_tokenizer(texts.read(bar), arguments.vocab_size)
     tokens = sum(len(ids) for ids in tokenizer.encode_many(list(tokenizer.cut(texts.sample))))
+    path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save_as(path)
     size = sum(map(len, texts.sample))
     result = {

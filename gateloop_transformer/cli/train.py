@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
         "--dry-run",
         action="store_true",
         help="say what the run would need (parameters, memory with this machine's kernels, operations, communication); "
-        "start and write nothing",
+        "start and write nothing, and do not look at DATA",
     )
     parser.add_argument(
         "--processes", type=int, metavar="N", help="with --dry-run: as if for N processes (default: those of this job)"

@@ -146,10 +146,14 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.
 
 
 def walk(folder: Path, exclude: Collection[Path] = ()) -> list[Path]:
-    """All regular files below a folder in a fixed order; hidden ones, and those below `exclude`, left out."""
+    """All regular files below a folder in a fixed order; hidden ones, runs, and what is below `exclude` left out."""
     left_out = {path.resolve() for path in exclude}
     found = []
     for base, folders, names in os.walk(folder):
+        if Path(base) != folder and {".lock", "config.json"} <= set(names):
+            # The folder of a run: what training wrote is not to be trained on.
+            folders.clear()
+            continue
         folders[:] = sorted(
             name
             for name in folders

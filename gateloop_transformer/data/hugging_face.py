@@ -59,6 +59,9 @@ class HuggingFace(Source):
                 )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(f"cannot load {self.label}: {str(error).splitlines()[0]}") from error
+        if not isinstance(loaded, dict) and self.split is not None and "[" not in self.split:
+            own = getattr(loaded, "split", None)
+            loaded = {"" if own is None else str(own): loaded}
         self._dataset = self._pick(loaded) if isinstance(loaded, dict) else loaded
         if path.is_dir():
             self._version = [stamp(file) for file in walk(path)]
@@ -66,7 +69,7 @@ class HuggingFace(Source):
     def _pick(self, splits: dict[str, Any]) -> Any:
         wanted = self.split or (next(iter(splits)) if len(splits) == 1 else "train")
         if wanted not in splits:
-            names = ", ".join(splits)
+            names = ", ".join(filter(None, splits)) or "no splits"
             raise ValueError(f"{self.label} has no split {wanted!r}; it has {names} (name one as hf:NAME:SPLIT)")
         return splits[wanted]
 

@@ -151,6 +151,8 @@ def open_source(source: str | None, *, field: str | None = None, exclude: Collec
     if source.startswith("hf:"):
         return HuggingFace(source, field or TEXT)
     files, root = find_files(source, exclude)
+    if field is not None and not any(unpacked_suffix(path) in (".jsonl", ".parquet") for path in files):
+        raise ValueError(f"--field {field}: {source!r} holds no records (.jsonl or .parquet), only whole texts")
     return FileSource(repr(source), files, root, field or TEXT)
 
 

@@ -29,9 +29,9 @@ class Points:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run's metrics.jsonl says: its name, losses in training (bits per token), validations (bits per byte).
+    """What a run's metrics.jsonl says: its name, losses in training and validations.
 
-    bytewise: tokens are bytes, so that both are the same.
+    bytewise: both are in bits per byte; losses of BPE runs of earlier versions are in bits per token.
     """
 
     name: str
@@ -89,7 +89,7 @@ def read_curves(folders: Sequence[Path]) -> list[Curve]:
 
 
 def summary(curve: Curve) -> dict[str, Any]:
-    """How far a run has come: steps, tokens, seconds, its last loss (nats per token), last and best validation."""
+    """How far a run has come: steps, tokens, seconds, its last loss, last and best validation, in bits per byte."""
     train, valid = curve.train, curve.valid
     ends = {what: max((value for value in values_of([curve], what)), default=None) for what in AGAINST}
     return {
@@ -97,7 +97,7 @@ def summary(curve: Curve) -> dict[str, Any]:
         "steps": ends["steps"],
         "tokens": ends["tokens"],
         "seconds": ends["time"],
-        "loss": train.bits[-1] * math.log(2) if train.bits else None,
+        "train_bits_per_byte": train.bits[-1] if train.bits and curve.bytewise else None,
         "bits_per_byte": valid.bits[-1] if valid.bits else None,
         "best_bits_per_byte": min(valid.bits, default=None),
     }
@@ -114,13 +114,14 @@ def is_bytewise(folder: Path) -> bool:
 
 def curve_of(records: Sequence[dict[str, Any]], name: str, bytewise: bool = True) -> Curve:
     """Training and validation points; tokens and seconds of a validation are those of the training at its step."""
-    curve = Curve(name, bytewise)
+    curve = Curve(name, bytewise or any("train_bits_per_byte" in record for record in records))
     places: dict[int, tuple[float, float]] = {}
     for record in records:
         step = record["step"]
         tokens, seconds = places.get(step, (math.nan, math.nan))
         places[step] = float(record.get("tokens", tokens)), float(record.get("seconds", seconds))
-        for key, points, unit in (("loss", curve.train, math.log(2)), ("bits_per_byte", curve.valid, 1.0)):
+        loss = ("train_bits_per_byte", 1.0) if "train_bits_per_byte" in record else ("loss", math.log(2))
+        for (key, unit), points in ((loss, curve.train), (("bits_per_byte", 1.0), curve.valid)):
             if isinstance(record.get(key), int | float):
                 points.tokens.append(places[step][0])
                 points.time.append(places[step][1])

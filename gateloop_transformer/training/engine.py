@@ -151,7 +151,10 @@ class Engine:
         """
         what = f"{self.size} {'process' if self.size == 1 else 'processes'}"
         if self.size % self.context_size:
-            raise ValueError(f"--context-parallel {self.context_size} does not divide {what}")
+            raise ValueError(
+                f"{what} cannot share windows in groups of {self.context_size}: give another --context-parallel "
+                "(1 for none)"
+            )
         if options.windows < self.data_size:
             raise ValueError(
                 f"a step of {options.windows} windows (--batch times --accumulate) cannot be shared by {what}: "

@@ -62,7 +62,7 @@ class Trainer:
         )
         unused = config.model.ablate_complex or config.model.ablate_state_transition
         clock = Clock(self.device)
-        self.stepper = Stepper(self.model, engine.wrap(self.model, unused), corpus.train, options, engine, clock)
+        self.stepper = Stepper(self.model, engine.wrap(self.model, unused), corpus, options, engine, clock)
         self.average = Average(self.model, options.ema) if options.ema else None
         self.progress = Progress()
         # One for each micro-batch, where windows follow each other.
@@ -191,6 +191,9 @@ class Trainer:
             skipped = self.progress.skipped
             self._update(outcome, step)
             record = {"step": step, "loss": outcome.loss, "tokens": tokens, "lr": rate, "grad_norm": outcome.norm}
+            if self.corpus.tokenizer.kind != "bytes":
+                # With bytes it is the loss in other words.
+                record["train_bits_per_byte"] = outcome.bits_per_byte
         self.optimizer.zero_grad(set_to_none=True)
         clock.lap("optimizer")
         self.progress = Progress(step, self._time(clock), tokens, skipped)

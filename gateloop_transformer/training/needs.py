@@ -119,7 +119,7 @@ class Estimate:
         each = " for each process" if self.spread.processes > 1 else ""
         lines = [
             f"{self.parameters:,} parameters, {_amount(self.parameters)} (vocabulary: {self.vocabulary:,})",
-            f"memory: about {_amount(memory.total, 'B')}{each} ({held})",
+            f"memory: about {_amount(memory.total, 'B')}{each} at the peak ({held}, not all at once)",
             f"work: {_amount(self.operations.training, 'FLOP')} for a token, {_amount(work, 'FLOP')} for a step "
             f"of {self.tokens_per_step:,} tokens",
         ]

@@ -50,6 +50,8 @@ def prepare(
         folder.check_folder(where, resume, overwrite)
     if is_standard_input(config.data) and launched() > 1 and not resume:
         raise ValueError("several processes cannot share standard input: train on files, or start with one process")
+    if config.data is not None and os.path.isdir(config.data) and Path(config.data).resolve() == where.resolve():
+        raise ValueError(f"--out: {str(where)!r} is the folder of the data; choose another for the run")
     # Before the processes meet: preparing the data may take longer than one waits for another.
     if tokenizer is None:
         tokenizer = folder.load_tokenizer(where) if resume else ByteTokenizer()

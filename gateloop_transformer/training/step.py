@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gateloop_transformer.data.batches import batch_at, stream_at
+from gateloop_transformer.data.corpus import Corpus
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.layers.state import TransformerState
 from gateloop_transformer.ops.context_parallel import context_parallel
@@ -35,12 +36,13 @@ class Flags(NamedTuple):
 class Outcome(NamedTuple):
     """A step's gradients as seen by all processes, and what of it is this process's own.
 
-    loss: nats per predicted token. norm: of the gradient, before clipping. fault: "loss" or "gradient", which is not
-    finite; "" where all is. stop, trouble: of `Flags`, from all. carried: states that the next windows begin with.
-    ids: of the micro-batch at fault, or of the first.
+    loss: nats per predicted token. bits_per_byte: the same, over the bytes that these stand for. norm: of the gradient,
+    before clipping. fault: "loss" or "gradient", which is not finite; "" where all is. stop, trouble: of `Flags`, from
+    all. carried: states that the next windows begin with. ids: of the micro-batch at fault, or of the first.
     """
 
     loss: float
+    bits_per_byte: float
     norm: float
     fault: str
     stop: bool
@@ -50,11 +52,12 @@ class Outcome(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What is differentiated, the sum of nats in it, the number of predicted tokens, and the state after."""
+    """What is differentiated, the sum of nats in it, the predicted tokens and their bytes, and the state after."""
 
     total: Tensor
     nats: Tensor
     targets: int
+    size: int
     state: TransformerState | None
 
 
@@ -76,17 +79,18 @@ class Stepper:
     Args:
         model: for its parameters.
         runner: what is called in its place.
-        tokens: to train on.
+        corpus: to train on.
         options: of the training.
         engine: the processes.
         clock: told of the phases.
     """
 
     def __init__(
-        self, model: nn.Module, runner: nn.Module, tokens: Tokens, options: TrainingConfig, engine: Engine, clock: Clock
+        self, model: nn.Module, runner: nn.Module, corpus: Corpus, options: TrainingConfig, engine: Engine, clock: Clock
     ) -> None:
-        self.model, self.runner, self.tokens = model, runner, tokens
+        self.model, self.runner, self.tokens = model, runner, corpus.train
         self.options, self.engine, self.clock = options, engine, clock
+        self.lengths = torch.from_numpy(np.array(corpus.tokenizer.lengths)).to(engine.device)
 
     def gradients(self, step: int, carried: Carried, flags: Flags) -> Outcome:
         """Forward and backward passes of all micro-batches of a step; gradients are clipped means over all tokens."""
@@ -94,7 +98,7 @@ class Stepper:
         # A seed for each step and process: no random state has to be kept for a resumed run.
         seeds = np.random.SeedSequence([options.seed, step, engine.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-        nats, targets, bad, shown = 0.0, 0, False, None
+        nats, targets, size, bad, shown = 0.0, 0, 0, False, None
         states = list(carried)
         count = len(engine.micro_batches(options))
         for micro in range(count):
@@ -102,7 +106,7 @@ class Stepper:
             clock.lap("data")
             found = self._objective(ids, resets, carried[micro] if carried else None)
             value = found.nats.item()
-            targets += found.targets
+            targets, size = targets + found.targets, size + found.size
             if carried:
                 states[micro] = None if found.state is None else found.state.detach()
             shown = ids if shown is None or not (bad or math.isfinite(value)) else shown
@@ -110,13 +114,14 @@ class Stepper:
             clock.lap("forward")
             self._backward(found.total, last=micro == count - 1)
         assert shown is not None
-        mine = [0.0 if bad else nats, targets, bad, flags.stop, flags.trouble]
-        nats, predicted, faults, stop, trouble = engine.sum([float(value) for value in mine])
+        mine = [0.0 if bad else nats, targets, size, bad, flags.stop, flags.trouble]
+        nats, predicted, read, faults, stop, trouble = engine.sum([float(value) for value in mine])
         clock.lap("communication")
         norm = self._clip(predicted)
         fault = "loss" if faults else "" if math.isfinite(norm) else "gradient"
         clock.lap("optimizer")
-        return Outcome(nats / max(predicted, 1.0), norm, fault, stop > 0, trouble > 0, states, shown)
+        loss, bits = nats / max(predicted, 1.0), nats / max(read, 1.0) / math.log(2)
+        return Outcome(loss, bits, norm, fault, stop > 0, trouble > 0, states, shown)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in bfloat16, where the run asks for them."""
@@ -139,8 +144,8 @@ class Stepper:
                 wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 squares = wide.logsumexp(-1).square().masked_fill(targets.flatten() < 0, 0)
                 total = nats + options.z_loss * squares.sum()
-        count = targets.numel() if resets is None else int((targets >= 0).sum())
-        return Objective(total, nats.detach(), count, after)
+        counted = targets if resets is None else targets[targets >= 0]
+        return Objective(total, nats.detach(), counted.numel(), int(self.lengths[counted].sum()), after)
 
     def _backward(self, total: Tensor, last: bool) -> None:
         options, engine, clock = self.options, self.engine, self.clock

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gateloop_transformer.data.sources import absolute, is_standard_input
+from gateloop_transformer.data.sources import absolute, is_standard_input, open_source
 from gateloop_transformer.training.config import ModelConfig, TrainingConfig, resolve, value_types
 from gateloop_transformer.training.curves import read_curve
 from gateloop_transformer.training.folder import CONFIG, LOCK, locked, new_model
@@ -66,14 +66,31 @@ def parse_grid(texts: Sequence[str], seeds: str | None = None) -> dict[str, list
     for text in [*texts, *([] if seeds is None else [f"seed={seeds}"])]:
         name, _, values = text.partition("=")
         name = name.strip().replace("-", "_")
-        if not values or name not in _fields():
-            raise ValueError(f"--grid takes NAME=VALUE,VALUE,... of {', '.join(sorted(_fields()))}; not {text!r}")
+        if name not in _fields():
+            raise ValueError(f"--grid {text}: there is no setting {name!r}; there are {', '.join(sorted(_fields()))}")
+        if not values:
+            raise ValueError(f"--grid {text}: no values; it takes NAME=VALUE,VALUE,...")
         if name in grid:
             raise ValueError(f"--grid {name} is given twice" + (" (--seeds is one)" if name == "seed" else ""))
         grid[name] = [_value(name, value.strip()) for value in values.split(",")]
         if len(set(grid[name])) < len(grid[name]):
             raise ValueError(f"--grid {name}: a value is given twice in {values!r}")
     return grid
+
+
+def _differences(stored: Any, now: dict[str, Any]) -> list[str]:
+    """What a stored sweep has otherwise, in words."""
+    if not isinstance(stored, dict):
+        return ["its sweep.json is damaged"]
+    said = []
+    for part in ("data", "settings", "grid"):
+        old, new = stored.get(part), now[part]
+        if isinstance(old, dict) and isinstance(new, dict):
+            names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+            said += [f"{name} is {old.get(name)!r}, not {new.get(name)!r}" for name in names]
+        elif old != new:
+            said.append(f"{part} is {old!r}, not {new!r}")
+    return said or ([] if stored == now else ["it is of another version"])
 
 
 @dataclass(frozen=True)
@@ -112,14 +129,17 @@ class Sweep:
             except ValueError as error:
                 raise ValueError(f"{name_of(values)}: {error}") from error
         self._check_folder()
+        # Before anything is written; what is in the files is for the first run to say.
+        open_source(self.data, field=self.settings.get("field"))
 
     def _check_folder(self) -> None:
         where = repr(str(self.folder))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{where} is a file, not a folder")
         if (self.folder / SWEEP).is_file():
-            if read_json(self.folder / SWEEP) != json.loads(json.dumps(self._described())):
-                raise ValueError(f"{where} holds a sweep with other settings: choose another folder, or give its flags")
+            other = _differences(read_json(self.folder / SWEEP), json.loads(json.dumps(self._described())))
+            if other:
+                raise ValueError(f"{where} holds a sweep with other settings: {'; '.join(other)}")
         elif self.folder.exists() and any(path.name != LOCK for path in self.folder.iterdir()):
             raise ValueError(f"{where} is not empty and holds no sweep: choose another folder")
 

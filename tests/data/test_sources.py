@@ -162,7 +162,7 @@ def test_the_standard_library_is_text_without_tests() -> None:
         (b"", "a.txt", "is empty"),
         (b"\0" * 50, "a.txt", "holds no text, only binary data"),
         (b"not gzip", "a.gz", "cannot decompress"),
-        (gzip.compress(b"text" * 99)[:-9], "a.gz", "cannot decompress"),
+        (gzip.compress(b"text" * 99, mtime=0)[:-9], "a.gz", "cannot decompress"),
         (b"not xz", "a.xz", "cannot decompress"),
         (lzma.compress(b"text" * 99)[:-9], "a.xz", "cannot decompress"),
         (b"not zst", "a.zst", "cannot decompress"),
@@ -174,7 +174,7 @@ def test_the_standard_library_is_text_without_tests() -> None:
         (b'["a"]\n', "a.jsonl", "line 1 must be a JSON object with the field 'text', not a list"),
         (b'{"text": ""}\n', "a.jsonl", "is empty"),
         (b"[" * 100_000, "a.jsonl", "line 1 is not JSON"),
-        (gzip.compress(lines(["text"] * 99))[:-9], "a.jsonl.gz", "cannot decompress"),
+        (gzip.compress(lines(["text"] * 99), mtime=0)[:-9], "a.jsonl.gz", "cannot decompress"),
         (b"PAR1 no", "a.parquet", "cannot read"),
         (b"", "a.parquet.gz", "Parquet compresses by itself"),
     ],
@@ -240,3 +240,18 @@ def test_sources_mean_the_same_in_another_folder(tmp_path: Path, monkeypatch: py
     assert absolute("hf:set:test") == f"hf:{tmp_path / 'set'}:test"
     for same in (None, "", "-", "hf:owner/name,config:split", str(tmp_path)):
         assert absolute(same) == same
+
+
+def test_the_folders_of_runs_are_no_data(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".lock", "config.json", "metrics.jsonl"):
+        (run / name).write_text("{}")
+    assert read_all(str(tmp_path))[0] == [("a.txt", b"text")]
+
+
+def test_a_field_of_whole_texts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"--field body: .* holds no records"):
+        open_source(str(tmp_path / "a.txt"), field="body")

@@ -172,7 +172,7 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(tmp_path: Path, capsys
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == 1_094_683_904
     assert found["tokens"] == 42000 * found["tokens_per_step"] == 42000 * 4 * 64 * 64
-    assert found["fsdp2"]["communication"]["weights"] > 0 == found["communication"]["weights"]
+    assert found["fsdp"]["communication"]["weights"] > 0 == found["communication"]["weights"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -57,7 +57,7 @@ def test_several_runs_are_drawn_and_summed_up(tmp_path: Path, capsys: pytest.Cap
     assert [row["run"] for row in found["runs"]] == runs
     first = found["runs"][0]
     assert (first["steps"], first["tokens"], first["seconds"]) == (20, 2000, 10)
-    assert first["loss"] == pytest.approx(math.log(2) * 2.2)
+    assert first["train_bits_per_byte"] == pytest.approx(2.2)
     assert (first["bits_per_byte"], first["best_bits_per_byte"]) == (2.3, 2.3)
     drawn = out.read_bytes()
     assert drawn.startswith(PNG)

@@ -975,3 +975,10 @@ def test_one_command_starts_and_resumes(text: Path, tmp_path: Path, capsys: pyte
     assert metrics(out) == metrics(whole)
     assert train(text, out, "--resume-or-start", "--lr", "1e-3") == 2
     assert "has another configuration: lr is 0.004, not 0.001" in error_of(capsys)
+
+
+def test_a_run_is_not_put_among_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert train(tmp_path, tmp_path) == 2
+    assert "is the folder of the data; choose another for the run" in error_of(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -51,9 +51,10 @@ def test_grids_are_read_by_the_types_of_their_fields(
     ("flags", "problem"),
     [
         ([], "a sweep needs a --grid or --seeds"),
-        (["--grid", "rate=1"], "of ablate_complex, ablate_state_transition, accumulate, "),
-        (["--grid", "lr"], "--grid takes NAME=VALUE"),
-        (["--grid", "lr="], "--grid takes NAME=VALUE"),
+        (["--grid", "rate=1"], "there is no setting 'rate'; there are ablate_complex, ablate_state_transition, "),
+        (["absent.txt", "--grid", "lr=1"], "no file, folder or glob match"),
+        (["--grid", "lr"], "--grid lr: no values; it takes NAME=VALUE"),
+        (["--grid", "lr="], "--grid lr=: no values; it takes NAME=VALUE"),
         (["--grid", "lr=1,fast"], "--grid lr: expected a number, not 'fast'"),
         (["--grid", "batch=1.5"], "--grid batch: expected a whole number, not '1.5'"),
         (["--grid", "schedule=linear"], "expected cosine, wsd, constant, not 'linear'"),
@@ -113,12 +114,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_commands_say_all_settings_and_resume_what_has_begun(tmp_path: Path) -> None:
+def test_commands_say_all_settings_and_resume_what_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"preset": "small", "carry_state": True, "use_gate_looped_attn": False}
     settings |= {"layer_pattern": "gate attention", "attn_window": 64, "word": "of the command line alone"}
-    plan = Sweep(tmp_path, "book.txt", settings, {"attn_softmax_normalize": [True], "seed": [1, 2]})
+    (tmp_path / "book.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    plan = Sweep(tmp_path / "s", "book.txt", settings, {"attn_softmax_normalize": [True], "seed": [1, 2]})
     first, second = plan.combinations()
-    folder = tmp_path / "attn_softmax_normalize=True,seed=2"
+    folder = tmp_path / "s" / "attn_softmax_normalize=True,seed=2"
     assert folder.name == name_of(second)
     flags = ["--preset=small", "--carry-state", "--no-use-gate-looped-attn", "--layer-pattern=gate attention"]
     flags += ["--attn-window=64", "--word=of the command line alone"]
@@ -128,7 +131,7 @@ def test_commands_say_all_settings_and_resume_what_has_begun(tmp_path: Path) -> 
     plan.check()
     with pytest.raises(ValueError, match=r"seed=1: .* attn_window"):
         Sweep(tmp_path, None, {**settings, "attn_window": None}, plan.grid).check()
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     assert plan.command(second) == [*start, *flags, "--resume"]
     assert "--resume" not in plan.command(first)
@@ -177,7 +180,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, capsys: pytest.Capture
     from gateloop_transformer.training.folder import locked
 
     folder = tmp_path / "s"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with locked(folder):
         assert main(["sweep", "--out", str(folder), "--seeds", "1"]) == 2
     assert "another process" in error_of(capsys)
