@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from gateloop_transformer.data.corpus import Corpus
 from gateloop_transformer.training import checkpoint, folder, snapshot
 from gateloop_transformer.training.checkpoint import Progress, Snapshot
 from gateloop_transformer.training.config import RunConfig
+from gateloop_transformer.training.curves import read_records
 from gateloop_transformer.training.diagnosis import first_not_finite
 from gateloop_transformer.training.engine import ElsewhereError, Engine, LostError, full
 from gateloop_transformer.training.evaluation import Share, validate
@@ -113,8 +114,8 @@ class Trainer:
         """Put the folder where the run stands: no later checkpoints, no later metrics."""
         checkpoint.set_aside(self.folder, self.progress.step)
         metrics = self.folder / folder.METRICS
-        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
-        kept = [record for record in _records(lines) if record["step"] <= self.progress.step]
+        records = read_records(metrics) if metrics.exists() else []
+        kept = [record for record in records if record["step"] <= self.progress.step]
         write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
         validations = [record["bits_per_byte"] for record in kept if "bits_per_byte" in record]
         self.bits_per_byte = validations[-1] if validations else math.nan
@@ -369,14 +370,3 @@ class Trainer:
             seconds=self.progress.seconds,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
         )
-
-
-def _records(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """Whole records only: a killed run may have left half of one."""
-    records = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-    return records
