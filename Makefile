@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo
-# Test processes. Tests use one thread each.
+# Test processes; tests use one thread each. A file stays in one of them: what its tests compile they share.
 WORKERS ?= 2
 
 .PHONY: demo test check slow examples bench format clean
@@ -14,7 +14,7 @@ demo: .venv/train
 	$(BIN)/gateloop generate $(OUT) --prompt "class Reader" --tokens 500 --temperature 0.9 --top-p 0.95 --seed 1
 
 test: check
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

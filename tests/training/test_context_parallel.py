@@ -41,9 +41,6 @@ from gateloop_transformer.ops import (
     surrogate_attention,
 )
 
-# One worker for all: what they share takes seconds to start.
-pytestmark = pytest.mark.xdist_group("ranks")
-
 WORLD = 4
 TOLERANCE = 1e-10
 # Steps of each part. The first ranks of the world make the group.

@@ -20,9 +20,6 @@ from torch.distributed import HashStore
 from gateloop_transformer.cli import main
 from gateloop_transformer.training import engine
 
-# One worker for all: what they share takes seconds to start.
-pytestmark = pytest.mark.xdist_group("processes")
-
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
 # Everything that is kept between steps, in parts that processes cannot share evenly.
 TINY = [
