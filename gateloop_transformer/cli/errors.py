@@ -23,3 +23,17 @@ def let_main_speak() -> None:
     """
     if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
+
+
+def check_installed() -> None:
+    """What training needs beside torch is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        import accelerate  # noqa: F401
+        import matplotlib  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed; `pip install gateloop-transformer[train]`") from error

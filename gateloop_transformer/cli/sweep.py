@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from gateloop_transformer.cli.errors import check_installed
 from gateloop_transformer.cli.flags import add_field, add_fields, folder
 
 
@@ -39,13 +40,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    try:
-        import matplotlib  # noqa: F401
-        import tqdm  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{error.name} is not installed; `pip install gateloop-transformer[train]`") from error
     from gateloop_transformer.training import sweep
 
+    check_installed()
     own = {"command", "data", "out", "grid", "seeds", "json"}
     settings = {name: value for name, value in vars(arguments).items() if name not in own}
     plan = sweep.Sweep(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gateloop_transformer.cli.errors import check_installed
 from gateloop_transformer.cli.flags import add_field, add_fields, bytes_bar, folder
 from gateloop_transformer.cli.needs import needs_of, print_needs
 
@@ -118,15 +119,6 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--processes must be at least 1, not {arguments.processes}")
 
 
-def _check_installed() -> None:
-    try:
-        import accelerate  # noqa: F401
-        import matplotlib  # noqa: F401
-        import tqdm  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{error.name} is not installed; `pip install gateloop-transformer[train]`") from error
-
-
 def _tokenizer(arguments: argparse.Namespace, config: RunConfig) -> Tokenizer | None:
     """The tokenizer of --tokenizer; when resuming it can only be the run's."""
     from gateloop_transformer.data.bpe import load_tokenizer_file
@@ -158,7 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
             config = dataclasses.replace(config, tokenizer=TokenizerConfig.of(tokenizer))
         print_needs(config, arguments.processes or launched(), arguments.json)
         return
-    _check_installed()
+    check_installed()
     how = (arguments.resume, arguments.overwrite, _warn)
     with bytes_bar(None, delay=2) as bar, prepare(config, arguments.out, *how, tokenizer, bar.update) as trainer:
         bar.close()

@@ -104,9 +104,10 @@ class Trainer:
         folder.check_fit(self.model, saved.model, path / folder.MODEL)
         self.carried = snapshot.give(self.engine, saved, self.model, self.optimizer, self.average, self.config.training)
         self.progress = saved.progress
+        if not self.engine.main:
+            return
         model = self.folder / folder.MODEL
-        same = model.exists() and not saved.average and digest(model) == digest(path / folder.MODEL)
-        if self.engine.main and not same:
+        if saved.average or not model.exists() or digest(model) != digest(path / folder.MODEL):
             # A kill between a checkpoint and this file leaves the file of an earlier step.
             folder.publish(self.folder, saved.average or saved.model, self.config)
 

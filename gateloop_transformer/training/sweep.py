@@ -22,7 +22,7 @@ from gateloop_transformer.training.config import ModelConfig, TrainingConfig, re
 from gateloop_transformer.training.curves import read_curve
 from gateloop_transformer.training.folder import CONFIG, LOCK, locked, new_model
 from gateloop_transformer.training.plot import draw_curves, draw_rates
-from gateloop_transformer.training.storage import write_text
+from gateloop_transformer.training.storage import read_json, write_text
 
 SWEEP, RESULTS, CURVES, RATES = "sweep.json", "results.json", "curves.png", "lr.png"
 # Seconds that an interrupted run may take to save itself.
@@ -169,18 +169,6 @@ def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool) and type(None) not in _fields()[name][1]:
         return f"--{flag}" if value else f"--no-{flag}"
     return f"--{flag}={value}"
-
-
-def read_json(path: Path) -> Any:
-    """What a file of a sweep says.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def run(sweep: Sweep, report: Callable[[str], object]) -> list[Row]:
