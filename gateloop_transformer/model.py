@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gateloop_transformer.generation import generate, stream
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
-from gateloop_transformer.layers.gate_looped import GateLoopedAttention, check_fraction
+from gateloop_transformer.layers.gate_looped import GateLoopedAttention, check_fraction, check_start
 from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.state import TransformerState
@@ -70,7 +70,9 @@ class Transformer(nn.Module):
         head_norm: RMS norm on each gate loop head's output.
         qk_norm: RMS norm on queries and keys of every mixer.
         conv_size: taps of the causal convolution in gate loop layers; 0 for none.
-        max_memory: steps; the longest memory that "ring" gates start with.
+        max_memory: steps; the longest memory that gates with a spread start begin with.
+        spread_start: gates begin with memories spread up to max_memory; None: "ring" gates do.
+        fixed_gates: "ring" gates are learned but do not depend on the data, as in an LRU.
         attn_window: steps that attention layers see at most, so that decoding needs constant memory; None: all.
         dropout: probability of zeroing what a block adds, in training.
         backend: of all operators: "auto", or a backend's name.
@@ -107,6 +109,8 @@ class Transformer(nn.Module):
         qk_norm: bool = False,
         conv_size: int = 0,
         max_memory: float = 1024,
+        spread_start: bool | None = None,
+        fixed_gates: bool = False,
         attn_window: int | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
@@ -126,6 +130,7 @@ class Transformer(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"Transformer: dropout must be in [0, 1), not {dropout}")
         check_gate("Transformer", gate)
+        check_start("Transformer", gate, spread_start, fixed_gates)
         if data_dependent_rel_pos not in (False, True, "gate_loop"):
             raise ValueError(
                 "Transformer: data_dependent_rel_pos must be False, True or 'gate_loop', "
@@ -147,6 +152,8 @@ class Transformer(nn.Module):
                 "qk_norm": qk_norm,
                 "conv_size": conv_size,
                 "max_memory": max_memory,
+                "spread_start": spread_start,
+                "fixed_gates": fixed_gates,
                 "backend": backend,
             },
             "attention": {

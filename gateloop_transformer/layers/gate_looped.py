@@ -49,6 +49,20 @@ def check_fraction(layer: str, name: str, fraction: float) -> None:
         raise ValueError(f"{layer}: {name} must be finite, not {fraction}")
 
 
+def check_start(layer: str, gate: str, spread_start: bool | None, fixed_gates: bool) -> None:
+    """A start or an independence of the data that is asked for is one that this kind of gate can have.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if spread_start and gate == "polar":
+        raise ValueError(f"{layer}: spread_start needs gate 'ring' or 'paper': memories of 'polar' gates are 2 or more")
+    if fixed_gates and gate != "ring":
+        raise ValueError(f"{layer}: fixed_gates needs gate 'ring', not {gate!r}")
+    if fixed_gates and spread_start is False:
+        raise ValueError(f"{layer}: fixed_gates need a spread start, as nothing else sets the memories apart")
+
+
 class GateLoopedAttention(nn.Module):
     """y = out(SiLU(gates(x)) · norm(Re(q S))) with S[t] = a(x[t]) S[t-1] + k ⊗ v, per head.
 
@@ -68,7 +82,12 @@ class GateLoopedAttention(nn.Module):
         head_norm: RMS norm of each head's output, before the swish gate. Head size above 1.
         qk_norm: RMS norm of each head's queries and keys. Head size above 1.
         conv_size: taps of a causal depthwise convolution before q, k, v and the gate; 0 for none.
-        max_memory: steps; the longest memory that "ring" starts with.
+        max_memory: steps; the longest memory that a spread start has.
+        spread_start: gates start with memories spread log-uniformly up to `max_memory` and phases that do not depend
+            on the data, rather than with a Linear's own weights, memories of about two steps; "ring" and "paper" only.
+            None: "ring" does.
+        fixed_gates: gates are learned but do not depend on the data, as in an LRU; "ring" only. Trained with a learning
+            rate of 0 for `gate_parameters` they stay where they start, as in RetNet.
         reverse: run from the last step to the first, the convolution too; a state is then what comes after x.
         backend: "auto", or a backend's name.
 
@@ -94,6 +113,8 @@ class GateLoopedAttention(nn.Module):
         qk_norm: bool = False,
         conv_size: int = 0,
         max_memory: float = 1024,
+        spread_start: bool | None = None,
+        fixed_gates: bool = False,
         reverse: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -110,6 +131,7 @@ class GateLoopedAttention(nn.Module):
             raise ValueError(f"GateLoopedAttention: conv_size must be 0 or more taps, not {conv_size}")
         if not max_memory >= 1:
             raise ValueError(f"GateLoopedAttention: max_memory must be at least 1 step, not {max_memory}")
+        check_start("GateLoopedAttention", gate, spread_start, fixed_gates)
         check_fraction("GateLoopedAttention", "frac_gradient_state_transition", frac_gradient_state_transition)
         check_name(backend)
         self.dim, self.heads, self.gate, self.backend = dim, heads, gate, backend
@@ -118,9 +140,11 @@ class GateLoopedAttention(nn.Module):
         self.frac_gradient_state_transition = frac_gradient_state_transition
         self.conv = ShortConv(dim, conv_size) if conv_size else None
         self.to_qkv = nn.Linear(dim, 3 * dim_inner, bias=False)
-        self.to_a = nn.Sequential(nn.Linear(dim, 2 * heads, bias=gate != "ring"))
+        self.to_a = None if fixed_gates else nn.Sequential(nn.Linear(dim, 2 * heads, bias=gate != "ring"))
         if gate == "ring":
-            self._start_ring(max_memory)
+            self.ring_logit, self.ring_phase = (nn.Parameter(torch.zeros(heads)) for _ in range(2))
+        if gate == "ring" if spread_start is None else spread_start:
+            self._spread(max_memory)
         self.q_norm = HeadRMSNorm(heads, self.dim_head) if qk_norm else None
         self.k_norm = HeadRMSNorm(heads, self.dim_head) if qk_norm else None
         self.head_norm = HeadRMSNorm(heads, self.dim_head) if head_norm else None
@@ -129,12 +153,18 @@ class GateLoopedAttention(nn.Module):
         projected = dim_inner != dim or add_swish_gating
         self.to_out = nn.Linear(dim_inner, dim, bias=False) if projected else nn.Identity()
 
-    def _start_ring(self, max_memory: float) -> None:
+    @torch.no_grad()
+    def _spread(self, max_memory: float) -> None:
         """Memories and phases from `ring_start`; phases do not depend on the data at first."""
         logits, phases = ring_start(self.heads, max_memory)
-        self.ring_logit, self.ring_phase = nn.Parameter(logits), nn.Parameter(phases)
-        with torch.no_grad():
-            cast(nn.Linear, self.to_a[0]).weight[1::2].zero_()
+        if self.to_a is not None:
+            projection = cast(nn.Linear, self.to_a[0])
+            projection.weight[1::2].zero_()
+            if projection.bias is not None:
+                projection.bias.copy_(torch.stack([logits, phases], -1).flatten())
+        if self.gate == "ring":
+            self.ring_logit.copy_(logits)
+            self.ring_phase.copy_(phases)
 
     @overload
     def forward(
@@ -248,7 +278,7 @@ class GateLoopedAttention(nn.Module):
         fused = self.to_gates is not None and isinstance(self.maybe_sub_ln, nn.Identity)
         y, final = channel_gate_loop(
             self.to_qkv(mixed),
-            self.to_a(mixed),
+            self._projections(mixed),
             None if state is None else (state.real.flatten(1), state.imaginary.flatten(1)),
             gate=self.gate,
             bias=self._bias(),
@@ -278,7 +308,7 @@ class GateLoopedAttention(nn.Module):
         if ablate_state_transition:
             return x.new_ones(*x.shape[:2], self.heads, dtype=compute_dtype(x.dtype)), None, k
         real, imaginary, scale = head_gates(
-            self.to_a(x),
+            self._projections(x),
             gate=self.gate,
             bias=self._bias(),
             fraction=self.frac_gradient_state_transition,
@@ -286,6 +316,12 @@ class GateLoopedAttention(nn.Module):
             backend=self.backend,
         )
         return real, imaginary, k if scale is None else k * scale.to(k.dtype).unsqueeze(-1)
+
+    def _projections(self, x: Tensor) -> Tensor:
+        """What gates are made of besides the bias, pairs (B, T, 2·heads)."""
+        if self.to_a is None:
+            return x.new_zeros(*x.shape[:2], 2 * self.heads)
+        return cast(Tensor, self.to_a(x))
 
     def _bias(self) -> tuple[Tensor, Tensor] | None:
         """What is added to the gate projections."""
@@ -303,7 +339,7 @@ class GateLoopedAttention(nn.Module):
     def gate_parameters(self) -> list[nn.Parameter]:
         """What decides the gates: to be trained with a lower learning rate and no weight decay."""
         ring = [self.ring_logit, self.ring_phase] if self.gate == "ring" else []
-        return [*self.to_a.parameters(), *ring]
+        return [*(self.to_a.parameters() if self.to_a is not None else ()), *ring]
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""

@@ -14,7 +14,7 @@ from gateloop_transformer.training.presets import PRESETS
 if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
 
-FORMAT = 3
+FORMAT = 4
 # What may change when a run is resumed: how long it goes on, how often it is looked at, and on what it runs.
 RESUMABLE = (
     *("steps", "minutes", "eval_every", "checkpoint_every", "sample_bytes", "keep", "device", "skip_nonfinite"),
@@ -58,7 +58,11 @@ class ModelConfig:
     head_norm: bool = option(False, "RMS norm on the output of each gate loop head")
     qk_norm: bool = option(False, "RMS norm on queries and keys")
     conv_size: int = option(0, "taps of the causal convolution in gate loop layers; 0: none")
-    max_memory: float = option(1024, "longest memory that ring gates start with, in steps")
+    max_memory: float = option(1024, "longest memory that gates with a spread start begin with, in steps")
+    spread_start: bool | None = option(
+        None, "gates begin with memories spread up to --max-memory; none: ring gates do", since=4
+    )
+    fixed_gates: bool = option(False, "ring gates that do not depend on the data, as in an LRU", since=4)
     attn_window: int | None = option(None, "steps that attention layers see at most; none: all", since=2)
     dropout: float = option(0.0, "probability of dropping an element of what a block adds")
 
@@ -82,7 +86,9 @@ class TrainingConfig:
     accumulate: int = option(1, "so many times --batch windows are in a step, shared by all processes")
     lr: float = option(3e-3, "peak learning rate")
     min_lr: float = option(0.1, "final learning rate as a fraction of the peak")
-    gate_lr: float = option(0.5, "learning rate of gate parameters as a fraction of the others'")
+    gate_lr: float = option(
+        0.5, "learning rate of gate parameters as a fraction of the others'; 0: they stay as they start"
+    )
     warmup: float = option(0.05, "fraction of the run in which the learning rate rises")
     schedule: str = option(
         "cosine",
@@ -153,7 +159,7 @@ class TrainingConfig:
                 self.minutes,
             ),
             (0 <= self.min_lr <= 1, "min_lr must be in [0, 1]", self.min_lr),
-            (0 < self.gate_lr <= 1, "gate_lr must be in (0, 1]", self.gate_lr),
+            (0 <= self.gate_lr <= 1, "gate_lr must be in [0, 1]", self.gate_lr),
             (0 <= self.warmup < 1, "warmup must be in [0, 1)", self.warmup),
             (0 < self.decay <= 1, "decay must be in (0, 1]", self.decay),
             (

@@ -116,6 +116,48 @@ def test_ring_starts_with_long_memories_and_phases_free_of_the_data() -> None:
     assert not layer.to_a[0].weight[1::2].any()
 
 
+def test_paper_gates_with_a_spread_start_are_ring_gates_without_the_input_scale() -> None:
+    torch.manual_seed(0)
+    ring = GateLoopedAttention(6, heads=3, gate="ring", max_memory=50)
+    torch.manual_seed(0)
+    paper = GateLoopedAttention(6, heads=3, gate="paper", max_memory=50, spread_start=True)
+    with torch.no_grad():
+        paper.to_a[0].weight.copy_(ring.to_a[0].weight)
+        paper.to_a[0].bias.copy_(torch.stack([ring.ring_logit, ring.ring_phase], -1).flatten())
+    assert 20 < (1 / (1 - torch.sigmoid(paper.to_a[0].bias[0::2]))).max() < 50
+    x, k = torch.randn(2, 5, 6), torch.ones(2, 5, 3, 2)
+    (re, im, unscaled), (re_ring, im_ring, scaled) = paper._gates(x, k, False, False), ring._gates(x, k, False, False)
+    assert_equal([re, im], [re_ring, im_ring])
+    assert torch.equal(unscaled, k)
+    assert (scaled < 1).all()
+
+
+def test_without_a_spread_start_ring_gates_forget_within_two_steps() -> None:
+    layer = GateLoopedAttention(64, gate="ring", spread_start=False)
+    assert not layer.ring_logit.any()
+    assert layer.to_a[0].weight[1::2].any()
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6])
+def test_fixed_gates_are_those_of_a_time_invariant_recurrence(heads: int) -> None:
+    layer = GateLoopedAttention(
+        6, heads=heads, gate="ring", fixed_gates=True, add_swish_gating=False, dim_inner=6, max_memory=20
+    ).double()
+    K = 6 // heads
+    a = torch.polar(torch.sigmoid(layer.ring_logit), layer.ring_phase)
+    scale = torch.sqrt(1 - a.abs() ** 2)
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    q, k, v = (part.unflatten(-1, (heads, K)) for part in layer.to_qkv(x).chunk(3, -1))
+    state, expected = torch.zeros(2, heads, K, K, dtype=torch.complex128), []
+    for t in range(7):
+        state = a[:, None, None] * state + torch.einsum("bhk,bhv->bhkv", scale[:, None] * k[:, t], v[:, t])
+        expected.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state.real).flatten(1))
+    assert_equal([layer(x)], [torch.stack(expected, 1)], 1e-10)
+    layer(x).sum().backward()
+    assert {id(p) for p in layer.gate_parameters()} == {id(layer.ring_logit), id(layer.ring_phase)}
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -128,6 +170,9 @@ def test_ring_starts_with_long_memories_and_phases_free_of_the_data() -> None:
         ({"dim": 6, "qk_norm": True}, "heads of size 1"),
         ({"dim": 6, "gate": "ring", "max_memory": 1}, "above 1 step"),
         ({"dim": 6, "max_memory": 0}, "max_memory must be at least 1 step, not 0"),
+        ({"dim": 6, "spread_start": True}, "spread_start needs gate 'ring' or 'paper'"),
+        ({"dim": 6, "gate": "paper", "fixed_gates": True}, "fixed_gates needs gate 'ring', not 'paper'"),
+        ({"dim": 6, "gate": "ring", "fixed_gates": True, "spread_start": False}, "fixed_gates need a spread start"),
         ({"dim": 6, "frac_gradient_state_transition": math.inf}, r"frac_gradient_state_transition must be finite"),
     ],
 )
