@@ -79,6 +79,7 @@ OPERATORS = {
     "linear_scan, complex": Operator(((19,), (19,), (19,)), ((19,), (19,)), _complex_scan, 2),
     "gate_loop, head size 1": Operator(_loop_sizes(18, 1, 1), ((18, 1, 1),) * 2, _loop, 2, exact=True),
     "gate_loop, heads": Operator(_loop_sizes(2, 3, 5), ((2, 3, 5),) * 2, _loop, 2),
+    "gate_loop, many heads": Operator(_loop_sizes(18, 3, 5), ((18, 3, 5),) * 2, _loop, 2),
     "gate_loop, wide heads": Operator(_loop_sizes(1, 20, 16), ((1, 20, 16),) * 2, _loop, 2),
     "gate_loop, real": Operator(((2,), (2, 4), (2, 4), (2, 4)), ((2, 4, 4),), _real_loop, 1),
     "gate_loop, per channel": Operator(_loop_sizes(2, 3, 4, True), ((2, 3, 4),) * 2, _loop, 2),

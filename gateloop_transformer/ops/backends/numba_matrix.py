@@ -1,5 +1,8 @@
 """The Numba backend for matrix states: sizes, padding and the kernels' arguments.
 
+Chunks of time as matrix products (`numba_tiles.py`), or, where many heads are small, step by step with a lane for each
+head (`numba_heads.py`).
+
 B sequences (rows of the batch, or documents packed in one), T time, H heads, K key size, V value size, C steps per
 chunk.
 """
@@ -20,8 +23,12 @@ if TYPE_CHECKING:
     from gateloop_transformer.ops.backends.numba_launch import Kernel
 
 
-class _Tiles(NamedTuple):
-    """Sizes of a gate loop with a matrix state, and the operands of its kernels."""
+# Entries of a head's state up to which a lane for each head is faster than a product of matrices for each.
+_SMALL = 144
+
+
+class _Sizes(NamedTuple):
+    """Of a gate loop with a matrix state."""
 
     B: int
     T: int
@@ -35,6 +42,45 @@ class _Tiles(NamedTuple):
     @property
     def lanes(self) -> int:
         return 8 if self.wide == torch.float64 else 16
+
+    @property
+    def small(self) -> bool:
+        """Whether heads are many and small."""
+        return self.K * self.V <= _SMALL and self.lanes // 2 <= self.H
+
+    def chunks(self, steps: int) -> int:
+        """Of all sequences, of so many steps each, or a little more."""
+        if self.layout.cu_seqlens is None:
+            return self.B * -(-self.T // steps)
+        return self.T // steps + self.B
+
+    def launch(
+        self,
+        kernel: Kernel,
+        items: int,
+        sizes: list[int],
+        room: int,
+        steps: int,
+        places: list[int],
+        reverse: bool,
+    ) -> None:
+        """Run a kernel over all items, with `room` numbers of memory for each thread and chunks of so many steps."""
+        from gateloop_transformer.ops.backends.numba_launch import HEADER, launch, threads_for
+
+        # What a step does to a head is work on its state.
+        rows = self.B if self.layout.cu_seqlens is None else 1
+        work = rows * self.T * self.H * self.K * self.V
+        size = room * self.wide.itemsize
+        scratch = torch.empty(size * threads_for(items, work), dtype=torch.uint8)
+        sizes = [*sizes, steps, scratch.data_ptr(), size]
+        documents = self.layout.table(self.T, steps, reverse)
+        # The table of documents stands behind all else.
+        table = HEADER + len(sizes) + 1 + len(places) if documents else 0
+        launch(kernel, items, [*sizes, table, *places, *documents], work)
+
+
+class _Tiles(_Sizes):
+    """The operands of the kernels that multiply matrices."""
 
     def padded(self, size: int) -> int:
         """Filled up to whole vectors."""
@@ -60,30 +106,12 @@ class _Tiles(NamedTuple):
 
     def run(self, kernel: Kernel, operands: list[Tensor | None], state: Tensor, before: Tensor, reverse: bool) -> None:
         """Launch a kernel over all heads. Operands are (B, T, H, ·) in the kernels' order."""
-        from gateloop_transformer.ops.backends.numba_launch import HEADER, launch, threads_for
-
         KP, VP, C = self.padded(self.K), self.padded(self.V), self.C
-        numbers = C * (9 * KP + 6 * VP + 8 * C + 10) + 4 * KP * VP
-        room = numbers * self.wide.itemsize
-        items = self.B * self.H
-        # What a step does to a head is work on its state.
-        rows = self.B if self.layout.cu_seqlens is None else 1
-        work = rows * self.T * self.H * self.K * self.V
-        scratch = torch.empty(room * threads_for(items, work), dtype=torch.uint8)
-        sizes = [self.H, self.T, self.K, self.V, KP, VP, C, scratch.data_ptr(), room]
+        room = C * (9 * KP + 6 * VP + 8 * C + 10) + 4 * KP * VP
+        sizes = [self.H, self.T, self.K, self.V, KP, VP]
         places = [number for x in operands for number in _place(x, reverse)]
         places += [state.data_ptr(), before.data_ptr()]
-        documents = self.layout.table(self.T, C, reverse)
-        # The table of documents stands behind all else.
-        table = HEADER + len(sizes) + 1 + len(places) if documents else 0
-        launch(kernel, items, [*sizes, table, *places, *documents], work)
-
-    @property
-    def chunks(self) -> int:
-        """Of all sequences, or a little more."""
-        if self.layout.cu_seqlens is None:
-            return self.B * -(-self.T // self.C)
-        return self.T // self.C + self.B
+        self.launch(kernel, self.B * self.H, sizes, room, C, places, reverse)
 
 
 def _place(x: Tensor | None, reverse: bool) -> list[int]:
@@ -96,6 +124,94 @@ def _place(x: Tensor | None, reverse: bool) -> list[int]:
 def _neighbours(x: Tensor) -> Tensor:
     """x with the numbers of a head next to each other."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+class _Heads(_Sizes):
+    """The operands of the kernels that have a lane for each head."""
+
+    @property
+    def HP(self) -> int:
+        """Heads filled up to whole vectors."""
+        return -(-self.H // self.lanes) * self.lanes
+
+    @property
+    def C(self) -> int:
+        """Steps whose states are in memory at a time: about as many bytes as a core's own cache holds."""
+        return max(8, min(64, (1 << 11) // (self.K * self.V)))
+
+    def operand(self, x: Tensor) -> Tensor:
+        """(B, T, H, ·) or (B, T, H) with the heads last."""
+        x = x if x.ndim == 3 else x.transpose(2, 3)
+        if x.dtype == self.wide and self.HP == self.H:
+            return x.contiguous()
+        result = torch.zeros(*x.shape[:-1], self.HP, dtype=self.wide)
+        result[..., : self.H] = x
+        return result
+
+    def result(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The opposite of `operand`."""
+        x = x[..., : self.H]
+        return (x if x.ndim == 3 else x.transpose(2, 3)).to(dtype, memory_format=torch.contiguous_format)
+
+    def new_state(self, state: Pair | None) -> Tensor:
+        """(B, parts, K, V, HP), zero for None."""
+        result = torch.zeros(self.B, self.parts, self.K, self.V, self.HP, dtype=self.wide)
+        for n, part in enumerate([] if state is None else state.parts()[: self.parts]):
+            result[:, n, ..., : self.H] = part.permute(0, 2, 3, 1)
+        return result
+
+    def state(self, padded: Tensor) -> Pair:
+        """The opposite of `new_state`."""
+        parts = (padded[:, n, ..., : self.H].permute(0, 3, 1, 2) for n in range(self.parts))
+        return Pair(*(part.contiguous() for part in parts))
+
+    def run(self, kernel: Kernel, operands: list[Tensor | None], state: Tensor, before: Tensor, reverse: bool) -> None:
+        """Launch a kernel over all groups of heads. Operands are what `operand` gives, in the kernels' order."""
+        room = (self.C + 2) * self.parts * self.K * self.V * self.lanes
+        places = [number for x in operands for number in ([0, 0, 0] if x is None else start_of(x, reverse))]
+        places += [state.data_ptr(), before.data_ptr()]
+        sizes = [self.HP, self.T, self.K, self.V]
+        self.launch(kernel, self.B * (self.HP // self.lanes), sizes, room, self.C, places, reverse)
+
+
+def _heads_forward(
+    heads: _Heads, queries: Tensor, keys: Tensor, values: Tensor, a: Pair, initial: Pair | None, reverse: bool
+) -> tuple[Tensor, Pair]:
+    from gateloop_transformer.ops.backends.numba_heads import heads_forward
+
+    inputs = [heads.operand(x) for x in (queries, keys, values)]
+    gates = a.map(heads.operand)
+    y, state = torch.empty_like(inputs[2]), heads.new_state(initial)
+    kernel = heads_forward(kind_of(heads.wide), heads.parts == 2, False, heads.lanes)
+    heads.run(kernel, [*inputs, gates.re, gates.im, y, *[None] * 6], state, state, reverse)
+    return heads.result(y, queries.dtype), heads.state(state)
+
+
+def _heads_backward(
+    heads: _Heads,
+    grad: Tensor,
+    grad_final: Pair,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    a: Pair,
+    initial: Pair | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    from gateloop_transformer.ops.backends.numba_heads import heads_backward, heads_forward
+
+    q, k, v, dy = (heads.operand(x) for x in (queries, keys, values, grad))
+    gates, kind = a.map(heads.operand), kind_of(heads.wide)
+    state, after = heads.new_state(initial), heads.new_state(grad_final)
+    before = state.new_empty(heads.chunks(heads.C), *state.shape[1:])
+    again = heads_forward(kind, heads.parts == 2, True, heads.lanes)
+    heads.run(again, [q, k, v, gates.re, gates.im, *[None] * 7], state, before, reverse)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    da = gates.map(torch.empty_like)
+    kernel = heads_backward(kind, heads.parts == 2, heads.lanes)
+    heads.run(kernel, [q, k, v, gates.re, gates.im, None, dy, dq, dk, dv, da.re, da.im], after, before, reverse)
+    dq, dk, dv = (heads.result(d, x.dtype) for d, x in zip((dq, dk, dv), (queries, keys, values), strict=True))
+    return dq, dk, dv, da.map(lambda x: heads.result(x, a.re.dtype)), heads.state(after)
 
 
 def _matrix(queries: Tensor, values: Tensor, gates: Pair, initial: Pair | None, layout: Layout) -> tuple[_Tiles, Pair]:
@@ -115,6 +231,8 @@ def forward(
     from gateloop_transformer.ops.backends.numba_tiles import tiles_forward
 
     tiles, a = _matrix(queries, values, gates, initial, layout)
+    if tiles.small:
+        return _heads_forward(_Heads(*tiles), queries, keys, values, a, initial, reverse)
     inputs = [_neighbours(x if tiles.wide != torch.float64 else x.double()) for x in (queries, keys, values)]
     a = a if tiles.wide != torch.float64 else a.to(torch.float64)
     y, state = new_memory(inputs[0], *values.shape), tiles.new_state(initial)
@@ -138,16 +256,20 @@ def backward(
     from gateloop_transformer.ops.backends.numba_tiles import tiles_backward, tiles_forward
 
     tiles, a = _matrix(queries, values, gates, initial, layout)
+    if tiles.small:
+        heads = _Heads(*tiles)
+        dq, dk, dv, da, after = _heads_backward(heads, grad, grad_final, queries, keys, values, a, initial, reverse)
+        return dq, dk, dv, cleared(da, layout.resets), after
     double = tiles.wide == torch.float64
     q, k, v, dy = (_neighbours(x.double() if double else x) for x in (queries, keys, values, grad))
     a = a.to(torch.float64) if double else a
     X, A = kind_of(q.dtype), kind_of(a.re.dtype)
-    state, after = tiles.new_state(initial), tiles.new_state(grad_final)
-    before = new_memory(state, tiles.chunks, tiles.H, *state.shape[2:])
+    state, last = tiles.new_state(initial), tiles.new_state(grad_final)
+    before = new_memory(state, tiles.chunks(tiles.C), tiles.H, *state.shape[2:])
     again = tiles_forward(X, A, tiles.parts == 2, True, tiles.lanes)
     tiles.run(again, [q, k, v, a.re, a.im, *[None] * 7], state, before, reverse)
     dq, dk, dv = (new_memory(x, *x.shape) for x in (q, k, v))
     da = a.map(lambda x: new_memory(x, *x.shape))
     kernel = tiles_backward(X, A, tiles.parts == 2, tiles.lanes)
-    tiles.run(kernel, [q, k, v, a.re, a.im, None, dy, dq, dk, dv, da.re, da.im], after, before, reverse)
-    return dq, dk, dv, cleared(da, layout.resets), tiles.state(after)
+    tiles.run(kernel, [q, k, v, a.re, a.im, None, dy, dq, dk, dv, da.re, da.im], last, before, reverse)
+    return dq, dk, dv, cleared(da, layout.resets), tiles.state(last)
