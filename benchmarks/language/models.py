@@ -1,0 +1,127 @@
+"""Language models by name, each from the package that it comes from: imported where one is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# How each maps tokens (B, T) to logits (B, T, V) is hidden behind forward; `carry` models also take and give a state.
+
+
+class Recurrent(nn.Module):
+    """Embedding, nn.LSTM or nn.GRU of some layers, logits.
+
+    Args:
+        kind: nn.LSTM or nn.GRU.
+        vocabulary: tokens.
+        dim: width of embedding and layers.
+        depth: layers.
+    """
+
+    def __init__(self, kind: Callable[..., nn.Module], vocabulary: int, dim: int, depth: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, dim)
+        self.rnn = kind(dim, dim, num_layers=depth, batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.to_logits = nn.Linear(dim, vocabulary, bias=False)
+
+    def forward(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Logits and the state after the last step."""
+        x, state = self.rnn(self.embedding(ids), state)
+        return self.to_logits(self.norm(x)), state
+
+
+class MambaModel(nn.Module):
+    """Embedding, mambapy's Mamba, RMS norm, logits; started as mambapy's LM starts them.
+
+    Args:
+        vocabulary: tokens.
+        options: of mambapy's MambaConfig.
+    """
+
+    def __init__(self, vocabulary: int, **options: Any) -> None:
+        from mambapy.mamba import Mamba, MambaConfig, RMSNorm
+
+        super().__init__()
+        config = MambaConfig(**options)
+        self.embedding = nn.Embedding(vocabulary, config.d_model)
+        self.mamba = Mamba(config)
+        self.norm = RMSNorm(config.d_model)
+        self.to_logits = nn.Linear(config.d_model, vocabulary, bias=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("embedding.weight", "to_logits.weight", "in_proj.weight", "x_proj.weight")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("out_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layers) ** 0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.to_logits(self.norm(self.mamba(self.embedding(ids))))
+        return logits
+
+
+def gateloop(vocabulary: int, **options: Any) -> nn.Module:
+    """Our model; options as of `Transformer`."""
+    from gateloop_transformer import Transformer
+
+    return Transformer(num_tokens=vocabulary, **options)
+
+
+def transformer(vocabulary: int, *, context: int, **options: Any) -> nn.Module:
+    """Llama from transformers: rotary positions, SwiGLU, RMS norms."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=context, use_cache=False, **options)
+    return LlamaForCausalLM(config)
+
+
+def original(vocabulary: int, **options: Any) -> nn.Module:
+    """gateloop-transformer 0.2.5 as published."""
+    from gateloop_transformer import Transformer
+
+    return Transformer(num_tokens=vocabulary, **options)
+
+
+def mingru(vocabulary: int, **options: Any) -> nn.Module:
+    """minLM of minGRU-pytorch."""
+    from minGRU_pytorch.minLM import minLM
+
+    return minLM(num_tokens=vocabulary, **options)
+
+
+def mamba(vocabulary: int, **options: Any) -> nn.Module:
+    """mambapy's Mamba between embedding and logits, as its LM has it; that module itself asks for a GPU's packages."""
+    return MambaModel(vocabulary, **options)
+
+
+def lstm(vocabulary: int, **options: Any) -> nn.Module:
+    """nn.LSTM."""
+    return Recurrent(nn.LSTM, vocabulary, **options)
+
+
+def gru(vocabulary: int, **options: Any) -> nn.Module:
+    """nn.GRU."""
+    return Recurrent(nn.GRU, vocabulary, **options)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "gateloop": gateloop,
+    "transformer": transformer,
+    "original": original,
+    "mingru": mingru,
+    "mamba": mamba,
+    "lstm": lstm,
+    "gru": gru,
+}
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returns."""
+    if isinstance(output, Tensor):
+        return output
+    found = output[0] if isinstance(output, tuple) else output.logits
+    assert isinstance(found, torch.Tensor)
+    return found

@@ -1,0 +1,141 @@
+"""The comparisons of language models: which runs there are, and running those that have no row yet.
+
+python benchmarks/language/plan.py shakespeare --data tinyshakespeare.txt --peers .venv-peers/bin/python --jobs 2
+
+Every model is trained at each of its learning rates with seed 0, then at the best of them with the other seeds. A row
+is kept in docs/results/NAME.json as soon as its run ends, so what was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gateloop_transformer.bench.report import about
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent.parent / "docs" / "results"
+SEEDS = (0, 1, 2)
+
+# Models of 0.8 M parameters on 65 characters, and of 3 M on bytes; within 2 %.
+_GATELOOP: dict[str, Any] = {"gate": "ring", "head_norm": True, "conv_size": 4}
+SMALL: dict[str, dict[str, Any]] = {
+    "gateloop": {**_GATELOOP, "dim": 120, "depth": 4, "gate_loop_heads": 30, "max_memory": 64},
+    "transformer": {
+        "hidden_size": 128,
+        "intermediate_size": 336,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+    "original": {"dim": 114, "depth": 4},
+    "mingru": {"dim": 120, "depth": 4, "enable_conv": True},
+    "mamba": {"d_model": 136, "n_layers": 6},
+    "lstm": {"dim": 308, "depth": 1},
+    "gru": {"dim": 252, "depth": 2},
+}
+# Learning rates that each is trained at.
+RATES: dict[str, tuple[float, ...]] = {
+    "gateloop": (2e-3, 3e-3, 5e-3),
+    "transformer": (2e-3, 4e-3, 8e-3),
+    "original": (2e-3, 4e-3, 8e-3),
+    "mingru": (2e-3, 4e-3, 8e-3),
+    "mamba": (2e-3, 4e-3, 8e-3),
+    "lstm": (4e-3, 8e-3, 1.6e-2),
+    "gru": (2e-3, 4e-3, 8e-3),
+}
+# nanoGPT's setting on a CPU; character level.
+_SHAKESPEARE = {"context": 64, "batch": 12, "characters": True}
+GROUPS: dict[str, dict[str, Any]] = {
+    "shakespeare": {"sizes": SMALL, "settings": {**_SHAKESPEARE, "steps": 2000}},
+    "shakespeare-seconds": {"sizes": SMALL, "settings": {**_SHAKESPEARE, "steps": None, "cpu_seconds": 180}},
+    "shakespeare-carried": {
+        "sizes": {name: SMALL[name] for name in ("gateloop", "lstm", "gru")},
+        "settings": {**_SHAKESPEARE, "steps": 2000, "carry_state": True},
+    },
+}
+
+
+def key(row: dict[str, Any]) -> str:
+    """What tells one run of a group from another."""
+    return json.dumps([row["model"], row["options"], row["lr"], row["seed"]], sort_keys=True)
+
+
+def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
+    """Runs that can be started: all learning rates first, of the best the other seeds."""
+    done = {key(row) for row in rows}
+    found = []
+    for model in models:
+        base = {**group["settings"], "model": model, "options": group["sizes"][model]}
+        first = [{**base, "lr": lr, "seed": SEEDS[0]} for lr in RATES[model]]
+        left = [spec for spec in first if key(spec) not in done]
+        if not left:
+            keys = {key(spec) for spec in first}
+            best = min((row for row in rows if key(row) in keys), key=lambda row: row["val_loss"])
+            left = [spec for seed in SEEDS[1:] if key(spec := {**base, "lr": best["lr"], "seed": seed}) not in done]
+        found += left
+    return found
+
+
+def execute(spec: dict[str, Any], python: str) -> dict[str, Any]:
+    """One run in a process of its own.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | threads
+    command = [python, str(HERE / "train_one.py"), json.dumps(spec)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{spec['model']} failed:\n{result.stderr[-2000:]}")
+    row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return row
+
+
+def write(path: Path, rows: list[dict[str, Any]], jobs: int) -> None:
+    """All rows, whole or not at all."""
+    rows = sorted(rows, key=lambda row: (row["model"], row["lr"], row["seed"]))
+    text = json.dumps({"processes_at_a_time": jobs, "rows": rows}, indent=1)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=sorted(GROUPS))
+    parser.add_argument("--data", required=True, help="the text; without --valid its last tenth is held out")
+    parser.add_argument("--valid", help="validation text")
+    parser.add_argument("--peers", required=True, help="interpreter of the environment that has the other models")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each (default 1)")
+    parser.add_argument("--models", nargs="+", help="only these")
+    options = parser.parse_args()
+    group, path = GROUPS[options.group], RESULTS / f"{options.group}.json"
+    models = options.models or list(group["sizes"])
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    data = {"data": options.data, "valid": options.valid}
+    machine = about()
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        while specs := missing(group, rows, models):
+            running = {
+                pool.submit(execute, {**spec, **data}, sys.executable if spec["model"] == "gateloop" else options.peers)
+                for spec in specs
+            }
+            for future in concurrent.futures.as_completed(running):
+                row = future.result()
+                row["data"] = Path(row["data"]).name
+                row["commit"], row["machine"] = machine["commit"], machine["machine"]
+                rows.append(row)
+                write(path, rows, options.jobs)
+                print(f"{row['model']:12} lr {row['lr']:<7g} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
