@@ -53,8 +53,8 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
     chosen = {model: best_rate([row for row in rows if row["model"] == model]) for model in models}
     order = sorted(models, key=lambda model: statistics.fmean(row["val_loss"] for row in chosen[model]))
     lines = [
-        "| model | parameters | learning rate | seeds | validation loss (nats) | bits per byte | tokens | CPU seconds | "
-        "tokens/s | memory (MiB) | decoding (tokens/s) |",
+        "| model | parameters | learning rate | seeds | validation loss (nats) | bits per byte | tokens | CPU seconds "
+        "| tokens/s | memory (MiB) | decoding (tokens/s) |",
         "|" + "---|" * 11,
     ]
     for model in order:

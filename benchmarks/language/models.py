@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# How each maps tokens (B, T) to logits (B, T, V) is hidden behind forward; `carry` models also take and give a state.
-
 
 class Recurrent(nn.Module):
     """Embedding, nn.LSTM or nn.GRU of some layers, logits.
@@ -62,6 +60,15 @@ class MambaModel(nn.Module):
         logits: Tensor = self.to_logits(self.norm(self.mamba(self.embedding(ids))))
         return logits
 
+    def step(self, ids: Tensor, caches: Any) -> tuple[Tensor, Any]:
+        """Logits after one more token (B,), and the caches."""
+        if caches is None:
+            config = self.mamba.config
+            empty = torch.zeros(ids.shape[0], config.d_inner, config.d_conv - 1)
+            caches = [(None, empty) for _ in range(config.n_layers)]
+        x, caches = self.mamba.step(self.embedding(ids), caches)
+        return self.to_logits(self.norm(x)).unsqueeze(1), caches
+
 
 def gateloop(vocabulary: int, **options: Any) -> nn.Module:
     """Our model; options as of `Transformer`."""
@@ -107,6 +114,33 @@ def gru(vocabulary: int, **options: Any) -> nn.Module:
     return Recurrent(nn.GRU, vocabulary, **options)
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returns."""
+    if isinstance(output, Tensor):
+        return output
+    found = output[0] if isinstance(output, tuple) else output.logits
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def step(model: str, module: nn.Module, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Logits after one more token (B, 1), and the state; as each package decodes. None: the start.
+
+    The original keeps no state, and minGRU's convolution has none: they read all tokens again, which are their state.
+    """
+    if model == "gateloop":
+        return module(ids, state=state, return_state=True)  # type: ignore[no-any-return]
+    if model == "transformer":
+        output = module(ids, past_key_values=state, use_cache=True)
+        return output.logits, output.past_key_values
+    if model in ("lstm", "gru"):
+        return module(ids, state)  # type: ignore[no-any-return]
+    if model == "mamba":
+        return module.step(ids[:, 0], state)  # type: ignore[no-any-return, operator]
+    ids = ids if state is None else torch.cat([state, ids], 1)
+    return logits_of(module(ids))[:, -1:], ids
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "gateloop": gateloop,
     "transformer": transformer,
@@ -116,12 +150,3 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lstm": lstm,
     "gru": gru,
 }
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returns."""
-    if isinstance(output, Tensor):
-        return output
-    found = output[0] if isinstance(output, tuple) else output.logits
-    assert isinstance(found, torch.Tensor)
-    return found

@@ -98,10 +98,10 @@ def execute(spec: dict[str, Any], python: str) -> dict[str, Any]:
     return row
 
 
-def write(path: Path, rows: list[dict[str, Any]], jobs: int) -> None:
+def write(path: Path, rows: list[dict[str, Any]], command: str, jobs: int) -> None:
     """All rows, whole or not at all."""
     rows = sorted(rows, key=lambda row: (row["model"], row["lr"], row["seed"]))
-    text = json.dumps({"processes_at_a_time": jobs, "rows": rows}, indent=1)
+    text = json.dumps({"command": command, "processes_at_a_time": jobs, "rows": rows}, indent=1)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text + "\n")
     temporary.replace(path)
@@ -122,6 +122,8 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     data = {"data": options.data, "valid": options.valid}
     machine = about()
+    files = [f"--data {Path(options.data).name}"] + [f"--valid {Path(options.valid).name}"] * bool(options.valid)
+    command = f"python benchmarks/language/plan.py {options.group} {' '.join(files)} --peers .venv-peers/bin/python"
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         while specs := missing(group, rows, models):
             running = {
@@ -131,9 +133,11 @@ def main() -> None:
             for future in concurrent.futures.as_completed(running):
                 row = future.result()
                 row["data"] = Path(row["data"]).name
+                row["valid"] = Path(row["valid"]).name if row["valid"] else None
+                row["gate"] = row["options"].get("gate")
                 row["commit"], row["machine"] = machine["commit"], machine["machine"]
                 rows.append(row)
-                write(path, rows, options.jobs)
+                write(path, rows, command, options.jobs)
                 print(f"{row['model']:12} lr {row['lr']:<7g} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
 
 

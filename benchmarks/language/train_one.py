@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from models import MODELS, logits_of
+from models import MODELS, logits_of, step
 from torch import Tensor, nn
 
 DEFAULTS: dict[str, Any] = {
@@ -40,7 +40,6 @@ DEFAULTS: dict[str, Any] = {
     "characters": True,
     "valid": None,
     "eval_tokens": None,
-    "groups": "plain",
 }
 
 
@@ -151,7 +150,8 @@ def train(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> dict[str, A
             break
         rise = min(1.0, (done + 1e-9) / spec["warmup"]) if spec["warmup"] else 1.0
         fall = max(0.0, (done - spec["warmup"]) / (1 - spec["warmup"]))
-        rate = spec["lr"] * rise * (spec["min_lr"] + (1 - spec["min_lr"]) * 0.5 * (1 + math.cos(math.pi * fall)))
+        share = spec["min_lr"] + (1 - spec["min_lr"]) * 0.5 * (1 + math.cos(math.pi * fall))
+        rate = spec["lr"] * rise * share
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         ids = windows(tokens, spec, generator, step)
@@ -165,6 +165,21 @@ def train(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> dict[str, A
         step += 1
     seconds = time.process_time() - start
     return {"steps": step, "seconds": seconds, "train_loss": float(np.mean(losses[-100:]))}
+
+
+@torch.no_grad()
+def decoding(model: nn.Module, spec: dict[str, Any]) -> float:
+    """Tokens decoded per second of the process, greedily, one text at a time, as many as a window has."""
+    model.eval()
+    seconds = []
+    for _ in range(5):
+        ids, state = torch.zeros(1, 1, dtype=torch.long), None
+        start = time.process_time()
+        for _ in range(spec["context"]):
+            logits, state = step(spec["model"], model, ids, state)
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+        seconds.append(time.process_time() - start)
+    return float(spec["context"] / np.median(seconds))
 
 
 def main() -> None:
@@ -192,6 +207,7 @@ def main() -> None:
         "tokens": tokens,
         "tokens_per_second": tokens / found["seconds"],
         "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "decoding_tokens_per_second": decoding(model, spec),
         "val_loss": loss,
         "bits_per_byte": loss / math.log(2),
     }
