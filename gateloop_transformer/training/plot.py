@@ -44,7 +44,7 @@ def draw_curve(metrics: Path, target: Path) -> None:
         metrics: a metrics.jsonl.
         target: the PNG to write, whole or not at all.
     """
-    figure = _figure(7, 4.5)
+    figure = empty_figure(7, 4.5)
     axes = figure.subplots()
     curve = curve_of(read_records(metrics), "", is_bytewise(metrics.parent))
     train, valid = curve.train, curve.valid
@@ -59,7 +59,7 @@ def draw_curve(metrics: Path, target: Path) -> None:
     axes.grid(alpha=0.3)
     if train.steps or valid.steps:
         axes.legend()
-    _save(figure, target)
+    save_png(figure, target)
 
 
 def draw_curves(curves: Sequence[Curve], target: Path, against: Sequence[str] = AGAINST) -> None:
@@ -72,7 +72,7 @@ def draw_curves(curves: Sequence[Curve], target: Path, against: Sequence[str] = 
     """
     columns = min(len(curves), 3 if len(against) > 1 else 2)
     rows = math.ceil(len(curves) / columns)
-    figure = _figure(1.2 + 4.6 * len(against) if len(against) > 1 else 7.5, 4.6 + 0.22 * rows)
+    figure = empty_figure(1.2 + 4.6 * len(against) if len(against) > 1 else 7.5, 4.6 + 0.22 * rows)
     panels = figure.subplots(1, len(against), sharey=True, squeeze=False)[0]
     colors = _colors(len(curves))
     limits = _limits(curves)
@@ -90,7 +90,7 @@ def draw_curves(curves: Sequence[Curve], target: Path, against: Sequence[str] = 
     figure.supxlabel("lines: training, smoothed · dots: validation", fontsize="small", color="dimgray")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
-    _save(figure, target)
+    save_png(figure, target)
 
 
 def draw_rates(groups: dict[str, list[tuple[float, float]]], target: Path) -> None:
@@ -100,7 +100,7 @@ def draw_rates(groups: dict[str, list[tuple[float, float]]], target: Path) -> No
         groups: by name, (learning rate, bits per byte); several at the same rate are seeds: the line is their mean.
         target: the PNG to write, whole or not at all.
     """
-    figure = _figure(7, 4.5)
+    figure = empty_figure(7, 4.5)
     axes = figure.subplots()
     for (name, points), color in zip(groups.items(), _colors(len(groups)), strict=True):
         rates = sorted({rate for rate, _ in points})
@@ -116,7 +116,7 @@ def draw_rates(groups: dict[str, list[tuple[float, float]]], target: Path) -> No
     axes.grid(alpha=0.3)
     if any(groups):
         axes.legend()
-    _save(figure, target)
+    save_png(figure, target)
 
 
 def _amount(value: float, _place: int | None = None) -> str:
@@ -135,7 +135,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches.
 
     Raises:
@@ -151,7 +151,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, target: Path) -> None:
+def save_png(figure: Figure, target: Path) -> None:
     aside = target.with_name(target.name + ".partial")
     figure.savefig(aside, format="png", dpi=120)
     os.replace(aside, target)

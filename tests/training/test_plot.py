@@ -81,13 +81,13 @@ def test_bits_per_token_are_not_drawn_beside_bits_per_byte(tmp_path: Path, monke
     from gateloop_transformer.training import plot
 
     labels: list[list[str]] = []
-    real = plot._save
+    real = plot.save_png
 
     def save(figure: Any, target: Path) -> None:
         labels.append([line.get_label() for line in figure.axes[0].lines])
         real(figure, target)
 
-    monkeypatch.setattr(plot, "_save", save)
+    monkeypatch.setattr(plot, "save_png", save)
     curves = [
         read_curve(make_run(tmp_path / "bpe", tokenizer={"kind": "bpe", "size": 512})),
         read_curve(make_run(tmp_path / "own", tokenizer={"kind": "bytes"})),
