@@ -7,12 +7,15 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateloop_transformer.cli.flags import add_checkpoint, add_dtype, add_field, bytes_bar, folder
 
 if TYPE_CHECKING:
     from gateloop_transformer.data.documents import Source
+    from gateloop_transformer.data.tokenizer import Tokenizer
+    from gateloop_transformer.model import Transformer
 
 
 def add_parser(commands: Any) -> None:
@@ -29,7 +32,27 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
     add_dtype(parser)
     add_checkpoint(parser)
-    parser.add_argument("--json", action="store_true", help='print {"bits_per_byte": ..., "bytes": ...}')
+    parser.add_argument(
+        "--by-position",
+        action="store_true",
+        help="instead: losses in windows read from an empty state, by position and by how long ago the same tokens "
+        "came before; shows whether a longer context than that of training is used",
+    )
+    parser.add_argument(
+        "--up-to",
+        type=int,
+        metavar="N",
+        help="with --by-position: windows of N times the training context (default: 64, less if DATA is short)",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="with --by-position: draw the loss against the position"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='print {"bits_per_byte": ..., "bytes": ...}; with --by-position {"by_position": [{"from": ..., "to": '
+        '..., "tokens": ..., "loss": (nats per token), "bits_per_byte": ...}], "by_distance": [...], "context": ...}',
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     from gateloop_transformer.training.evaluation import Score, score
     from gateloop_transformer.training.folder import load_model, load_tokenizer, pick_device
 
+    _check_flags(arguments)
     source = open_source(arguments.data, field=arguments.field)
     counts = _Counts()
     texts = counts.texts(source)
@@ -49,28 +73,105 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.dir)
     weights = weights_file(arguments.dir, arguments.checkpoint)
     model = quantize(load_model(arguments.dir, weights), arguments.dtype).to(pick_device(arguments.device))
+    if arguments.by_position:
+        _by_position(arguments, model, documents, tokenizer)
+        _say_left_out(source, counts)
+        return
     total = Score(0.0, 0)
     with bytes_bar(source.size()) as bar:
         for document in documents:
             ids = encode_document(tokenizer, document)
             new = score(model, ids, tokenizer, report=bar.update)
             total = Score(total.nats + new.nats, total.size + new.size)
-    result = {
+    result: dict[str, Any] = {
         "bits_per_byte": total.bits_per_byte,
         "bytes": counts.size,
         "files": source.files,
         "documents": counts.documents,
     }
-    of_files = counts.documents + counts.short == source.files
-    for number, what in ((source.left_out, "empty"), (counts.short, "single-byte")):
-        if number:
-            left_out = count(number, f"{what} file" if of_files else f"{what} document")
-            print(f"gateloop eval: {left_out} left out", file=sys.stderr)
+    of_files = _say_left_out(source, counts)
     if arguments.json:
         print(json.dumps(result))
         return
     where = count(counts.documents, "file" if of_files else "document")
     print(f"{result['bits_per_byte']:.4f} bits per byte over {counts.size:,} bytes in {where}")
+
+
+def _say_left_out(source: Source, counts: _Counts) -> bool:
+    """Say on standard error what was left out; returns whether documents are whole files."""
+    from gateloop_transformer.data.documents import count
+
+    of_files = counts.documents + counts.short == source.files
+    for number, what in ((source.left_out, "empty"), (counts.short, "single-byte")):
+        if number:
+            left_out = count(number, f"{what} file" if of_files else f"{what} document")
+            print(f"gateloop eval: {left_out} left out", file=sys.stderr)
+    return of_files
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.training.plot import check_png
+
+    for flag, value in (("--up-to", arguments.up_to), ("--plot", arguments.plot)):
+        if value is not None and not arguments.by_position:
+            raise ValueError(f"{flag} goes with --by-position")
+    if arguments.up_to is not None and arguments.up_to < 1:
+        raise ValueError(f"--up-to must be at least 1, not {arguments.up_to}")
+    if arguments.plot is not None:
+        check_png(arguments.plot)
+
+
+def _by_position(
+    arguments: argparse.Namespace, model: Transformer, documents: Iterator[Iterator[bytes]], tokenizer: Tokenizer
+) -> None:
+    """Say, and draw on request, losses by position and distance."""
+    from gateloop_transformer.training.folder import read_config
+    from gateloop_transformer.training.plot import draw_positions
+    from gateloop_transformer.training.positions import spread, tokens_on_disk, windows_up_to
+    from gateloop_transformer.training.spans import doubling_spans
+
+    context = read_config(arguments.dir).training.context
+    with tokens_on_disk(documents, tokenizer) as tokens:
+        starts, times = windows_up_to(tokens, context, arguments.up_to)
+        length = times * context
+        with bytes_bar(length * len(starts), unit="token") as bar:
+            spans = doubling_spans(length, context)
+            found = spread(model, tokens, starts, length, spans, tokenizer, bar.update)
+    result: dict[str, Any] = {
+        "by_position": found.by_position(),
+        "by_distance": found.by_distance(),
+        "same_tokens": found.same,
+        "context": context,
+        "up_to": times,
+        "windows": len(starts),
+    }
+    if arguments.up_to is None and times != 64:
+        print(f"gateloop eval: DATA is too short for 64 times the training context: up to {times}", file=sys.stderr)
+    if arguments.plot is not None:
+        draw_positions(result["by_position"], context, arguments.plot)
+    print(json.dumps(result) if arguments.json else _table(result))
+
+
+def _table(result: dict[str, Any]) -> str:
+    """Losses by position and by distance, to be read."""
+    head = f"{'tokens':>12} {'nats/token':>11} {'bits/byte':>10} {'right':>7}"
+    windows = f"{result['windows']:,} windows, each from an empty state, of {result['up_to']} x {result['context']:,}"
+    lines = [f"{windows} tokens", "", f"{'tokens read before':>22} {head}"]
+    lines += [f"{_span(row):>22} {_figures(row)}" for row in result["by_position"]]
+    same = f"the same {result['same_tokens']} tokens, ago"
+    lines += ["", f"{same:>22} {head} {'again':>7}"]
+    lines += [f"{_span(row):>22} {_figures(row)} {row['again']:>7.1%}" for row in result["by_distance"]]
+    return "\n".join(lines)
+
+
+def _span(row: dict[str, Any]) -> str:
+    if row["from"] is None:
+        return "never"
+    return f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} to {row['to']:,}"
+
+
+def _figures(row: dict[str, Any]) -> str:
+    return f"{row['tokens']:>12,} {row['loss']:>11.4f} {row['bits_per_byte']:>10.4f} {row['accuracy']:>7.1%}"
 
 
 class _Counts:

@@ -73,13 +73,15 @@ def add_field(parser: argparse.ArgumentParser, default: str | None = None) -> No
     parser.add_argument("--field", metavar="NAME", default=default, help=text)
 
 
-def bytes_bar(total: int | None, delay: float = 0) -> Any:
-    """A progress bar in bytes where there is a terminal and tqdm is installed, shown after `delay` seconds."""
+def bytes_bar(total: int | None, delay: float = 0, unit: str = "B") -> Any:
+    """A progress bar in bytes, or of `unit`, where there is a terminal and tqdm is installed, shown after `delay`
+    seconds.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
         return NoBar()
-    return tqdm(total=total, unit="B", unit_scale=True, disable=None, dynamic_ncols=True, delay=delay)
+    return tqdm(total=total, unit=unit, unit_scale=True, disable=None, dynamic_ncols=True, delay=delay)
 
 
 class NoBar(contextlib.nullcontext["NoBar"]):

@@ -119,6 +119,27 @@ def draw_rates(groups: dict[str, list[tuple[float, float]]], target: Path) -> No
     save_png(figure, target)
 
 
+def draw_positions(rows: Sequence[dict[str, Any]], context: int, target: Path) -> None:
+    """The loss against how many tokens of a window were read before, on a logarithmic axis.
+
+    Args:
+        rows: of spans: "from", "to", "loss" (nats per token).
+        context: tokens that a window of training predicts: marked.
+        target: the PNG to write, whole or not at all.
+    """
+    figure = empty_figure(7, 4.5)
+    axes: Any = figure.subplots()
+    places = [math.sqrt(row["from"] * row["to"]) for row in rows]
+    axes.plot(places, [row["loss"] for row in rows], "o-")
+    axes.axvline(context, color="tab:gray", linestyle="--", label="training context")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(_amount)
+    axes.set(xlabel="tokens read before", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_png(figure, target)
+
+
 def _amount(value: float, _place: int | None = None) -> str:
     """A number of tokens with a prefix.
 

@@ -1,0 +1,147 @@
+"""Losses by position and distance: against whole windows, word by word, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gateloop_transformer import Transformer
+from gateloop_transformer.cli import main
+from gateloop_transformer.data.bpe import train_tokenizer
+from gateloop_transformer.data.shards import Tokens
+from gateloop_transformer.data.tokenizer import ByteTokenizer
+from gateloop_transformer.training import positions
+from gateloop_transformer.training.positions import full_windows, spread, tokens_on_disk, windows_up_to
+from gateloop_transformer.training.spans import distances_to_same, doubling_spans, spans_of
+
+TEXT = "".join(f"{n} times {n} is {n * n}, ünd so.\n" for n in range(60)).encode()
+MODEL = ["--dim", "8", "--depth", "1", "--gate-loop-heads", "2", "--context", "16", "--batch", "2", "--steps", "2"]
+MODEL += ["--eval-bytes", "64", "--sample-bytes", "0"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("positions")
+    (folder / "data.txt").write_bytes(TEXT)
+    assert main(["train", str(folder / "data.txt"), "--out", str(folder / "run"), *MODEL]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("last", "anchor"), [(1, 1), (1, 100), (16384, 256), (1000, 100), (300, 100), (7, 64)])
+def test_spans_cover_everything_once_and_end_at_the_anchor(last: int, anchor: int) -> None:
+    spans = doubling_spans(last, anchor)
+    assert [n for span in spans for n in range(span.first, span.last + 1)] == list(range(1, last + 1))
+    assert anchor > last or anchor in [span.last for span in spans]
+    assert all(span.last <= 2.5 * span.first for span in spans)
+    for value in (1, last, min(anchor, last)):
+        first, end = spans[int(spans_of(np.array([value]), spans)[0])]
+        assert first <= value <= end
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_distances_are_those_found_by_looking(count: int) -> None:
+    ids = np.random.default_rng(count).integers(0, 3, 200)
+    expected = []
+    for t in range(len(ids)):
+        before = [u for u in range(count, t) if (ids[u - count : u] == ids[t - count : t]).all()] if t > count else []
+        expected.append(t - before[-1] if before else 0)
+    assert distances_to_same(ids, count).tolist() == expected
+    assert distances_to_same(ids[:count], count).tolist() == [0] * count
+
+
+def test_windows_lie_within_documents() -> None:
+    tokens = Tokens.of(np.arange(40), [0, 3, 3, 20])
+    assert full_windows(tokens, 4).tolist() == [3, 7, 11, 15, 20, 24, 28, 32]
+    assert full_windows(tokens, 17).tolist() == [20]
+    assert full_windows(tokens, 20).tolist() == []
+    assert windows_up_to(tokens, 2, None)[1] == 2
+    assert windows_up_to(tokens, 2, 8)[0].tolist() == [3, 20]
+    with pytest.raises(ValueError, match=r"of more than 20 tokens; the longest has 20"):
+        windows_up_to(tokens, 20, None)
+    with pytest.raises(ValueError, match="at least 1"):
+        windows_up_to(tokens, 2, 0)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_losses_are_those_of_whole_windows(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(positions, "_BLOCK", 7)
+    monkeypatch.setattr(positions, "_ROWS", 2)
+    tokenizer = ByteTokenizer() if kind == "bytes" else train_tokenizer([[TEXT]], 280)
+    model = Transformer(8, num_tokens=tokenizer.size, depth=2, layer_pattern="gate attention", conv_size=3).double()
+    tokens, length, starts = Tokens.of(tokenizer.encode(TEXT)), 32, np.array([0, 40, 90])
+    spans = doubling_spans(length, 16)
+    found = spread(model, tokens, starts, length, spans, tokenizer)
+    rows = torch.from_numpy(np.stack([tokens.read(start, start + length + 1) for start in starts.tolist()]))
+    logits = model(rows[:, :-1])
+    nats = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(3, length)
+    for row, span in zip(found.by_position(), spans, strict=True):
+        part = slice(span.first - 1, span.last)
+        size = int(tokenizer.lengths[rows[:, 1:][:, part].numpy()].sum())
+        right = (logits.argmax(-1) == rows[:, 1:])[:, part]
+        assert (row["from"], row["to"], row["tokens"]) == (*span, right.numel())
+        assert row["loss"] == pytest.approx(nats[:, part].mean().item(), rel=1e-9)
+        assert row["bits_per_byte"] == pytest.approx(nats[:, part].sum().item() / size / math.log(2), rel=1e-9)
+        assert row["accuracy"] == pytest.approx(right.double().mean().item())
+    distances = np.stack([distances_to_same(row.numpy(), found.same) for row in rows])[:, 1:]
+    again = rows.numpy()[np.arange(3)[:, None], np.arange(1, length + 1) - distances] == rows[:, 1:].numpy()
+    for far in found.by_distance():
+        never = far["from"] is None or far["to"] is None
+        own = distances == 0 if never else (distances >= far["from"]) & (distances <= far["to"])
+        assert far["tokens"] == own.sum()
+        assert far["loss"] == pytest.approx(nats.detach().numpy()[own].mean(), rel=1e-9)
+        assert far["again"] == (0 if never else pytest.approx(again[own].mean()))
+    assert sum(int(far["tokens"] or 0) for far in found.by_distance()) == 3 * length
+
+
+def test_documents_are_kept_apart_and_nothing_is_left_behind() -> None:
+    with tokens_on_disk([[b"abc", b"de"], [b"f"]], ByteTokenizer()) as tokens:
+        assert bytes(tokens.read(0, 6).astype(np.uint8)) == b"abcdef"
+        assert tokens.starts(0, 6).tolist() == [0, 5]
+        folder = positions.cache_folder() / "corpora"
+        assert list(folder.glob("spool-*"))
+    assert not list(folder.glob("spool-*"))
+
+
+def said(capsys: pytest.CaptureFixture[str], *command: Any, code: int = 0) -> tuple[str, str]:
+    capsys.readouterr()
+    assert main(["eval", *map(str, command)]) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.out, captured.err
+
+
+def test_eval_says_losses_by_position(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, png = run.parent / "data.txt", tmp_path / "out.png"
+    out, err = said(capsys, run, data, "--by-position", "--json", "--plot", png)
+    result = json.loads(out)
+    assert (result["context"], result["up_to"], result["windows"]) == (16, 8, len(TEXT) // 128)
+    assert err == "gateloop eval: DATA is too short for 64 times the training context: up to 8\n"
+    assert [row["to"] for row in result["by_position"]] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert {"from", "to", "tokens", "loss", "bits_per_byte", "accuracy"} == result["by_position"][0].keys()
+    assert result["by_distance"][-1]["from"] is None
+    assert png.read_bytes().startswith(b"\x89PNG")
+    out, err = said(capsys, run, data, "--by-position", "--up-to", "2")
+    assert (err, "2 x 16" in out, "17 to 32" in out, "never" in out) == ("", True, True, True)
+
+
+def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = run.parent / "data.txt"
+    (tmp_path / "short.txt").write_bytes(TEXT[:16])
+    for command, problem in (
+        ([data, "--up-to", "2"], "--up-to goes with --by-position"),
+        ([data, "--plot", "x.png"], "--plot goes with --by-position"),
+        ([data, "--by-position", "--up-to", "0"], "--up-to must be at least 1"),
+        ([data, "--by-position", "--up-to", "999"], "need a document of more than 15,984 tokens"),
+        ([data, "--by-position", "--plot", tmp_path / "x.txt"], "must end in .png"),
+        ([tmp_path / "short.txt", "--by-position"], "the longest has 16"),
+    ):
+        _, err = said(capsys, run, *command, code=2)
+        assert problem in err
+        assert len(err.splitlines()) == 1
