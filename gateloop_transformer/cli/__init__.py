@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 import gateloop_transformer
-from gateloop_transformer.cli import bench, evaluate, generate, plot, read, sweep, tokenizer, train
+from gateloop_transformer.cli import bench, evaluate, generate, inspect, plot, read, sweep, tokenizer, train
 from gateloop_transformer.cli.errors import let_main_speak, message
 
 _COMMANDS = {
@@ -17,6 +17,7 @@ _COMMANDS = {
     "generate": generate,
     "read": read,
     "eval": evaluate,
+    "inspect": inspect,
     "plot": plot,
     "sweep": sweep,
     "bench": bench,

@@ -323,6 +323,32 @@ class GateLoopedAttention(nn.Module):
             return x.new_zeros(*x.shape[:2], 2 * self.heads)
         return cast(Tensor, self.to_a(x))
 
+    def gates(
+        self,
+        x: Tensor,
+        state: GateLoopState | None = None,
+        ablate_state_transition: bool = False,
+        *,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        ablate_complex: bool = False,
+    ) -> Tensor:
+        """The gates a[t] that `forward` multiplies its state by, given the same arguments.
+
+        Returns:
+            (B, T, heads), complex; real gates have phases of 0 or π. A reset is no gate: it is not seen here.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        check_input("GateLoopedAttention", x, self.dim, self)
+        layout = read_layout("GateLoopedAttention", x, resets, cu_seqlens)
+        past = self._past(x, state, layout)
+        mixed = x if self.conv is None else self._convolve(self.conv, x, past, layout)[0]
+        no_keys = mixed.new_empty(*mixed.shape[:2], self.heads, 0)
+        real, imaginary, _ = self._gates(mixed, no_keys, ablate_complex, ablate_state_transition)
+        return torch.complex(real, torch.zeros_like(real) if imaginary is None else imaginary)
+
     def _bias(self) -> tuple[Tensor, Tensor] | None:
         """What is added to the gate projections."""
         return (self.ring_logit, self.ring_phase) if self.gate == "ring" else None

@@ -1,0 +1,136 @@
+"""gateloop inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gateloop_transformer.cli.flags import add_checkpoint, folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from gateloop_transformer.data.tokenizer import Tokenizer
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="pictures of a trained model's gates on a text",
+        description="Read a text with a trained model and show its gates: how long each head remembers at each token, "
+        "where memory is reset, the spectrum of the gates, and what is predicted right. Writes index.html, one page "
+        "that needs nothing else, and PNGs.",
+    )
+    parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="TEXT", help="the text to read")
+    what.add_argument("--file", metavar="PATH", help="the file to read; .gz, .xz and .zst too; - for standard input")
+    parser.add_argument("--out", type=folder, metavar="OUT", help="folder for the pictures (default: DIR/inspect)")
+    parser.add_argument(
+        "--tokens", type=int, default=512, metavar="N", help="of the text, 2 to 4000 at its start (default: 512)"
+    )
+    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='print what was found as one JSON object; half-lives in tokens, "∞" where nothing is forgotten',
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.inspection.draw import draw
+    from gateloop_transformer.inspection.page import MOST_TOKENS, page
+    from gateloop_transformer.inspection.report import report
+    from gateloop_transformer.inspection.trace import trace
+    from gateloop_transformer.training.checkpoint import weights_file
+    from gateloop_transformer.training.folder import load_model, load_tokenizer, pick_device
+    from gateloop_transformer.training.reading import text_blocks
+    from gateloop_transformer.training.storage import write_text
+
+    if not 2 <= arguments.tokens <= MOST_TOKENS:
+        raise ValueError(f"--tokens must be from 2 to {MOST_TOKENS}, not {arguments.tokens}")
+    out = _check_out(arguments)
+    tokenizer = load_tokenizer(arguments.dir)
+    model = load_model(arguments.dir, weights_file(arguments.dir, arguments.checkpoint))
+    model = model.to(pick_device(arguments.device))
+    text = text_blocks(arguments.file) if arguments.text is None else iter([os.fsencode(arguments.text)])
+    ids, more = _first_tokens(tokenizer, text, arguments.tokens)
+    notes = []
+    if more:
+        notes.append(f"only the first {len(ids):,} tokens of the text are shown: --tokens N takes more")
+        print(f"gateloop inspect: {notes[0]}", file=sys.stderr)
+    found = report(trace(model, ids), tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"{arguments.dir.resolve().name} on {'a text' if arguments.text is not None else _named(arguments.file)}"
+    write_text(out / "index.html", page(found, name, notes))
+    images = draw(found, out)
+    result = {**found.figures, "cut": more, "page": str(out / "index.html"), "images": list(map(str, images))}
+    if arguments.json:
+        print(json.dumps(result, allow_nan=False))
+        return
+    print(_described(result))
+
+
+def _check_out(arguments: argparse.Namespace) -> Path:
+    """The folder for the pictures.
+
+    Raises:
+        ValueError: it is a file, or holds something in their place that is none.
+    """
+    out: Path = arguments.dir / "inspect" if arguments.out is None else arguments.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {str(out)!r} is a file, not a folder")
+    # A page in another's place is replaced; somebody's own page is not.
+    page = out / "index.html"
+    if page.is_dir() or (page.exists() and b'id="by-distance"' not in page.read_bytes()):
+        raise ValueError(f"--out: {str(page)!r} is there and is no page of 'gateloop inspect': choose another folder")
+    return out
+
+
+def _named(file: str) -> str:
+    return "standard input" if file == "-" else Path(file).name
+
+
+def _first_tokens(tokenizer: Tokenizer, text: Iterable[bytes], count: int) -> tuple[npt.NDArray[np.int64], bool]:
+    """At most `count` tokens of a text given in blocks, and whether it has more."""
+    import numpy as np
+
+    from gateloop_transformer.data.tokenizer import encode_blocks
+
+    parts, size = [np.empty(0, dtype=np.int64)], 0
+    for ids in encode_blocks(tokenizer, text):
+        parts.append(ids.astype(np.int64))
+        size += len(ids)
+        if size > count:
+            break
+    return np.concatenate(parts)[:count], size > count
+
+
+def _described(result: dict[str, Any]) -> str:
+    """A line for each layer, and where the pictures are."""
+    lines = [
+        f"{result['tokens']:,} tokens: {result['bits_per_byte']:.4f} bits per byte, "
+        f"{result['accuracy']:.1%} of the tokens predicted right"
+    ]
+    for layer in result["layers"]:
+        if not layer["heads"]:
+            lines.append(f"layer {layer['layer']}: {layer['mixer']}: {layer['note']}")
+            continue
+        low, middle, high = (_rounded(layer["half_life"][at]) for at in ("5%", "50%", "95%"))
+        ratios = {name: found["ratio"] for name, found in layer["by_class"].items() if found["ratio"] is not None}
+        most = max(ratios, key=lambda name: ratios[name], default=None)
+        fades = "" if most is None else f"; fades fastest at: {most} (×{ratios[most]:.2f})"
+        note = f" ({layer['note']})" if layer["note"] else ""
+        lines.append(f"layer {layer['layer']}: half-lives of {low} to {high} tokens, median {middle}{fades}{note}")
+    return "\n".join([*lines, f"page: {result['page']}", f"pictures: {len(result['images'])} PNGs beside it"])
+
+
+def _rounded(life: float | str) -> str:
+    return life if isinstance(life, str) else f"{life:.3g}"

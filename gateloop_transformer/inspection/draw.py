@@ -1,0 +1,118 @@
+"""The same as on the page, as PNGs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gateloop_transformer.inspection.measures import Gates, half_lives, heads_by_half_life, phases, spectrum
+from gateloop_transformer.inspection.report import Report
+from gateloop_transformer.training.plot import empty_figure, save_png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """Draw layer-N.png for each layer with gates, spectrum.png and classes.png, if any has; each whole or not at all.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    layers = [layer for layer in report.trace.layers if layer.gates is not None]
+    written = []
+    for layer in layers:
+        assert layer.gates is not None
+        written.append(folder / f"layer-{layer.layer}.png")
+        _draw_layer(layer.gates, f"layer {layer.layer}: {layer.mixer}", written[-1])
+    if layers:
+        named = {layer.layer: layer.gates for layer in layers if layer.gates is not None}
+        written += [folder / "spectrum.png", folder / "classes.png"]
+        _draw_spectra(named, written[-2])
+        _draw_classes(report, written[-1])
+    return written
+
+
+def _draw_layer(gates: Gates, title: str, target: Path) -> None:
+    """Half-lives and phases of all heads at all tokens."""
+    from matplotlib.colors import LogNorm
+
+    order = heads_by_half_life(gates)
+    figure = empty_figure(11, 6.5)
+    above, below = figure.subplots(2, 1, sharex=True)
+    lives = half_lives(gates[:, order]).T
+    low, high = _range(lives)
+    shown = np.where(np.isinf(lives), 2 * high, lives)
+    image = _matrix(above, shown, cmap="viridis", norm=LogNorm(low, high))
+    figure.colorbar(image, ax=above, label="half-life, tokens", extend="both")
+    image = _matrix(below, phases(gates[:, order]).T, cmap="twilight", vmin=-math.pi, vmax=math.pi)
+    bar = figure.colorbar(image, ax=below, label="phase, radians")
+    bar.set_ticks([-math.pi, 0, math.pi], labels=["−π", "0", "π"])
+    for axes in (above, below):
+        axes.set_ylabel("heads by half-life")
+        if len(order) <= 16:
+            axes.set_yticks(range(len(order)), [str(head + 1) for head in order])
+    below.set_xlabel("token")
+    figure.suptitle(title)
+    save_png(figure, target)
+
+
+def _matrix(axes: Axes, values: npt.NDArray[np.float64], **options: Any) -> Any:
+    return axes.imshow(values, aspect="auto", interpolation="nearest", **options)
+
+
+def _range(lives: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Between which half-lives colours differ."""
+    ended = lives[np.isfinite(lives)]
+    if not len(ended):
+        return 1.0, 2.0
+    low, high = (float(value) for value in np.quantile(ended, (0.02, 0.98)))
+    return low, max(high, 1.01 * low)
+
+
+def _draw_spectra(layers: dict[int, Gates], target: Path) -> None:
+    """Each layer's gates in the complex plane."""
+    columns = min(4, len(layers))
+    rows = math.ceil(len(layers) / columns)
+    figure = empty_figure(0.5 + 3 * columns, 0.6 + 3.1 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    angles = np.linspace(0, 2 * math.pi, 181)
+    for panel in panels[len(layers) :]:
+        panel.set_visible(False)
+    for (number, gates), axes in zip(layers.items(), panels[: len(layers)], strict=True):
+        counts = spectrum(gates)
+        seen = np.ma.masked_equal(np.log10(np.maximum(counts, 0.1)), -1.0)
+        image = axes.imshow(seen, origin="lower", extent=(-1, 1, -1, 1), cmap="viridis", vmin=0)
+        axes.plot(np.cos(angles), np.sin(angles), color="gray", linewidth=0.8)
+        axes.set(title=f"layer {number}", xlim=(-1.03, 1.03), ylim=(-1.03, 1.03), aspect="equal")
+        figure.colorbar(image, ax=axes, shrink=0.7, label="gates, log₁₀" if number == max(layers) else None)
+    figure.suptitle("gates in the complex plane, all heads and tokens")
+    save_png(figure, target)
+
+
+def _draw_classes(report: Report, target: Path) -> None:
+    """How fast memory fades at tokens of each class, against each layer's average."""
+    layers = [layer for layer in report.figures["layers"] if layer["heads"]]
+    names = list(layers[0]["by_class"])
+    ratios = np.array([[layer["by_class"][name]["ratio"] or 1.0 for layer in layers] for name in names])
+    figure = empty_figure(3.2 + 0.9 * len(layers), 1.6 + 0.42 * len(names))
+    axes = figure.subplots()
+    image = _matrix(axes, np.log2(ratios), cmap="RdBu_r", vmin=-2, vmax=2)
+    for row, column in np.ndindex(*ratios.shape):
+        strong = abs(math.log2(ratios[row, column])) > 1.2
+        axes.text(
+            column, row, f"×{ratios[row, column]:.2f}", ha="center", va="center", color="white" if strong else "black"
+        )
+    axes.set_xticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="layer", title="memory fades how fast")
+    bar = figure.colorbar(image, ax=axes, extend="both")
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["×¼", "×½", "×1", "×2", "×4"])
+    save_png(figure, target)

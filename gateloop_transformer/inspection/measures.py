@@ -1,0 +1,127 @@
+"""Gates in figures: half-lives, where memory fades, spectra."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Gates = npt.NDArray[np.complex128]
+Reals = npt.NDArray[np.float64]
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# Below it a magnitude counts as this: the logarithm of 0 has no mean.
+_TINY = float(np.finfo(np.float32).tiny)
+# Half-lives of a histogram, as powers of 2: from 1/8 token to a million, the last and first bins take what is beyond.
+_POWERS = np.arange(-3, 21)
+# Cells of the complex plane along each axis, from -1 to 1.
+CELLS = 48
+
+
+def decays(gates: Gates) -> Reals:
+    """-log|a|, in nats per token: 0 keeps everything."""
+    magnitude: Reals = -np.log(np.clip(np.abs(gates), _TINY, None))
+    return np.clip(magnitude, 0, None)
+
+
+def half_lives(gates: Gates) -> Reals:
+    """After how many tokens like this one half of the memory is left: log 2 / -log|a|; infinite where |a| is 1.
+
+    >>> half_lives(np.array([0.5, -0.5, 1.0, 0.0])).round(3).tolist()
+    [1.0, 1.0, inf, 0.008]
+    """
+    with np.errstate(divide="ignore"):
+        lives: Reals = math.log(2) / decays(gates)
+    return lives
+
+
+def phases(gates: Gates) -> Reals:
+    """Radians in (-π, π]; of a real gate 0 or π."""
+    # Adding 0 takes the sign from a negative zero.
+    angles: Reals = np.angle(gates + 0.0)
+    return np.where(angles <= -math.pi, math.pi, angles)
+
+
+def quantiles(values: Reals, axis: int | None = None) -> Reals:
+    """Those of `QUANTILES`, each a value that there is: infinite ones have no mean."""
+    return np.quantile(values, QUANTILES, axis=axis, method="nearest")
+
+
+def finite(value: float) -> float | str:
+    """A number for JSON: an infinite one is "∞"."""
+    return "∞" if math.isinf(value) else float(value)
+
+
+class ClassFigures(NamedTuple):
+    """The gates of one layer at the tokens of a class.
+
+    tokens: how many. half_life: the median over tokens and heads. decay: the mean of -log|a|, nats per token. ratio: of
+    the decay to that at all tokens; above 1 more is forgotten than elsewhere; None: nothing ever is.
+    """
+
+    tokens: int
+    half_life: float
+    decay: float
+    ratio: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self._asdict(), "half_life": finite(self.half_life)}
+
+
+def by_class(gates: Gates, classes: Mapping[str, npt.NDArray[np.bool_]]) -> dict[str, ClassFigures]:
+    """How a layer's gates (T, heads) are at tokens of each class (T,)."""
+    lives, lost = half_lives(gates), decays(gates)
+    average = float(lost.mean())
+    return {
+        name: ClassFigures(
+            int(own.sum()),
+            float(np.quantile(lives[own], 0.5, method="nearest")),
+            float(lost[own].mean()),
+            float(lost[own].mean()) / average if average else None,
+        )
+        for name, own in classes.items()
+    }
+
+
+def histogram_of_half_lives(gates: Gates) -> list[dict[str, Any]]:
+    """Shares of gates by half-life, in octaves: "from" and "to" in tokens; the last bin also has what is longer, the
+    first what is shorter; infinite ones are apart.
+    """
+    lives = half_lives(gates).ravel()
+    ended = lives[np.isfinite(lives)]
+    bins = np.clip(np.floor(np.log2(np.maximum(ended, 2.0**-20))), _POWERS[0], _POWERS[-1]).astype(int)
+    shares = np.bincount(bins - _POWERS[0], minlength=len(_POWERS)) / lives.size
+    rows: list[dict[str, Any]] = [
+        {"from": 2.0**power, "to": 2.0 ** (power + 1), "share": float(share)}
+        for power, share in zip(_POWERS.tolist(), shares, strict=True)
+        if share
+    ]
+    if len(ended) < lives.size:
+        rows.append({"from": "∞", "to": "∞", "share": 1 - len(ended) / lives.size})
+    return rows
+
+
+def spectrum(gates: Gates) -> npt.NDArray[np.int64]:
+    """How many gates lie in each cell of the complex plane, (CELLS, CELLS): rows by imaginary part, upwards from -1."""
+    flat = gates.ravel()
+    # A magnitude of 1 lies in the last cell.
+    places = [np.clip(((part + 1) / 2 * CELLS).astype(int), 0, CELLS - 1) for part in (flat.imag, flat.real)]
+    counts = np.bincount(places[0] * CELLS + places[1], minlength=CELLS * CELLS)
+    return counts.reshape(CELLS, CELLS)
+
+
+def heads_by_half_life(gates: Gates) -> npt.NDArray[np.int64]:
+    """The heads' numbers (heads,), those that forget fastest first, by the median over the text."""
+    medians = np.quantile(half_lives(gates), 0.5, axis=0, method="nearest")
+    return np.argsort(medians, kind="stable")
+
+
+def some_of(order: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """At most `count` (at least 2), the first and the last among them, evenly apart."""
+    if len(order) <= count:
+        return order
+    some: npt.NDArray[np.int64] = order[np.linspace(0, len(order) - 1, count).round().astype(int)]
+    return some

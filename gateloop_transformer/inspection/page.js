@@ -1,0 +1,426 @@
+"use strict";
+
+// Everything comes from the JSON beside this script and is put into the page as text, never as markup.
+const data = JSON.parse(document.getElementById("data").textContent);
+const T = data.text.length;
+const INFINITE = 65535;
+const QUANTILES = ["5 %", "25 %", "median", "75 %", "95 %"];
+const byId = (id) => document.getElementById(id);
+const gated = data.layers.filter((layer) => layer.heads > 0);
+// layer and head are places in `gated` and in the layer's shown heads; a head below 0 is a quantile over all heads.
+const view = { layer: 0, what: gated.length ? "life" : "loss", head: -3, pinned: 0, hovered: null };
+
+function make(name, options = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(options)) {
+    if (key === "class") element.className = value;
+    else if (key === "style") Object.assign(element.style, value);
+    else element.setAttribute(key, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+function vector(name, options) {
+  const element = document.createElementNS("http" + "://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(options)) element.setAttribute(key, value);
+  return element;
+}
+
+function unpack(text, Kind) {
+  const raw = atob(text), bytes = new Uint8Array(raw.length);
+  for (let n = 0; n < raw.length; n++) bytes[n] = raw.charCodeAt(n);
+  return new Kind(bytes.buffer);
+}
+
+for (const layer of gated) {
+  layer.life = unpack(layer.life, Uint16Array);
+  layer.phase = unpack(layer.phase, Uint8Array);
+  layer.quantiles = unpack(layer.quantiles, Uint16Array);
+  layer.spectrum = unpack(layer.spectrum, Uint32Array);
+}
+
+// Figures
+
+function octaves(code) {
+  const [low, high] = data.scale;
+  return low + (code / (INFINITE - 1)) * (high - low);
+}
+
+function sayLife(life) {
+  if (life === "∞" || life === Infinity) return "∞";
+  if (life >= 9950) return Math.round(Number(life.toPrecision(2))).toLocaleString("en");
+  return life >= 99.5 ? String(Math.round(life)) : life >= 0.995 ? life.toPrecision(2) : life.toFixed(2);
+}
+
+const lifeOf = (code) => (code === INFINITE ? Infinity : 2 ** octaves(code));
+const phaseOf = (code) => (code === 0 ? Math.PI : (code / 256) * 2 * Math.PI - Math.PI);
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+function seriesOf(layer, head) {
+  return head < 0 ? layer.quantiles.subarray((head + 5) * T, (head + 6) * T) : layer.life.subarray(head * T, (head + 1) * T);
+}
+
+// Colours: viridis, and a circle of hues for phases.
+
+const VIRIDIS = [[68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129], [92, 200, 99],
+  [170, 220, 50], [253, 231, 37]];
+
+function viridis(share) {
+  const place = Math.min(Math.max(share, 0), 1) * (VIRIDIS.length - 1), n = Math.min(Math.floor(place), VIRIDIS.length - 2);
+  return VIRIDIS[n].map((value, i) => Math.round(value + (place - n) * (VIRIDIS[n + 1][i] - value)));
+}
+
+function hue(share) {
+  const wave = (shift) => Math.round(150 + 90 * Math.cos(2 * Math.PI * (share - shift)));
+  return [wave(0), wave(1 / 3), wave(2 / 3)];
+}
+
+function rangeOf(codes) {
+  const ended = Array.from(codes).filter((code) => code !== INFINITE).sort((a, b) => a - b);
+  if (!ended.length) return [0, 1];
+  const at = (share) => ended[Math.round(share * (ended.length - 1))];
+  const low = at(0.02), high = at(0.98);
+  return high > low ? [low, high] : [low - 1, low + 1];
+}
+
+function scaled(code, [low, high]) {
+  return code === INFINITE ? 1 : (code - low) / (high - low);
+}
+
+function readable([red, green, blue]) {
+  return 0.299 * red + 0.587 * green + 0.114 * blue > 140 ? "#000000" : "#ffffff";
+}
+
+// Tokens
+
+const VISIBLE = { "\n": "↵", "\t": "→", " ": "·", "\r": "␍" };
+
+function visible(text) {
+  const shown = Array.from(text, (character) => {
+    if (character in VISIBLE) return VISIBLE[character];
+    const code = character.codePointAt(0);
+    if (code < 32) return String.fromCodePoint(0x2400 + code);
+    if (code === 127) return "␡";
+    if (/\p{Zs}/u.test(character)) return "␣";
+    if (/[\p{C}\p{Zl}\p{Zp}]/u.test(character)) return `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
+    return character;
+  }).join("");
+  return /^\p{M}/u.test(shown) ? `◌${shown}` : shown;
+}
+
+const nameOf = (n) => (Array.isArray(data.text[n]) ? data.text[n][0] : visible(data.text[n]));
+const tokens = [];
+
+function makeToken(n) {
+  const text = data.text[n], hex = Array.isArray(text);
+  const token = make("span", { class: hex ? "token hex" : "token", role: "button", tabindex: n ? -1 : 0, "data-n": n });
+  if (hex) token.append(text[0]);
+  else if (/^\s+$/u.test(text)) token.append(make("span", { class: "mark" }, visible(text)));
+  else token.append(visible(text));
+  tokens.push(token);
+  return token;
+}
+
+function writeText() {
+  const starts = new Map(data.joined.map(([first, last, text]) => [first, [last, text]]));
+  const place = byId("text");
+  for (let n = 0; n < T; n++) {
+    if (starts.has(n)) {
+      const [last, text] = starts.get(n);
+      const group = make("span", { class: "joined", "data-text": visible(text) });
+      for (; n <= last; n++) group.append(makeToken(n));
+      n--;
+      place.append(group);
+    } else place.append(makeToken(n));
+    if (typeof data.text[n] === "string" && data.text[n].includes("\n")) place.append(make("br"));
+    // Lines may break between tokens.
+    else place.append("\u200b");
+  }
+}
+
+// What is shown of the chosen layer
+
+function colours() {
+  const layer = gated[view.layer];
+  if (view.what === "loss") {
+    const losses = data.nats.map((nats) => nats ?? 0), most = Math.max(...losses, 0.1);
+    return { low: "0", high: `${most.toFixed(1)} nats`, scale: viridis, of: (n) => (n ? viridis(losses[n] / most) : null),
+      say: (n) => (n ? `loss ${losses[n].toFixed(2)} nats` : "not predicted") };
+  }
+  if (view.what === "phase") {
+    const row = view.head * T;
+    return { low: "−π", high: "π", scale: hue, of: (n) => hue(layer.phase[row + n] / 256),
+      say: (n) => `phase ${phaseOf(layer.phase[row + n]).toFixed(2)}` };
+  }
+  const series = seriesOf(layer, view.head), range = rangeOf(series);
+  const low = sayLife(lifeOf(Math.max(range[0], 0))), high = sayLife(lifeOf(Math.min(range[1], INFINITE - 1)));
+  return { low, high: `${high} tokens`, scale: viridis, of: (n) => viridis(scaled(series[n], range)),
+    say: (n) => `half-life ${sayLife(lifeOf(series[n]))} tokens` };
+}
+
+function fillHeads() {
+  const layer = gated[view.layer], select = byId("head");
+  select.replaceChildren();
+  byId("head-label").hidden = view.what === "loss";
+  if (!layer || view.what === "loss") return;
+  if (view.what === "life")
+    QUANTILES.forEach((name, n) => select.append(make("option", { value: n - 5 }, `${name} of all ${layer.heads} heads`)));
+  const medians = new Map(layer.heads_by_half_life.map((row) => [row.head, row.half_life]));
+  layer.shown.forEach((head, n) =>
+    select.append(make("option", { value: n }, `head ${head} (median ${sayLife(medians.get(head))} tokens)`)));
+  if (view.head >= layer.shown.length || (view.what === "phase" && view.head < 0)) view.head = 0;
+  select.value = view.head;
+}
+
+function paintLegend(now) {
+  const canvas = byId("legend-scale"), context = canvas.getContext("2d");
+  for (let n = 0; n < 256; n++) {
+    context.fillStyle = `rgb(${now.scale(n / 255)})`;
+    context.fillRect(n, 0, 1, 1);
+  }
+  byId("legend-low").textContent = now.low;
+  byId("legend-high").textContent = now.high;
+  byId("legend-note").textContent = view.what === "phase" ? "radians that the state turns by at each token" :
+    view.what === "life" ? "half-life, logarithmic; beyond these ends the colour stays" : "";
+}
+
+function paint() {
+  const layer = gated[view.layer];
+  fillHeads();
+  const now = colours();
+  tokens.forEach((token, n) => {
+    const colour = now.of(n);
+    token.style.background = colour ? `rgb(${colour})` : "";
+    token.style.color = colour ? readable(colour) : "";
+    token.setAttribute("aria-label", `token ${n + 1}: ${nameOf(n)}, ${now.say(n)}`);
+  });
+  paintLegend(now);
+  byId("map-block").hidden = !layer;
+  const others = data.layers.filter((each) => !each.heads).map((each) => `Layer ${each.layer}: ${each.mixer}: ${each.note}.`);
+  const own = layer ? [`Layer ${layer.layer}: ${layer.mixer}${layer.note ? `: ${layer.note}` : ""}.`] : [];
+  byId("layer-note").textContent = [...own, ...others].join(" ");
+  if (layer) paintMap(layer);
+  show();
+}
+
+function paintMap(layer) {
+  const canvas = byId("map"), heads = layer.shown.length, turns = view.what === "phase";
+  canvas.width = T;
+  canvas.height = heads;
+  canvas.style.height = `${Math.min(Math.max(heads * 14, 60), 340)}px`;
+  const image = new ImageData(T, heads), range = rangeOf(layer.life);
+  for (let n = 0; n < T * heads; n++) {
+    const colour = turns ? hue(layer.phase[n] / 256) : viridis(scaled(layer.life[n], range));
+    image.data.set([...colour, 255], 4 * n);
+  }
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  const all = heads === layer.heads ? `${heads} heads` : `${heads} of ${layer.heads} heads, evenly through their order`;
+  byId("map-hint").textContent = `Tokens from left to right, ${all} from top to bottom, those that forget fastest at the top. ` +
+    (turns ? "Phase." : `Half-life, from ${sayLife(lifeOf(Math.max(range[0], 0)))} to ${sayLife(lifeOf(Math.min(range[1], INFINITE - 1)))} tokens.`);
+}
+
+// The token that is looked at
+
+function show() {
+  const n = view.hovered ?? view.pinned, layer = gated[view.layer];
+  tokens.forEach((token, m) => token.classList.toggle("here", m === n));
+  Object.assign(byId("map-mark").style, { left: `${(100 * n) / T}%`, width: `${100 / T}%` });
+  const text = data.text[n], hex = Array.isArray(text) ? text[0] :
+    Array.from(new TextEncoder().encode(text), (byte) => byte.toString(16).toUpperCase().padStart(2, "0")).join(" ");
+  const place = byId("details");
+  place.replaceChildren(make("h3", {}, nameOf(n)), make("p", { class: "hint" }, `token ${n + 1} of ${T}, bytes ${hex}` +
+    (data.nats[n] === null ? ", not predicted" : `, loss ${data.nats[n].toFixed(2)} nats, ` +
+    (data.right[n] ? "the likeliest" : "not the likeliest"))));
+  if (!layer) return;
+  const rows = gated.map((each, m) => {
+    const life = (at) => sayLife(lifeOf(each.quantiles[at * T + n]));
+    return make("tr", { class: m === view.layer ? "here" : "" }, ...[String(each.layer), life(0), life(2), life(4)].map((cell) => make("td", {}, cell)));
+  });
+  place.append(tableOf("Half-lives over the heads, in tokens", ["layer", "5 %", "median", "95 %"], rows));
+  place.append(planeOf(layer, n), headsOf(layer, n));
+}
+
+function tableOf(caption, head, rows) {
+  return make("table", {}, make("caption", {}, caption),
+    make("thead", {}, make("tr", {}, ...head.map((cell) => make("th", { scope: "col" }, cell)))), make("tbody", {}, ...rows));
+}
+
+function circle(x, y, r, options) {
+  return vector("circle", { cx: x, cy: y, r, ...options });
+}
+
+function axes() {
+  const quiet = { stroke: "currentColor", "stroke-opacity": 0.4, "stroke-width": 0.008, fill: "none" };
+  return [circle(0, 0, 1, quiet), vector("path", { d: "M-1 0H1M0-1V1", ...quiet })];
+}
+
+function planeOf(layer, n) {
+  const picture = vector("svg", { viewBox: "-1.1 -1.1 2.2 2.2", role: "img" });
+  picture.setAttribute("aria-label", `gates of layer ${layer.layer} in the complex plane`);
+  picture.append(...axes());
+  layer.shown.forEach((head, row) => {
+    const size = 0.5 ** (1 / lifeOf(layer.life[row * T + n])), turn = phaseOf(layer.phase[row * T + n]);
+    const here = row === view.head;
+    const dot = circle(size * Math.cos(turn), -size * Math.sin(turn), here ? 0.07 : 0.045,
+      { fill: here ? "var(--ink)" : "var(--accent)", "fill-opacity": layer.shown.length > 40 && !here ? 0.45 : 0.85 });
+    dot.append(vector("title", {}));
+    dot.firstChild.textContent = `head ${head}`;
+    picture.append(dot);
+  });
+  return picture;
+}
+
+function headsOf(layer, n) {
+  const rows = layer.shown.map((head, row) => {
+    const cells = [String(head), sayLife(lifeOf(layer.life[row * T + n])), phaseOf(layer.phase[row * T + n]).toFixed(2)];
+    return make("tr", { class: row === view.head ? "here" : "" }, ...cells.map((cell) => make("td", {}, cell)));
+  });
+  const heading = `Layer ${layer.layer}, heads by their median half-life`;
+  return make("div", { class: "list", tabindex: 0, role: "group", "aria-label": heading },
+    tableOf(heading, ["head", "half-life", "phase"], rows));
+}
+
+// Tables and spectra
+
+function writeResets() {
+  const names = [...new Set(gated.flatMap((layer) => Object.keys(layer.by_class)))];
+  byId("resets").append(make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "characters"), make("th", { scope: "col" }, "tokens"),
+    ...gated.map((layer) => make("th", { scope: "col" }, `layer ${layer.layer}`)))));
+  const body = make("tbody");
+  for (const name of names) {
+    const row = make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, String(gated[0].by_class[name].tokens)));
+    for (const layer of gated) {
+      const found = layer.by_class[name], strength = found.ratio ? Math.min(Math.abs(Math.log2(found.ratio)), 2) / 2 : 0;
+      const colour = found.ratio > 1 ? "--more" : "--less";
+      row.append(make("td", { style: { background: `rgba(var(${colour}), ${(0.55 * strength).toFixed(2)})` } },
+        found.ratio === null ? "–" : `×${found.ratio.toFixed(2)}`, make("small", {}, sayLife(found.half_life))));
+    }
+    body.append(row);
+  }
+  byId("resets").append(body);
+  if (!gated.length) byId("resets").replaceWith(make("p", {}, "No layer has gates."));
+}
+
+function writeSpectra() {
+  for (const layer of gated) {
+    const cells = data.cells, canvas = make("canvas", { width: cells, height: cells, "aria-hidden": "true" });
+    const image = new ImageData(cells, cells), most = Math.log1p(Math.max(...layer.spectrum));
+    layer.spectrum.forEach((count, place) => {
+      const row = cells - 1 - Math.floor(place / cells);
+      if (count) image.data.set([...viridis(Math.log1p(count) / most), 255], 4 * (row * cells + (place % cells)));
+    });
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    const picture = vector("svg", { viewBox: "-1 -1 2 2", "aria-hidden": "true" });
+    picture.append(...axes());
+    const most_share = Math.max(...layer.half_lives.map((row) => row.share));
+    const bars = layer.half_lives.map((row) => make("div", {
+      style: { height: `${(100 * row.share) / most_share}%` },
+      title: row.from === "∞" ? `∞: ${percent(row.share)}` : `${sayLife(row.from)} to ${sayLife(row.to)} tokens: ${percent(row.share)}`,
+    }));
+    const ends = [layer.half_lives[0].from, layer.half_lives[layer.half_lives.length - 1].to];
+    byId("spectra").append(make("figure", {},
+      make("figcaption", {}, make("strong", {}, `Layer ${layer.layer}`), `: ${layer.mixer}`),
+      make("div", { class: "plane" }, canvas, picture),
+      make("div", { class: "lives", role: "img", "aria-label": "shares of half-lives" }, ...bars),
+      make("div", { class: "lives-axis" }, make("span", {}, sayLife(ends[0])), make("span", {}, "half-life, tokens"), make("span", {}, sayLife(ends[1])))));
+  }
+  if (!gated.length) byId("spectra").append(make("p", {}, "No layer has gates."));
+}
+
+function spanOf(row) {
+  if (row.from === null) return "never";
+  return row.from === row.to ? String(row.from) : `${row.from} – ${row.to}`;
+}
+
+function costs(row, extra = []) {
+  const track = make("span", { class: "track" }, make("span", { class: "bar", style: { width: `${5 * row.accuracy}rem` } }));
+  const cells = [spanOf(row), String(row.tokens), row.loss.toFixed(2), row.bits_per_byte.toFixed(2), percent(row.accuracy), ...extra, track];
+  return make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
+}
+
+function writeRecall() {
+  const head = ["tokens", "nats/token", "bits/byte", "right"];
+  byId("by-position").replaceWith(tableOf("By how many tokens it has read", ["read before", ...head, ""], data.by_position.map((row) => costs(row))));
+  byId("by-distance").replaceWith(tableOf(`By how many tokens ago the same ${data.same_tokens} tokens stood before one`,
+    ["ago", ...head, "again", ""], data.by_distance.map((row) => costs(row, [percent(row.again)]))));
+  byId("recall-hint").textContent = "“right” is the share of tokens that the model thought likeliest. “again” is the share that were what had " +
+    "followed the same tokens the last time: what copying alone would get right. Few tokens make uncertain shares.";
+}
+
+// Hands
+
+function go(n, focus) {
+  view.pinned = Math.min(Math.max(n, 0), T - 1);
+  view.hovered = null;
+  tokens.forEach((token, m) => token.setAttribute("tabindex", m === view.pinned ? 0 : -1));
+  if (focus) tokens[view.pinned].focus();
+  show();
+}
+
+function nextLine(n, way) {
+  const own = tokens[n].getBoundingClientRect();
+  let best = null, line = null;
+  for (let m = n + way; m >= 0 && m < T; m += way) {
+    const box = tokens[m].getBoundingClientRect();
+    if (way * (box.top - own.top) <= own.height / 2) continue;
+    line ??= box.top;
+    if (Math.abs(box.top - line) > own.height / 2) break;
+    const away = Math.abs(box.left - own.left);
+    if (best === null || away < best.away) best = { m, away };
+  }
+  return best === null ? n : best.m;
+}
+
+function listen() {
+  const text = byId("text"), map = byId("map");
+  const at = (event) => event.target.closest?.(".token")?.dataset.n;
+  text.addEventListener("pointerover", (event) => {
+    if (at(event) === undefined || event.pointerType === "touch") return;
+    view.hovered = Number(at(event));
+    show();
+  });
+  text.addEventListener("pointerleave", () => { view.hovered = null; show(); });
+  text.addEventListener("click", (event) => at(event) !== undefined && go(Number(at(event)), true));
+  text.addEventListener("focusin", (event) => at(event) !== undefined && go(Number(at(event)), false));
+  text.addEventListener("keydown", (event) => {
+    const n = view.pinned, last = T - 1;
+    const to = { ArrowLeft: () => n - 1, ArrowRight: () => n + 1, ArrowUp: () => nextLine(n, -1), ArrowDown: () => nextLine(n, 1),
+      Home: () => 0, End: () => last, PageUp: () => n - 50, PageDown: () => n + 50 }[event.key];
+    if (!to || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    go(to(), true);
+  });
+  const column = (event) => Math.min(T - 1, Math.max(0, Math.floor((T * event.offsetX) / map.clientWidth)));
+  map.addEventListener("pointermove", (event) => { view.hovered = column(event); show(); });
+  map.addEventListener("pointerleave", () => { view.hovered = null; show(); });
+  map.addEventListener("click", (event) => {
+    const heads = gated[view.layer].shown.length;
+    if (view.what !== "loss") view.head = Math.min(heads - 1, Math.max(0, Math.floor((heads * event.offsetY) / map.clientHeight)));
+    go(column(event), false);
+    paint();
+  });
+  byId("layer").addEventListener("change", (event) => { view.layer = Number(event.target.value); view.head = view.what === "phase" ? 0 : -3; paint(); });
+  byId("what").addEventListener("change", (event) => { view.what = event.target.value; view.head = view.what === "life" ? -3 : 0; paint(); });
+  byId("head").addEventListener("change", (event) => { view.head = Number(event.target.value); paint(); });
+  byId("controls").addEventListener("submit", (event) => event.preventDefault());
+}
+
+function start() {
+  byId("facts").textContent = `${T} tokens, ${data.bytes} bytes · ${data.bits_per_byte.toFixed(3)} bits per byte, ` +
+    `${data.loss.toFixed(3)} nats per token · ${percent(data.accuracy)} of the tokens predicted right · ${data.layers.length} layers`;
+  byId("notes").append(...data.notes.map((note) => make("li", {}, note)));
+  gated.forEach((layer, n) => byId("layer").append(make("option", { value: n }, `${layer.layer}: ${layer.mixer}`)));
+  if (!gated.length) {
+    byId("what").replaceChildren(make("option", { value: "loss" }, "loss of the prediction"));
+    byId("layer").closest("label").hidden = true;
+  }
+  writeText();
+  writeResets();
+  writeSpectra();
+  writeRecall();
+  listen();
+  paint();
+}
+
+start();
