@@ -68,9 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"gateloop inspect: {notes[0]}", file=sys.stderr)
     found = report(trace(model, ids), tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    name = f"{arguments.dir.resolve().name} on {'a text' if arguments.text is not None else _named(arguments.file)}"
-    write_text(out / "index.html", page(found, name, notes))
     images = draw(found, out)
+    write_text(out / "index.html", page(found, _title(arguments), notes))
     result = {**found.figures, "cut": more, "page": str(out / "index.html"), "images": list(map(str, images))}
     if arguments.json:
         print(json.dumps(result, allow_nan=False))
@@ -87,15 +86,18 @@ def _check_out(arguments: argparse.Namespace) -> Path:
     out: Path = arguments.dir / "inspect" if arguments.out is None else arguments.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {str(out)!r} is a file, not a folder")
-    # A page in another's place is replaced; somebody's own page is not.
+    # An earlier page is replaced; somebody's own is not.
     page = out / "index.html"
-    if page.is_dir() or (page.exists() and b'id="by-distance"' not in page.read_bytes()):
+    if page.is_dir() or (page.exists() and b'content="gateloop inspect"' not in page.read_bytes()[:1000]):
         raise ValueError(f"--out: {str(page)!r} is there and is no page of 'gateloop inspect': choose another folder")
     return out
 
 
-def _named(file: str) -> str:
-    return "standard input" if file == "-" else Path(file).name
+def _title(arguments: argparse.Namespace) -> str:
+    """What was read by what; of names that are no text, what can be shown."""
+    names = {None: "a text", "-": "standard input"}
+    text = names.get(arguments.file) or Path(arguments.file).name
+    return os.fsencode(f"{arguments.dir.resolve().name} on {text}").decode(errors="replace")
 
 
 def _first_tokens(tokenizer: Tokenizer, text: Iterable[bytes], count: int) -> tuple[npt.NDArray[np.int64], bool]:

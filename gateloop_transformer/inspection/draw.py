@@ -101,18 +101,18 @@ def _draw_classes(report: Report, target: Path) -> None:
     """How fast memory fades at tokens of each class, against each layer's average."""
     layers = [layer for layer in report.figures["layers"] if layer["heads"]]
     names = list(layers[0]["by_class"])
-    ratios = np.array([[layer["by_class"][name]["ratio"] or 1.0 for layer in layers] for name in names])
+    ratios = np.array([[layer["by_class"][name]["ratio"] for layer in layers] for name in names], float)
     figure = empty_figure(3.2 + 0.9 * len(layers), 1.6 + 0.42 * len(names))
     axes = figure.subplots()
-    image = _matrix(axes, np.log2(ratios), cmap="RdBu_r", vmin=-2, vmax=2)
+    # Where nothing is ever forgotten there is no ratio, and a token of no decay has no logarithm.
+    powers = np.log2(np.clip(np.nan_to_num(ratios, nan=1.0), 1e-3, None))
+    image = _matrix(axes, powers, cmap="RdBu_r", vmin=-2, vmax=2)
     for row, column in np.ndindex(*ratios.shape):
-        strong = abs(math.log2(ratios[row, column])) > 1.2
-        axes.text(
-            column, row, f"×{ratios[row, column]:.2f}", ha="center", va="center", color="white" if strong else "black"
-        )
+        ratio, color = ratios[row, column], "white" if abs(powers[row, column]) > 1.2 else "black"
+        axes.text(column, row, "–" if np.isnan(ratio) else f"×{ratio:.2f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="layer", title="memory fades how fast")
+    axes.set(xlabel="layer", title="how fast memory fades,\nagainst the layer's average")
     bar = figure.colorbar(image, ax=axes, extend="both")
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["×¼", "×½", "×1", "×2", "×4"])
     save_png(figure, target)

@@ -14,8 +14,8 @@ Reals = npt.NDArray[np.float64]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Below it a magnitude counts as this: the logarithm of 0 has no mean.
 _TINY = float(np.finfo(np.float32).tiny)
-# Half-lives of a histogram, as powers of 2: from 1/8 token to a million, the last and first bins take what is beyond.
-_POWERS = np.arange(-3, 21)
+# Half-lives of a histogram, as powers of 2: from 1/8 token to a million.
+_SHORTEST, _LONGEST = -3, 20
 # Cells of the complex plane along each axis, from -1 to 1.
 CELLS = 48
 
@@ -87,17 +87,16 @@ def by_class(gates: Gates, classes: Mapping[str, npt.NDArray[np.bool_]]) -> dict
 
 
 def histogram_of_half_lives(gates: Gates) -> list[dict[str, Any]]:
-    """Shares of gates by half-life, in octaves: "from" and "to" in tokens; the last bin also has what is longer, the
-    first what is shorter; infinite ones are apart.
+    """Shares of gates by half-life, in octaves from the shortest to the longest: "from" and "to" in tokens.
+
+    The first of 1/8 token also has what is shorter, the last of a million what is longer; infinite ones are apart.
     """
     lives = half_lives(gates).ravel()
     ended = lives[np.isfinite(lives)]
-    bins = np.clip(np.floor(np.log2(np.maximum(ended, 2.0**-20))), _POWERS[0], _POWERS[-1]).astype(int)
-    shares = np.bincount(bins - _POWERS[0], minlength=len(_POWERS)) / lives.size
+    powers = np.clip(np.floor(np.log2(ended)), _SHORTEST, _LONGEST).astype(int)
     rows: list[dict[str, Any]] = [
-        {"from": 2.0**power, "to": 2.0 ** (power + 1), "share": float(share)}
-        for power, share in zip(_POWERS.tolist(), shares, strict=True)
-        if share
+        {"from": 2.0**power, "to": 2.0 ** (power + 1), "share": float((powers == power).sum() / lives.size)}
+        for power in (range(powers.min(), powers.max() + 1) if len(powers) else ())
     ]
     if len(ended) < lives.size:
         rows.append({"from": "∞", "to": "∞", "share": 1 - len(ended) / lives.size})

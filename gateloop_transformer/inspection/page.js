@@ -78,14 +78,19 @@ function hue(share) {
 
 function rangeOf(codes) {
   const ended = Array.from(codes).filter((code) => code !== INFINITE).sort((a, b) => a - b);
-  if (!ended.length) return [0, 1];
+  if (!ended.length) return [INFINITE - 1, INFINITE];
   const at = (share) => ended[Math.round(share * (ended.length - 1))];
   const low = at(0.02), high = at(0.98);
-  return high > low ? [low, high] : [low - 1, low + 1];
+  return high > low ? [low, high] : [low, low + 1];
 }
 
 function scaled(code, [low, high]) {
   return code === INFINITE ? 1 : (code - low) / (high - low);
+}
+
+// The ends of a range in words; "∞" where all is infinite.
+function sayRange([low, high]) {
+  return low === INFINITE - 1 ? ["∞", "∞"] : [low, high].map((code) => sayLife(lifeOf(code)));
 }
 
 function readable([red, green, blue]) {
@@ -94,16 +99,14 @@ function readable([red, green, blue]) {
 
 // Tokens
 
-const VISIBLE = { "\n": "↵", "\t": "→", " ": "·", "\r": "␍" };
+const VISIBLE = { "\n": "↵", "\t": "→", " ": "·" };
 
 function visible(text) {
   const shown = Array.from(text, (character) => {
     if (character in VISIBLE) return VISIBLE[character];
     const code = character.codePointAt(0);
-    if (code < 32) return String.fromCodePoint(0x2400 + code);
-    if (code === 127) return "␡";
-    if (/\p{Zs}/u.test(character)) return "␣";
-    if (/[\p{C}\p{Zl}\p{Zp}]/u.test(character)) return `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
+    // Whatever has no shape, or turns text around, is told by its number.
+    if (/[\p{C}\p{Z}]/u.test(character)) return `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
     return character;
   }).join("");
   return /^\p{M}/u.test(shown) ? `◌${shown}` : shown;
@@ -154,7 +157,7 @@ function colours() {
       say: (n) => `phase ${phaseOf(layer.phase[row + n]).toFixed(2)}` };
   }
   const series = seriesOf(layer, view.head), range = rangeOf(series);
-  const low = sayLife(lifeOf(Math.max(range[0], 0))), high = sayLife(lifeOf(Math.min(range[1], INFINITE - 1)));
+  const [low, high] = sayRange(range);
   return { low, high: `${high} tokens`, scale: viridis, of: (n) => viridis(scaled(series[n], range)),
     say: (n) => `half-life ${sayLife(lifeOf(series[n]))} tokens` };
 }
@@ -217,7 +220,7 @@ function paintMap(layer) {
   canvas.getContext("2d").putImageData(image, 0, 0);
   const all = heads === layer.heads ? `${heads} heads` : `${heads} of ${layer.heads} heads, evenly through their order`;
   byId("map-hint").textContent = `Tokens from left to right, ${all} from top to bottom, those that forget fastest at the top. ` +
-    (turns ? "Phase." : `Half-life, from ${sayLife(lifeOf(Math.max(range[0], 0)))} to ${sayLife(lifeOf(Math.min(range[1], INFINITE - 1)))} tokens.`);
+    (turns ? "Phase." : `Half-life, from ${sayRange(range).join(" to ")} tokens.`);
 }
 
 // The token that is looked at
@@ -354,7 +357,9 @@ function go(n, focus) {
   view.pinned = Math.min(Math.max(n, 0), T - 1);
   view.hovered = null;
   tokens.forEach((token, m) => token.setAttribute("tabindex", m === view.pinned ? 0 : -1));
-  if (focus) tokens[view.pinned].focus();
+  const panel = byId("text").getBoundingClientRect(), box = tokens[view.pinned].getBoundingClientRect();
+  if (box.top < panel.top || box.bottom > panel.bottom) byId("text").scrollTop += box.top - panel.top - panel.height / 2;
+  if (focus) tokens[view.pinned].focus({ preventScroll: true });
   show();
 }
 

@@ -101,8 +101,8 @@ def _gates_of(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict
         real, imaginary = attention._time_gates(*args, **flags)
         # Both channels of a pair share one.
         gates = torch.complex(real, imaginary)[..., ::2].flatten(-2)
-        mixer += ", with gates over time as relative position, one for each pair of channels"
-        return LayerGates(layer, mixer, _array(gates), note)
+        where = "they are its relative position, one for each pair of channels, here called a head"
+        return LayerGates(layer, f"{mixer}, gates over time", _array(gates), f"{where}; {note}" if note else where)
     if attention.data_dependent_rel_pos:
         why = "its data-dependent position multiplies over channels, not over time: there is no memory to fade"
         return LayerGates(layer, mixer, None, why)

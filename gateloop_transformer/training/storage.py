@@ -40,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file by `text`, whole or not at all."""
     aside = path.with_name(path.name + ".partial")
     try:
-        aside.write_text(text)
+        aside.write_text(text, encoding="utf-8")
         sync(aside)
         os.replace(aside, path)
     except OSError:
