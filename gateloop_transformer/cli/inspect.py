@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateloop_transformer.cli.flags import add_checkpoint, folder
+from gateloop_transformer.cli.flags import add_checkpoint, bytes_bar, folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,11 +64,13 @@ def run(arguments: argparse.Namespace) -> None:
     ids, more = _first_tokens(tokenizer, text, arguments.tokens)
     notes = []
     if more:
-        notes.append(f"only the first {len(ids):,} tokens of the text are shown: --tokens N takes more")
+        how = ", the most that a page holds" if len(ids) == MOST_TOKENS else ": --tokens N takes more"
+        notes.append(f"only the first {len(ids):,} tokens of the text are shown{how}")
         print(f"gateloop inspect: {notes[0]}", file=sys.stderr)
     found = report(trace(model, ids), tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    images = draw(found, out)
+    with bytes_bar(len(found.figures["layers"]), delay=1, unit="layer") as bar:
+        images = draw(found, out, bar.update)
     write_text(out / "index.html", page(found, _title(arguments), notes))
     result = {**found.figures, "cut": more, "page": str(out / "index.html"), "images": list(map(str, images))}
     if arguments.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw(report: Report, folder: Path) -> list[Path]:
+def draw(report: Report, folder: Path, done: Callable[[int], object] | None = None) -> list[Path]:
     """Draw layer-N.png for each layer with gates, spectrum.png and classes.png, if any has; each whole or not at all.
+
+    Args:
+        report: what to draw.
+        folder: where.
+        done: called after each layer with 1.
 
     Returns:
         The files.
@@ -32,6 +38,8 @@ def draw(report: Report, folder: Path) -> list[Path]:
         assert layer.gates is not None
         written.append(folder / f"layer-{layer.layer}.png")
         _draw_layer(layer.gates, f"layer {layer.layer}: {layer.mixer}", written[-1])
+        if done is not None:
+            done(1)
     if layers:
         named = {layer.layer: layer.gates for layer in layers if layer.gates is not None}
         written += [folder / "spectrum.png", folder / "classes.png"]

@@ -39,8 +39,8 @@ def half_lives(gates: Gates) -> Reals:
 
 def phases(gates: Gates) -> Reals:
     """Radians in (-π, π]; of a real gate 0 or π."""
-    # Adding 0 takes the sign from a negative zero.
-    angles: Reals = np.angle(gates + 0.0)
+    angles: Reals = np.angle(gates)
+    # A real part below 0 with a negative zero beside it.
     return np.where(angles <= -math.pi, math.pi, angles)
 
 

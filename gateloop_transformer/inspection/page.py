@@ -56,6 +56,7 @@ def page(report: Report, title: str, notes: list[str]) -> str:
     content = _file("page.html")
     for place, part in (
         ("/*STYLE*/", _file("page.css")),
+        ("/*FIGURES*/", _file("page.figures.js")),
         ("/*SCRIPT*/", _file("page.js")),
         ("<!--TITLE-->", html.escape(title)),
         ("<!--DATA-->", embedded(values)),

@@ -82,7 +82,7 @@ def test_the_page_is_whole_in_itself_and_gives_the_text_back() -> None:
         assert reader.texts["title"].strip() == reader.texts["h1"].strip() == "<b>run</b> & more"
         assert (values["title"], values["notes"]) == ("<b>run</b> & more", ["a <note>"])
         assert all(ord(character) < 128 and character not in "<>&" for character in reader.texts["data"])
-        for name in ("page", "TITLE", "STYLE", "SCRIPT", "DATA"):
+        for name in ("page", "TITLE", "STYLE", "FIGURES", "SCRIPT", "DATA"):
             assert f"{name}-->" not in content
             assert f"{name}*/" not in content
 

@@ -45,6 +45,11 @@ def test_spans_cover_everything_once_and_end_at_the_anchor(last: int, anchor: in
         assert first <= value <= end
 
 
+def test_spans_double_from_the_anchor_both_ways() -> None:
+    ends = [span.last for span in doubling_spans(1000, 100)]
+    assert ends == [2, 3, 6, 12, 25, 50, 100, 200, 400, 800, 1000]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_distances_are_those_found_by_looking(count: int) -> None:
     ids = np.random.default_rng(count).integers(0, 3, 200)
