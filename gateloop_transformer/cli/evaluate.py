@@ -45,6 +45,9 @@ def add_parser(commands: Any) -> None:
         help="with --by-position: windows of N times the training context (default: 64, less if DATA is short)",
     )
     parser.add_argument(
+        "--windows", type=int, metavar="N", help="with --by-position: N windows, evenly through DATA (default: all)"
+    )
+    parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="with --by-position: draw the loss against the position"
     )
     parser.add_argument(
@@ -112,11 +115,11 @@ def _say_left_out(source: Source, counts: _Counts) -> bool:
 def _check_flags(arguments: argparse.Namespace) -> None:
     from gateloop_transformer.training.plot import check_png
 
-    for flag, value in (("--up-to", arguments.up_to), ("--plot", arguments.plot)):
+    for flag, value in (("--up-to", arguments.up_to), ("--windows", arguments.windows), ("--plot", arguments.plot)):
         if value is not None and not arguments.by_position:
             raise ValueError(f"{flag} goes with --by-position")
-    if arguments.up_to is not None and arguments.up_to < 1:
-        raise ValueError(f"--up-to must be at least 1, not {arguments.up_to}")
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{flag} must be at least 1, not {value}")
     if arguments.plot is not None:
         check_png(arguments.plot)
 
@@ -127,12 +130,13 @@ def _by_position(
     """Say, and draw on request, losses by position and distance."""
     from gateloop_transformer.training.folder import read_config
     from gateloop_transformer.training.plot import draw_positions
-    from gateloop_transformer.training.positions import spread, tokens_on_disk, windows_up_to
+    from gateloop_transformer.training.positions import evenly, spread, tokens_on_disk, windows_up_to
     from gateloop_transformer.training.spans import doubling_spans
 
     context = read_config(arguments.dir).training.context
     with tokens_on_disk(documents, tokenizer) as tokens:
         starts, times = windows_up_to(tokens, context, arguments.up_to)
+        starts = starts if arguments.windows is None else evenly(starts, arguments.windows)
         length = times * context
         with bytes_bar(length * len(starts), unit="token") as bar:
             spans = doubling_spans(length, context)
@@ -171,7 +175,8 @@ def _span(row: dict[str, Any]) -> str:
 
 
 def _figures(row: dict[str, Any]) -> str:
-    return f"{row['tokens']:>12,} {row['loss']:>11.4f} {row['bits_per_byte']:>10.4f} {row['accuracy']:>7.1%}"
+    bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+    return f"{row['tokens']:>12,} {row['loss']:>11.4f} {bits:>10} {row['accuracy']:>7.1%}"
 
 
 class _Counts:

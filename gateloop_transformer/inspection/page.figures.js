@@ -165,7 +165,7 @@ function spanOf(row) {
 
 function costs(row, extra = []) {
   const track = make("span", { class: "track" }, make("span", { class: "bar", style: { width: `${5 * row.accuracy}rem` } }));
-  const cells = [spanOf(row), String(row.tokens), row.loss.toFixed(2), row.bits_per_byte.toFixed(2), percent(row.accuracy), ...extra, track];
+  const cells = [spanOf(row), String(row.tokens), row.loss.toFixed(2), row.bits_per_byte?.toFixed(2) ?? "–", percent(row.accuracy), ...extra, track];
   return make("tr", {}, ...cells.map((cell) => make("td", {}, cell)));
 }
 

@@ -51,10 +51,10 @@ class Costs(NamedTuple):
         for total, part in zip(self, (np.ones(groups.shape), *parts), strict=True):
             total += np.bincount(groups.ravel(), part.ravel(), len(total))
 
-    def row(self, group: int) -> dict[str, float | int]:
-        """Tokens, loss (nats per token), bits per byte (0 where there are no bytes) and accuracy of a group of some."""
+    def row(self, group: int) -> dict[str, float | int | None]:
+        """Tokens, loss (nats per token), bits per byte (None: there are no bytes) and accuracy of a group of some."""
         tokens, nats, size, right, _ = (float(field[group]) for field in self)
-        bits = nats / size / math.log(2) if size else 0.0
+        bits = nats / size / math.log(2) if size else None
         return {"tokens": int(tokens), "loss": nats / tokens, "bits_per_byte": bits, "accuracy": right / tokens}
 
 
@@ -70,7 +70,7 @@ class Spread(NamedTuple):
     distances: Costs
     same: int
 
-    def by_position(self) -> list[dict[str, float | int]]:
+    def by_position(self) -> list[dict[str, float | int | None]]:
         """Rows for JSON."""
         return [
             {"from": span.first, "to": span.last, **self.positions.row(n)}
@@ -142,6 +142,18 @@ def windows_up_to(tokens: Tokens, context: int, up_to: int | None) -> tuple[npt.
     )
 
 
+def evenly(starts: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """At most `count` windows, evenly through all of them.
+
+    >>> evenly(np.arange(9), 3).tolist()
+    [0, 4, 8]
+    """
+    if len(starts) <= count:
+        return starts
+    some: npt.NDArray[np.int64] = starts[np.linspace(0, len(starts) - 1, count).round().astype(int)]
+    return some
+
+
 def full_windows(tokens: Tokens, length: int) -> npt.NDArray[np.int64]:
     """Where windows of `length` predicted tokens begin, as many as fit into each document one after the other."""
     borders = np.unique(np.concatenate([[0], tokens.starts(0, len(tokens)), [len(tokens)]]))
@@ -163,6 +175,8 @@ def spread(
 ) -> Spread:
     """Losses by position and by distance in windows, each read from an empty state in blocks, the state carried along.
 
+    Activations do not grow with `length`, save where attention without a window looks at all of it.
+
     Args:
         model: is put in evaluation mode meanwhile.
         tokens: what the windows are of.
@@ -171,6 +185,9 @@ def spread(
         spans: from 1 to length.
         tokenizer: of the tokens.
         report: called after each block with the number of tokens predicted in it.
+
+    Raises:
+        RuntimeError: a loss is not finite.
     """
     device, same = next(model.parameters()).device, same_tokens(tokenizer)
     found = Spread(spans, Costs.none(len(spans)), Costs.none(len(spans) + 1), same)
@@ -192,6 +209,8 @@ def spread(
                 found.distances.add(np.where(distances[:, part] > 0, near, len(spans)), *costs)
                 if report is not None:
                     report(nats.size)
+    if not np.isfinite(found.positions.nats).all():
+        raise RuntimeError("the model's loss is not finite; its weights may be damaged")
     return found
 
 

@@ -105,6 +105,16 @@ def test_losses_are_those_of_whole_windows(monkeypatch: pytest.MonkeyPatch, kind
     assert sum(int(far["tokens"] or 0) for far in found.by_distance()) == 3 * length
 
 
+def test_groups_without_a_byte_have_no_bits_per_byte_and_damage_is_said() -> None:
+    costs = positions.Costs.none(1)
+    costs.add(np.array([0]), np.array([2.0]), np.array([0]), np.array([True]), np.array([False]))
+    assert costs.row(0) == {"tokens": 1, "loss": 2.0, "bits_per_byte": None, "accuracy": 1.0}
+    model = Transformer(8, num_tokens=256, depth=1)
+    torch.nn.init.constant_(model.token_emb.weight, math.nan)
+    with pytest.raises(RuntimeError, match="not finite"):
+        spread(model, Tokens.of(np.arange(9)), np.array([0]), 8, doubling_spans(8), ByteTokenizer())
+
+
 def test_documents_are_kept_apart_and_nothing_is_left_behind() -> None:
     with tokens_on_disk([[b"abc", b"de"], [b"f"]], ByteTokenizer()) as tokens:
         assert bytes(tokens.read(0, 6).astype(np.uint8)) == b"abcdef"
@@ -132,6 +142,9 @@ def test_eval_says_losses_by_position(run: Path, tmp_path: Path, capsys: pytest.
     assert {"from", "to", "tokens", "loss", "bits_per_byte", "accuracy"} == result["by_position"][0].keys()
     assert result["by_distance"][-1]["from"] is None
     assert png.read_bytes().startswith(b"\x89PNG")
+    out, err = said(capsys, run, data, "--by-position", "--up-to", "2", "--windows", "3", "--json")
+    assert json.loads(out)["windows"] == 3
+    assert {row["tokens"] for row in json.loads(out)["by_position"][-1:]} == {3 * 16}
     out, err = said(capsys, run, data, "--by-position", "--up-to", "2")
     assert (err, "2 x 16" in out, "17 to 32" in out, "never" in out) == ("", True, True, True)
 
@@ -141,6 +154,8 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "short.txt").write_bytes(TEXT[:16])
     for command, problem in (
         ([data, "--up-to", "2"], "--up-to goes with --by-position"),
+        ([data, "--windows", "2"], "--windows goes with --by-position"),
+        ([data, "--by-position", "--windows", "0"], "--windows must be at least 1"),
         ([data, "--plot", "x.png"], "--plot goes with --by-position"),
         ([data, "--by-position", "--up-to", "0"], "--up-to must be at least 1"),
         ([data, "--by-position", "--up-to", "999"], "need a document of more than 15,984 tokens"),
