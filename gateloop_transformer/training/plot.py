@@ -133,7 +133,7 @@ def draw_positions(rows: Sequence[dict[str, Any]], context: int, target: Path) -
     axes.plot(places, [row["loss"] for row in rows], "o-")
     axes.axvline(context, color="tab:gray", linestyle="--", label="training context")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(_amount)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="tokens read before", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -189,29 +189,35 @@ def spread(
     Raises:
         RuntimeError: a loss is not finite.
     """
-    device, same = next(model.parameters()).device, same_tokens(tokenizer)
-    found = Spread(spans, Costs.none(len(spans)), Costs.none(len(spans) + 1), same)
+    found = Spread(spans, Costs.none(len(spans)), Costs.none(len(spans) + 1), same_tokens(tokenizer))
     positions = spans_of(np.arange(1, length + 1), spans)
     with evaluating(model):
         for rows in np.array_split(starts, -(-len(starts) // _ROWS)):
             whole = np.stack([tokens.read(row, row + length + 1) for row in rows.tolist()])
-            distances = np.stack([distances_to_same(row, same) for row in whole])
-            again = np.take_along_axis(whole, np.arange(length + 1) - distances, 1) == whole
-            state = None
-            for first in range(0, length, _BLOCK):
-                part = slice(first + 1, min(first + _BLOCK, length) + 1)
-                ids = torch.from_numpy(whole[:, first : part.stop]).to(device)
-                logits, state = model(ids[:, :-1], state=state, return_state=True)
-                nats, right = token_costs(logits, ids[:, 1:])
-                costs = nats, tokenizer.lengths[whole[:, part]], right, again[:, part] & (distances[:, part] > 0)
-                found.positions.add(np.broadcast_to(positions[first : part.stop - 1], nats.shape), *costs)
-                near = spans_of(distances[:, part], spans)
-                found.distances.add(np.where(distances[:, part] > 0, near, len(spans)), *costs)
+            distances = np.stack([distances_to_same(row, found.same) for row in whole])[:, 1:]
+            labels = whole[:, 1:]
+            again = (np.take_along_axis(whole, np.arange(1, length + 1) - distances, 1) == labels) & (distances > 0)
+            ago = np.where(distances > 0, spans_of(distances, spans), len(spans))
+            for part, nats, right in _in_blocks(model, whole):
+                costs = nats, tokenizer.lengths[labels[:, part]], right, again[:, part]
+                found.positions.add(np.broadcast_to(positions[part], nats.shape), *costs)
+                found.distances.add(ago[:, part], *costs)
                 if report is not None:
                     report(nats.size)
     if not np.isfinite(found.positions.nats).all():
         raise RuntimeError("the model's loss is not finite; its weights may be damaged")
     return found
+
+
+def _in_blocks(
+    model: Transformer, whole: npt.NDArray[np.int64]
+) -> Iterator[tuple[slice, npt.NDArray[np.float64], npt.NDArray[np.bool_]]]:
+    """What each token after the first of windows (B, T) cost: stretches of the T - 1, with `token_costs`."""
+    device, state = next(model.parameters()).device, None
+    for first in range(0, whole.shape[1] - 1, _BLOCK):
+        ids = torch.from_numpy(whole[:, first : first + _BLOCK + 1]).to(device)
+        logits, state = model(ids[:, :-1], state=state, return_state=True)
+        yield slice(first, first + ids.shape[1] - 1), *token_costs(logits, ids[:, 1:])
 
 
 def token_costs(logits: Tensor, labels: Tensor) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
