@@ -93,7 +93,10 @@ def _gates_of(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     flags = {name: kwargs.get(name, False) for name in ("ablate_complex", "ablate_state_transition")}
     note = _ablated(**flags)
     if isinstance(module, GateLoopedAttention):
-        mixer = f"gate loop, {module.gate} gates, {module.heads} heads of size {module.dim_head}"
+        kind = f"{module.gate} gates" if module.to_a is not None else f"fixed {module.gate} gates"
+        mixer = f"gate loop, {kind}, {module.heads} heads of size {module.dim_head}"
+        if module.to_a is None and not note:
+            note = "the gates are learned and do not depend on the text"
         return LayerGates(layer, mixer, _array(module.gates(*args, **kwargs)), note)
     attention = cast(CausalFullAttention, module)
     mixer = f"attention, {attention.heads} heads of size {attention.dim_head}"

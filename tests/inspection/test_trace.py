@@ -20,7 +20,8 @@ def silent(**options: Any) -> GateLoopedAttention:
     """A layer that adds nothing to its state."""
     layer = GateLoopedAttention(8, **options).double()
     torch.nn.init.zeros_(layer.to_qkv.weight)
-    torch.nn.init.normal_(layer.to_a[0].weight)
+    if layer.to_a is not None:
+        torch.nn.init.normal_(layer.to_a[0].weight)
     return layer
 
 
@@ -41,6 +42,14 @@ def test_gates_are_what_the_state_is_multiplied_by(gate: str, options: dict[str,
         assert not gates.imag.any()
     if "ablate_state_transition" in flags:
         assert (gates == 1).all()
+
+
+def test_fixed_gates_are_what_the_state_is_multiplied_by() -> None:
+    test_gates_are_what_the_state_is_multiplied_by("ring", {"heads": 4, "fixed_gates": True}, {})
+    ids = torch.randint(0, 7, (1, 5))
+    _, found = traced(ids, gate="ring", fixed_gates=True)
+    assert (found.layers[0].gates == found.layers[0].gates[0]).all()
+    assert "do not depend on the text" in found.layers[0].note
 
 
 def test_gates_in_pieces_are_those_of_the_whole() -> None:
