@@ -59,7 +59,10 @@ def _draw_layer(gates: Gates, title: str, target: Path) -> None:
     low, high = _range(lives)
     shown = np.where(np.isinf(lives), 2 * high, lives)
     image = _matrix(above, shown, cmap="viridis", norm=LogNorm(low, high))
-    figure.colorbar(image, ax=above, label="half-life, tokens", extend="both")
+    bar = figure.colorbar(image, ax=above, label="half-life, tokens", extend="both")
+    if np.isinf(lives).all():
+        bar.set_ticks([high], labels=["∞"], minor=False)
+        bar.set_ticks([], minor=True)
     image = _matrix(below, phases(gates[:, order]).T, cmap="twilight", vmin=-math.pi, vmax=math.pi)
     bar = figure.colorbar(image, ax=below, label="phase, radians")
     bar.set_ticks([-math.pi, 0, math.pi], labels=["−π", "0", "π"])
