@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         depth: number of blocks, each a time mixer and a feed-forward.
         dim_head: size of an attention head.
         heads: number of attention heads.
-        ff_mult: inner width of the feed-forward as a multiple of dim.
+        ff_mult: inner width of the feed-forward as a multiple of dim; 0: blocks have none.
         checkpoint_gate_looped_attn: accepted for compatibility; memory is linear either way.
         use_gate_looped_attn: gate loop layers; False: attention layers.
         gate_loop_heads: heads of the gate loop layers; None: as many as their inner width.
@@ -70,6 +70,8 @@ class Transformer(nn.Module):
         head_norm: RMS norm on each gate loop head's output.
         qk_norm: RMS norm on queries and keys of every mixer.
         conv_size: taps of the causal convolution in gate loop layers; 0 for none.
+        conv_silu: SiLU after that convolution, which then starts at random.
+        qkv_bias: biases of q, k and v in gate loop layers, which start at 1 for q and k.
         max_memory: steps; the longest memory that gates with a spread start begin with.
         spread_start: gates begin with memories spread up to max_memory; None: "ring" gates do.
         fixed_gates: "ring" gates are learned but do not depend on the data, as in an LRU.
@@ -108,6 +110,8 @@ class Transformer(nn.Module):
         head_norm: bool = False,
         qk_norm: bool = False,
         conv_size: int = 0,
+        conv_silu: bool = False,
+        qkv_bias: bool = False,
         max_memory: float = 1024,
         spread_start: bool | None = None,
         fixed_gates: bool = False,
@@ -116,7 +120,7 @@ class Transformer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "num_tokens": num_tokens, "depth": depth, "ff_mult": ff_mult}
+        sizes = {"dim": dim, "num_tokens": num_tokens, "depth": depth}
         sizes |= {"dim_head": dim_head, "heads": heads}
         optional = {"gate_loop_heads": gate_loop_heads, "dim_gate_looped_attn": dim_gate_looped_attn}
         optional |= {"attn_window": attn_window}
@@ -124,6 +128,8 @@ class Transformer(nn.Module):
         wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
         if wrong:
             raise ValueError(f"Transformer: sizes must be at least 1, not {', '.join(wrong)}")
+        if ff_mult < 0:
+            raise ValueError(f"Transformer: ff_mult must be 0 or more, not {ff_mult}")
         if not max_memory >= 1:
             raise ValueError(f"Transformer: max_memory must be at least 1 step, not {max_memory}")
         check_fraction("Transformer", "frac_gradient_state_transition", frac_gradient_state_transition)
@@ -151,6 +157,8 @@ class Transformer(nn.Module):
                 "head_norm": head_norm,
                 "qk_norm": qk_norm,
                 "conv_size": conv_size,
+                "conv_silu": conv_silu,
+                "qkv_bias": qkv_bias,
                 "max_memory": max_memory,
                 "spread_start": spread_start,
                 "fixed_gates": fixed_gates,
@@ -178,7 +186,7 @@ class Transformer(nn.Module):
             nn.ModuleList(
                 [
                     wrapper(dim, mixers[kind](dim, **options[kind]), dropout),
-                    wrapper(dim, FeedForward(dim, ff_mult), dropout),
+                    wrapper(dim, FeedForward(dim, ff_mult), dropout) if ff_mult else nn.Identity(),
                 ]
             )
             for kind in pattern

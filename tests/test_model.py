@@ -140,7 +140,7 @@ def test_a_state_of_another_model_is_refused() -> None:
     [
         ({"depth": 0}, "depth=0"),
         ({"num_tokens": 0}, "num_tokens=0"),
-        ({"ff_mult": 0}, "ff_mult=0"),
+        ({"ff_mult": -1}, "ff_mult must be 0 or more, not -1"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
         ({"gate_loop_heads": 3}, "heads must divide"),
         ({"gate": "square"}, "gate must be one of"),

@@ -82,6 +82,9 @@ class GateLoopedAttention(nn.Module):
         head_norm: RMS norm of each head's output, before the swish gate. Head size above 1.
         qk_norm: RMS norm of each head's queries and keys. Head size above 1.
         conv_size: taps of a causal depthwise convolution before q, k, v and the gate; 0 for none.
+        conv_silu: SiLU after the convolution, which then starts at random rather than as the identity, as in Mamba.
+        qkv_bias: q, k and v have a bias that starts at 1 for q and k: the layer starts near a gated sum of its values,
+            what came before weighs on y from the first step of training.
         max_memory: steps; the longest memory that a spread start has.
         spread_start: gates start with memories spread log-uniformly up to `max_memory` and phases that do not depend
             on the data, rather than with a Linear's own weights, memories of about two steps; "ring" and "paper" only.
@@ -112,6 +115,8 @@ class GateLoopedAttention(nn.Module):
         head_norm: bool = False,
         qk_norm: bool = False,
         conv_size: int = 0,
+        conv_silu: bool = False,
+        qkv_bias: bool = False,
         max_memory: float = 1024,
         spread_start: bool | None = None,
         fixed_gates: bool = False,
@@ -131,6 +136,8 @@ class GateLoopedAttention(nn.Module):
             raise ValueError(f"GateLoopedAttention: conv_size must be 0 or more taps, not {conv_size}")
         if not max_memory >= 1:
             raise ValueError(f"GateLoopedAttention: max_memory must be at least 1 step, not {max_memory}")
+        if conv_silu and not conv_size:
+            raise ValueError("GateLoopedAttention: conv_silu needs a convolution: a conv_size of 1 or more")
         check_start("GateLoopedAttention", gate, spread_start, fixed_gates)
         check_fraction("GateLoopedAttention", "frac_gradient_state_transition", frac_gradient_state_transition)
         check_name(backend)
@@ -138,8 +145,11 @@ class GateLoopedAttention(nn.Module):
         self.dim_head, self.reverse = dim_inner // heads, reverse
         self.checkpoint_gate_looped_attn = checkpoint_gate_looped_attn
         self.frac_gradient_state_transition = frac_gradient_state_transition
-        self.conv = ShortConv(dim, conv_size) if conv_size else None
-        self.to_qkv = nn.Linear(dim, 3 * dim_inner, bias=False)
+        self.conv = ShortConv(dim, conv_size, silu=conv_silu) if conv_size else None
+        self.to_qkv = nn.Linear(dim, 3 * dim_inner, bias=qkv_bias)
+        if qkv_bias:
+            with torch.no_grad():
+                self.to_qkv.bias.copy_(torch.arange(3 * dim_inner) < 2 * dim_inner)
         self.to_a = None if fixed_gates else nn.Sequential(nn.Linear(dim, 2 * heads, bias=gate != "ring"))
         if gate == "ring":
             self.ring_logit, self.ring_phase = (nn.Parameter(torch.zeros(heads)) for _ in range(2))

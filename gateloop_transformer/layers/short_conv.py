@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gateloop_transformer.ops.context_parallel import Ranks, current, nothing
@@ -10,18 +11,22 @@ from gateloop_transformer.ops.layout import PLAIN, Layout
 
 
 class ShortConv(nn.Module):
-    """y[t] = Σ_i weight[:, 0, i] · x[t - (taps-1) + i], a depthwise causal convolution that starts as the identity.
+    """y[t] = Σ_i weight[:, 0, i] · x[t - (taps-1) + i], a depthwise causal convolution.
 
     Args:
         dim: channels.
         taps: length of the filter, at least 1.
+        silu: y goes through a SiLU, and the weights start uniform in ±1/√taps; otherwise y starts near x.
     """
 
-    def __init__(self, dim: int, taps: int) -> None:
+    def __init__(self, dim: int, taps: int, *, silu: bool = False) -> None:
         super().__init__()
-        self.taps = taps
-        weight = torch.randn(dim, 1, taps) * 0.02
-        weight[:, :, -1] += 1.0
+        self.taps, self.silu = taps, silu
+        if silu:
+            weight = (2 * torch.rand(dim, 1, taps) - 1) / taps**0.5
+        else:
+            weight = torch.randn(dim, 1, taps) * 0.02
+            weight[:, :, -1] += 1.0
         self.weight = nn.Parameter(weight)
 
     def forward(
@@ -94,7 +99,7 @@ class ShortConv(nn.Module):
                 part = part.masked_fill(~same.unsqueeze(-1), 0)
             y = part if y is None else y + part
         assert y is not None
-        return y
+        return F.silu(y) if self.silu else y
 
     def _documents(self, x: Tensor, past: Tensor, resets: Tensor | None, bounds: Tensor) -> tuple[Tensor, Tensor]:
         """Every document with its past put before it, all in one row."""

@@ -38,7 +38,7 @@ class ModelConfig:
     depth: int = option(4, "number of blocks")
     dim_head: int = option(64, "size of an attention head")
     heads: int = option(8, "number of attention heads")
-    ff_mult: int = option(4, "inner width of the feed-forward, as a multiple of the width")
+    ff_mult: int = option(4, "inner width of the feed-forward, as a multiple of the width; 0: none")
     use_gate_looped_attn: bool = option(True, "gate loop layers rather than attention layers")
     gate_loop_heads: int | None = option(None, "heads of a gate loop layer; none: as many as its width")
     attn_add_swish_gating: bool = option(True, "SiLU gate on the output of each time mixer")
@@ -58,6 +58,8 @@ class ModelConfig:
     head_norm: bool = option(False, "RMS norm on the output of each gate loop head")
     qk_norm: bool = option(False, "RMS norm on queries and keys")
     conv_size: int = option(0, "taps of the causal convolution in gate loop layers; 0: none")
+    conv_silu: bool = option(False, "SiLU after that convolution, which then starts at random", since=4)
+    qkv_bias: bool = option(False, "biases in gate loop layers that start at 1 for queries and keys", since=4)
     max_memory: float = option(1024, "longest memory that gates with a spread start begin with, in steps")
     spread_start: bool | None = option(
         None, "gates begin with memories spread up to --max-memory; none: ring gates do", since=4

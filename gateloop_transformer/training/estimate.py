@@ -122,8 +122,8 @@ def _memory(config: RunConfig, kept: _Kept, spread: Spread, rows: int, length: i
     steps = rows * length
     # Beside what is kept the gradient of the loss into the log probabilities, and on into the logits.
     logits = kept.logits - last + 2 * _WIDE * steps * kept.model.num_tokens
-    # The gradients on both sides of a feed-forward's inner layer, where the widest tensors are.
-    widest = 2 * _WIDE * steps * config.model.dim * config.model.ff_mult
+    # The gradients on both sides of the widest layer: the feed-forward's inner one, or else q, k and v together.
+    widest = 2 * _WIDE * steps * config.model.dim * (config.model.ff_mult or 3)
     blocks = [sum(each.numel() for each in block.parameters()) for block in kept.model.layers.children()]
     buffers = 0
     if spread.sharded and spread.processes > 1:

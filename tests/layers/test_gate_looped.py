@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gateloop_transformer import GateLoopedAttention
 from gateloop_transformer.layers.state import GateLoopState
-from gateloop_transformer.ops import polar
+from gateloop_transformer.ops import gate_loop, polar
 
 
 def by_hand(layer: GateLoopedAttention, x: Tensor) -> Tensor:
@@ -132,6 +132,31 @@ def test_paper_gates_with_a_spread_start_are_ring_gates_without_the_input_scale(
     assert (scaled < 1).all()
 
 
+def test_biases_start_a_layer_as_a_gated_sum_of_values() -> None:
+    layer = GateLoopedAttention(6, heads=3, qkv_bias=True, add_swish_gating=False, dim_inner=6).double()
+    assert layer.to_qkv.bias.tolist() == [1.0] * 12 + [0.0] * 6
+    with torch.no_grad():
+        layer.to_qkv.weight[:12] = 0
+    x = torch.randn(1, 5, 6, dtype=torch.float64)
+    ones = torch.ones(1, 5, 3, 2, dtype=torch.float64)
+    v = (x @ layer.to_qkv.weight[12:].T).unflatten(-1, (3, 2))
+    y, _ = gate_loop(ones, ones, v, layer.gates(x), backend="eager")
+    assert_equal([layer(x)], [y.flatten(-2)], 1e-12)
+
+
+def test_a_convolution_with_silu_starts_at_random_and_streams() -> None:
+    layer = GateLoopedAttention(6, heads=3, conv_size=3, conv_silu=True).double()
+    plain = GateLoopedAttention(6, heads=3, conv_size=3).double()
+    assert layer.conv.weight[..., -1].abs().max() < 0.6
+    assert layer.conv.weight[..., 0].abs().max() > 0.1
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    past = torch.zeros(2, 2, 6, dtype=torch.float64)
+    assert_equal([layer.conv(x, past)[0]], [nn.functional.silu(plain.conv(x, past)[0])], 1e-12)
+    first, state = layer(x[:, :4], return_state=True)
+    assert_equal([torch.cat([first, layer(x[:, 4:], state)], 1)], [layer(x)], 1e-12)
+
+
 def test_without_a_spread_start_ring_gates_forget_within_two_steps() -> None:
     layer = GateLoopedAttention(64, gate="ring", spread_start=False)
     assert not layer.ring_logit.any()
@@ -170,6 +195,7 @@ def test_fixed_gates_are_those_of_a_time_invariant_recurrence(heads: int) -> Non
         ({"dim": 6, "qk_norm": True}, "heads of size 1"),
         ({"dim": 6, "gate": "ring", "max_memory": 1}, "above 1 step"),
         ({"dim": 6, "max_memory": 0}, "max_memory must be at least 1 step, not 0"),
+        ({"dim": 6, "conv_silu": True}, "conv_silu needs a convolution"),
         ({"dim": 6, "spread_start": True}, "spread_start needs gate 'ring' or 'paper'"),
         ({"dim": 6, "gate": "paper", "fixed_gates": True}, "fixed_gates needs gate 'ring', not 'paper'"),
         ({"dim": 6, "gate": "ring", "fixed_gates": True, "spread_start": False}, "fixed_gates need a spread start"),

@@ -52,6 +52,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
         qk_norm=True, conv_size=3, rotary_emb=True, dropout=0.5,
     ),
     "model-post-norm": partial(Model, post_ln_norm=True, sub_ln=True, ff_mult=1, attn_add_swish_gating=False),
+    "model-no-feedforward": partial(Model, gate="ring", ff_mult=0, conv_size=4, conv_silu=True, qkv_bias=True),
     "model-attention": partial(
         Model, use_gate_looped_attn=False, data_dependent_rel_pos="gate_loop", attn_softmax_normalize=True
     ),

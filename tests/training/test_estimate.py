@@ -28,6 +28,7 @@ ODD: list[dict[str, Any]] = [
     {"use_gate_looped_attn": False, "data_dependent_rel_pos": "released"},
     {"layer_pattern": "attention", "data_dependent_rel_pos": "gate_loop", "dropout": 0.2},
     {"layer_pattern": "attention", "attn_window": 3, "qk_norm": True},
+    {"gate": "ring", "ff_mult": 0, "conv_size": 4, "conv_silu": True, "qkv_bias": True},
     {"ablate_complex": True, "gate_loop_heads": 2, "gate": "paper"},
 ]
 
