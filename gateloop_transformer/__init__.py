@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gateloop_transformer.configuration import TransformerConfig
     from gateloop_transformer.decoding.history import History
     from gateloop_transformer.decoding.speculative import DraftReport
     from gateloop_transformer.layers.attention import CausalFullAttention
@@ -30,6 +31,7 @@ _HOMES = {
     "History": "gateloop_transformer.decoding.history",
     "SimpleGateLoopLayer": "gateloop_transformer.layers.simple_gate_loop",
     "Transformer": "gateloop_transformer.model",
+    "TransformerConfig": "gateloop_transformer.configuration",
     "describe_state": "gateloop_transformer.layers.state",
     "load_model": "gateloop_transformer.training.folder",
     "load_state": "gateloop_transformer.layers.state",
@@ -46,6 +48,7 @@ __all__ = [
     "History",
     "SimpleGateLoopLayer",
     "Transformer",
+    "TransformerConfig",
     "describe_state",
     "load_model",
     "load_state",

@@ -12,7 +12,8 @@ from gateloop_transformer.cli.flags import add_field, add_fields, folder
 
 
 def add_parser(commands: Any) -> None:
-    from gateloop_transformer.training.config import ModelConfig, TrainingConfig
+    from gateloop_transformer.configuration import TransformerConfig
+    from gateloop_transformer.training.config import TrainingConfig
     from gateloop_transformer.training.presets import PRESET_HELP, PRESETS
 
     parser = commands.add_parser(
@@ -36,7 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="FILE", help="as for gateloop train")
     parser.add_argument("--json", action="store_true", help='print {"rows": [...]}, the best first')
     add_fields(parser, TrainingConfig, "training, of all runs")
-    add_fields(parser, ModelConfig, "model, of all runs")
+    add_fields(parser, TransformerConfig, "model, of all runs")
 
 
 def run(arguments: argparse.Namespace) -> None:

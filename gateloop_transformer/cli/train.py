@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
+    from gateloop_transformer.configuration import TransformerConfig
     from gateloop_transformer.data.documents import SOURCES
-    from gateloop_transformer.training.config import ModelConfig, TrainingConfig
+    from gateloop_transformer.training.config import TrainingConfig
     from gateloop_transformer.training.presets import PRESET_HELP, PRESETS
 
     parser = commands.add_parser(
@@ -66,7 +67,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_fields(parser, TrainingConfig, "training")
-    add_fields(parser, ModelConfig, "model")
+    add_fields(parser, TransformerConfig, "model")
 
 
 def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:

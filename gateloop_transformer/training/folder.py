@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.bpe import TOKENIZER, load_tokenizer_file
 from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.config import ModelConfig, RunConfig, with_later_fields
+from gateloop_transformer.training.config import RunConfig, with_later_fields
 from gateloop_transformer.training.storage import read_json, read_tensors, remove, write_tensors, write_text
 
 CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
@@ -167,7 +168,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
-def new_model(config: ModelConfig, source: Path | None = None, num_tokens: int = 256) -> Transformer:
+def new_model(config: TransformerConfig, source: Path | None = None, num_tokens: int = 256) -> Transformer:
     """A model with fresh weights, on the CPU.
 
     Args:
@@ -199,7 +200,7 @@ def describe(config: RunConfig) -> str:
 def _described(text: str) -> Any:
     """The inverse of `describe`, of this format or of an earlier one."""
     with contextlib.suppress(json.JSONDecodeError, TypeError):
-        return with_later_fields(ModelConfig, json.loads(text), 1)
+        return with_later_fields(TransformerConfig, json.loads(text), 1)
     return None
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.sources import absolute, is_standard_input, open_source
-from gateloop_transformer.training.config import ModelConfig, TrainingConfig, resolve, value_types
+from gateloop_transformer.training.config import TrainingConfig, resolve, value_types
 from gateloop_transformer.training.curves import read_curve
 from gateloop_transformer.training.folder import CONFIG, LOCK, locked, new_model
 from gateloop_transformer.training.plot import draw_curves, draw_rates
@@ -33,7 +34,7 @@ Row = dict[str, Any]
 
 def _fields() -> dict[str, tuple[dataclasses.Field[Any], tuple[type, ...]]]:
     """What a grid may be made of: every field of a configuration, and its types."""
-    kinds = (TrainingConfig, ModelConfig)
+    kinds = (TrainingConfig, TransformerConfig)
     return {item.name: (item, value_types(kind)[item.name]) for kind in kinds for item in dataclasses.fields(kind)}
 
 

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gateloop_transformer import Transformer
 from gateloop_transformer.cli import main
-from gateloop_transformer.training.config import ModelConfig, RunConfig, TrainingConfig, resolve
+from gateloop_transformer.configuration import TransformerConfig
+from gateloop_transformer.training.config import RunConfig, TrainingConfig, resolve
 from gateloop_transformer.training.estimate import estimate
 from gateloop_transformer.training.needs import Spread
 from gateloop_transformer.training.presets import PRESETS
@@ -34,7 +35,9 @@ ODD: list[dict[str, Any]] = [
 
 
 def run_of(options: dict[str, Any], **training: Any) -> RunConfig:
-    return RunConfig(ModelConfig(**{**SIZES, **options}), TrainingConfig(**{"context": 12, "batch": 3, **training}))
+    return RunConfig(
+        TransformerConfig(**{**SIZES, **options}), TrainingConfig(**{"context": 12, "batch": 3, **training})
+    )
 
 
 def bytes_kept(model: Transformer, ids: Tensor, narrow: bool) -> int:

@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from gateloop_transformer import Transformer, quantize
 from gateloop_transformer.cli import main
+from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.batches import stream_at
 from gateloop_transformer.data.corpus import load_corpus
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.data.tokenizer import ByteTokenizer
 from gateloop_transformer.training import checkpoint, folder, storage
-from gateloop_transformer.training.config import PRESETS, ModelConfig, RunConfig, TrainingConfig, resolve
+from gateloop_transformer.training.config import PRESETS, RunConfig, TrainingConfig, resolve
 from gateloop_transformer.training.evaluation import bits_per_byte, validate
 from gateloop_transformer.training.folder import load_model
 from gateloop_transformer.training.optimizer import parameter_groups
@@ -892,8 +893,8 @@ def test_the_configuration_has_every_argument_of_the_model() -> None:
     import inspect
 
     arguments = set(inspect.signature(Transformer).parameters)
-    assert set(ModelConfig().arguments()) == arguments - {"checkpoint_gate_looped_attn", "backend"}
-    defaults = Transformer(**ModelConfig(depth=1, dim=8).arguments())
+    assert set(TransformerConfig().arguments()) == arguments - {"checkpoint_gate_looped_attn", "backend"}
+    defaults = Transformer(**TransformerConfig(depth=1, dim=8).arguments())
     assert isinstance(defaults, Transformer)
 
 
@@ -941,7 +942,7 @@ def test_a_model_of_the_first_format_is_still_read(
     out = tmp_path / "run"
     assert train(text, out, steps=3) == 0
     values = json.loads((out / "config.json").read_text())
-    for part, kind in (("model", ModelConfig), ("training", TrainingConfig)):
+    for part, kind in (("model", TransformerConfig), ("training", TrainingConfig)):
         for item in dataclasses.fields(kind):
             if item.metadata["since"] > 1:
                 del values[part][item.name]

@@ -1,0 +1,62 @@
+"""The arguments of `Transformer` as data: what the command line's flags and the files of runs are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, since: int = 1) -> Any:
+    """A dataclass field with the text that the command line shows for it.
+
+    `since`: the first format that has it; files of an earlier one mean the default.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "since": since})
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The arguments of `Transformer`, in its words; the vocabulary is the tokenizer's."""
+
+    dim: int = option(128, "width")
+    depth: int = option(4, "number of blocks")
+    dim_head: int = option(64, "size of an attention head")
+    heads: int = option(8, "number of attention heads")
+    ff_mult: int = option(4, "inner width of the feed-forward, as a multiple of the width; 0: none")
+    use_gate_looped_attn: bool = option(True, "gate loop layers rather than attention layers")
+    gate_loop_heads: int | None = option(None, "heads of a gate loop layer; none: as many as its width")
+    attn_add_swish_gating: bool = option(True, "SiLU gate on the output of each time mixer")
+    dim_gate_looped_attn: int | None = option(None, "inner width of the gate loop layers; none: the width")
+    attn_softmax_normalize: bool | None = option(None, "softmax in attention; none: unless relative positions")
+    data_dependent_rel_pos: str = option(
+        "none", "relative position of attention layers", ("none", "released", "gate_loop")
+    )
+    frac_gradient_state_transition: float = option(0.9, "factor on the gradient into the gate projections")
+    ablate_complex: bool = option(False, "real gates only")
+    ablate_state_transition: bool = option(False, "all gates 1")
+    rotary_emb: bool = option(False, "rotary position embedding in attention layers")
+    post_ln_norm: bool = option(False, "LayerNorm after each residual instead of RMSNorm before each layer")
+    sub_ln: bool = option(False, "LayerNorm on the merged heads")
+    layer_pattern: str | None = option(None, "mixers in turn, such as 'gate gate attention'; none: all alike")
+    gate: str = option("polar", "kind of gate", ("polar", "paper", "ring"))
+    head_norm: bool = option(False, "RMS norm on the output of each gate loop head")
+    qk_norm: bool = option(False, "RMS norm on queries and keys")
+    conv_size: int = option(0, "taps of the causal convolution in gate loop layers; 0: none")
+    conv_silu: bool = option(False, "SiLU after that convolution, which then starts at random", since=4)
+    qkv_bias: bool = option(False, "biases in gate loop layers that start at 1 for queries and keys", since=4)
+    max_memory: float = option(1024, "longest memory that gates with a spread start begin with, in steps")
+    spread_start: bool | None = option(
+        None, "gates begin with memories spread up to --max-memory; none: ring gates do", since=4
+    )
+    fixed_gates: bool = option(False, "ring gates that do not depend on the data, as in an LRU", since=4)
+    attn_window: int | None = option(None, "steps that attention layers see at most; none: all", since=2)
+    dropout: float = option(0.0, "probability of dropping an element of what a block adds")
+
+    def arguments(self, num_tokens: int = 256) -> dict[str, Any]:
+        """Keyword arguments for `Transformer`, of a vocabulary of that size."""
+        values = {"num_tokens": num_tokens, **dataclasses.asdict(self)}
+        values["data_dependent_rel_pos"] = {"none": False, "released": True, "gate_loop": "gate_loop"}[
+            self.data_dependent_rel_pos
+        ]
+        return values
