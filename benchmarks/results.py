@@ -76,6 +76,21 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def ablations(rows: list[dict[str, Any]]) -> list[str]:
+    """A line a change, the best first."""
+    base = next(row for row in rows if row["label"] == "recipe")["val_loss"]
+    lines = [
+        "| change | validation loss (nats) | against the recipe | parameters | tokens/s |",
+        "|" + "---|" * 5,
+    ]
+    lines += [
+        f"| {row['label']} | {row['val_loss']:.3f} | {row['val_loss'] - base:+.3f} | {row['parameters']:,} | "
+        f"{row['tokens_per_second']:,.0f} |"
+        for row in sorted(rows, key=lambda row: row["val_loss"])
+    ]
+    return lines
+
+
 def source(file: dict[str, Any]) -> list[str]:
     """Where a table's rows are from."""
     row = file["rows"][0]
@@ -103,6 +118,9 @@ def language() -> str:
     for name, title in TITLES.items():
         if (file := read(name)) and file["rows"]:
             lines += ["", f"## {title}", "", *comparison(file["rows"]), *source(file)]
+    if (file := read("ablations")) and any(row["label"] == "recipe" for row in file["rows"]):
+        lines += ["", "## The recipe with one thing changed: 1,000 steps, one seed", "", *ablations(file["rows"])]
+        lines += source(file)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -2,8 +2,9 @@
 
 python benchmarks/language/plan.py shakespeare --data tinyshakespeare.txt --peers .venv-peers/bin/python --jobs 2
 
-Every model is trained at each of its learning rates with seed 0, then at the best of them with the other seeds. A row
-is kept in docs/results/NAME.json as soon as its run ends, so what was interrupted goes on where it was.
+Every model is trained at each of its learning rates with seed 0, then at the best of them with the other seeds;
+ablations change one thing of the recipe and are trained once. A row is kept in docs/results/NAME.json as soon as its run
+ends, so what was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,10 +24,19 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "docs" / "results"
 SEEDS = (0, 1, 2)
 
-# Models of 0.8 M parameters on 65 characters, and of 3 M on bytes; within 2 %.
-_GATELOOP: dict[str, Any] = {"gate": "ring", "head_norm": True, "conv_size": 4}
+# The recommended recipe: mixers alone, a gate for each channel. Within 2 % of 0.8 M parameters on 65 characters.
+RECIPE: dict[str, Any] = {
+    "gate": "ring",
+    "ff_mult": 0,
+    "conv_size": 4,
+    "conv_silu": True,
+    "qkv_bias": True,
+    "max_memory": 16,
+    "depth": 4,
+    "dim": 166,
+}
 SMALL: dict[str, dict[str, Any]] = {
-    "gateloop": {**_GATELOOP, "dim": 120, "depth": 4, "gate_loop_heads": 30, "max_memory": 64},
+    "gateloop": RECIPE,
     "transformer": {
         "hidden_size": 128,
         "intermediate_size": 336,
@@ -41,13 +51,44 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # Learning rates that each is trained at.
 RATES: dict[str, tuple[float, ...]] = {
-    "gateloop": (2e-3, 3e-3, 5e-3),
+    "gateloop": (3e-3, 5e-3, 8e-3),
     "transformer": (2e-3, 4e-3, 8e-3),
     "original": (2e-3, 4e-3, 8e-3),
     "mingru": (2e-3, 4e-3, 8e-3),
     "mamba": (2e-3, 4e-3, 8e-3),
     "lstm": (4e-3, 8e-3, 1.6e-2),
     "gru": (2e-3, 4e-3, 8e-3),
+}
+_HEADS = {"dim": 188, "head_norm": True}
+# The recipe with one thing changed; where that changes the number of parameters the width makes up for it.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "gate: paper, no input scale": {"gate": "paper", "spread_start": True},
+    "gate: polar (the original's)": {"gate": "polar"},
+    "start: memories of two steps": {"spread_start": False},
+    "start: memories up to 64 steps": {"max_memory": 64},
+    "real gates": {"ablate_complex": True},
+    "fixed gates (LRU)": {"fixed_gates": True, "dim": 196},
+    "gates of 1": {"ablate_state_transition": True},
+    "heads of 2": {"dim": 180, "gate_loop_heads": 90, "head_norm": True},
+    "heads of 4": {**_HEADS, "gate_loop_heads": 47},
+    "heads of 4, no output norm": {**_HEADS, "gate_loop_heads": 47, "head_norm": False},
+    "heads of 4, normed q and k": {**_HEADS, "gate_loop_heads": 47, "qk_norm": True},
+    "heads of 16": {"dim": 192, "gate_loop_heads": 12, "head_norm": True},
+    "heads of 64": {"dim": 192, "gate_loop_heads": 3, "head_norm": True},
+    "one head of 196": {"dim": 196, "gate_loop_heads": 1, "head_norm": True},
+    "no convolution": {"conv_size": 0, "conv_silu": False},
+    "convolution that starts as the identity, no SiLU": {"conv_silu": False},
+    "no biases": {"qkv_bias": False},
+    "no SiLU gate on the output": {"attn_add_swish_gating": False, "dim": 196},
+    "feed-forward of width 1": {"ff_mult": 1, "dim": 146},
+    "feed-forward of width 4": {"ff_mult": 4, "dim": 114},
+    "last layer attention": {
+        "layer_pattern": "gate gate gate attention",
+        "heads": 4,
+        "dim_head": 42,
+        "rotary_emb": True,
+    },
 }
 # nanoGPT's setting on a CPU; character level.
 _SHAKESPEARE = {"context": 64, "batch": 12, "characters": True}
@@ -57,6 +98,10 @@ GROUPS: dict[str, dict[str, Any]] = {
     "shakespeare-carried": {
         "sizes": {name: SMALL[name] for name in ("gateloop", "lstm", "gru")},
         "settings": {**_SHAKESPEARE, "steps": 2000, "carry_state": True},
+    },
+    "ablations": {
+        "sizes": {name: {**RECIPE, **change} for name, change in ABLATIONS.items()},
+        "settings": {**_SHAKESPEARE, "steps": 1000, "lr": 5e-3, "seed": 0},
     },
 }
 
@@ -69,6 +114,12 @@ def key(row: dict[str, Any]) -> str:
 def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
     """Runs that can be started: all learning rates first, of the best the other seeds."""
     done = {key(row) for row in rows}
+    if "lr" in group["settings"]:
+        specs = [
+            {**group["settings"], "model": "gateloop", "label": name, "options": group["sizes"][name]}
+            for name in models
+        ]
+        return [spec for spec in specs if key(spec) not in done]
     found = []
     for model in models:
         base = {**group["settings"], "model": model, "options": group["sizes"][model]}
@@ -115,7 +166,7 @@ def main() -> None:
     parser.add_argument("--valid", help="validation text")
     parser.add_argument("--peers", required=True, help="interpreter of the environment that has the other models")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each (default 1)")
-    parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--models", nargs="+", help="only these models, or these ablations")
     options = parser.parse_args()
     group, path = GROUPS[options.group], RESULTS / f"{options.group}.json"
     models = options.models or list(group["sizes"])
@@ -138,7 +189,10 @@ def main() -> None:
                 row["commit"], row["machine"] = machine["commit"], machine["machine"]
                 rows.append(row)
                 write(path, rows, command, options.jobs)
-                print(f"{row['model']:12} lr {row['lr']:<7g} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
+                print(
+                    f"{row.get('label', row['model']):12} lr {row['lr']:<7g} seed {row['seed']}  {row['val_loss']:.4f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
