@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gateloop_transformer.model import Transformer
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, since: int = 1) -> Any:
@@ -13,6 +16,11 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, sinc
     `since`: the first format that has it; files of an earlier one mean the default.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "since": since})
+
+
+# What did best of all that was tried (docs/results/language.md): mixers alone, whose convolved queries, keys and values
+# start as a gated sum, with memories from one step on.
+RECIPE: dict[str, Any] = {"gate": "ring", "ff_mult": 0, "conv_size": 4, "conv_silu": True, "qkv_bias": True}
 
 
 @dataclass(frozen=True)
@@ -60,3 +68,27 @@ class TransformerConfig:
             self.data_dependent_rel_pos
         ]
         return values
+
+    @classmethod
+    def recommended(cls, dim: int = 512, depth: int = 6, *, context: int = 1024, **changes: Any) -> TransformerConfig:
+        """The recipe for new models; `TransformerConfig()` are the defaults of the original.
+
+        Args:
+            dim: width.
+            depth: number of blocks.
+            context: tokens that the model is trained on at a time; the longest memories start at a quarter of it.
+            changes: other fields.
+
+        Raises:
+            TypeError: there is no such field.
+
+        >>> TransformerConfig.recommended(128, 4).gate
+        'ring'
+        """
+        return cls(**{**RECIPE, "dim": dim, "depth": depth, "max_memory": max(context / 4, 2.0), **changes})
+
+    def build(self, num_tokens: int = 256) -> Transformer:
+        """A new model of a vocabulary of that size."""
+        from gateloop_transformer.model import Transformer
+
+        return Transformer(**self.arguments(num_tokens))

@@ -17,19 +17,23 @@ class Recurrent(nn.Module):
         vocabulary: tokens.
         dim: width of embedding and layers.
         depth: layers.
+        dropout: probability of dropping what goes into a layer above the first, and into the logits.
     """
 
-    def __init__(self, kind: Callable[..., nn.Module], vocabulary: int, dim: int, depth: int) -> None:
+    def __init__(
+        self, kind: Callable[..., nn.Module], vocabulary: int, dim: int, depth: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, dim)
-        self.rnn = kind(dim, dim, num_layers=depth, batch_first=True)
+        self.rnn = kind(dim, dim, num_layers=depth, batch_first=True, dropout=dropout if depth > 1 else 0.0)
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, vocabulary, bias=False)
 
     def forward(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Logits and the state after the last step."""
         x, state = self.rnn(self.embedding(ids), state)
-        return self.to_logits(self.norm(x)), state
+        return self.to_logits(self.dropout(self.norm(x))), state
 
 
 class MambaModel(nn.Module):

@@ -3,8 +3,8 @@
 python benchmarks/language/plan.py shakespeare --data tinyshakespeare.txt --peers .venv-peers/bin/python --jobs 2
 
 Every model is trained at each of its learning rates with seed 0, then at the best of them with the other seeds;
-ablations change one thing of the recipe and are trained once. A row is kept in docs/results/NAME.json as soon as its run
-ends, so what was interrupted goes on where it was.
+ablations change one thing of the recipe and are trained once. A row is kept in docs/results/NAME.json as soon as its
+run ends, so what was interrupted goes on where it was.
 """
 
 from __future__ import annotations
