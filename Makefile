@@ -5,7 +5,7 @@ OUT ?= runs/demo
 # Test processes; tests use one thread each. A file stays in one of them: what its tests compile they share.
 WORKERS ?= 2
 
-.PHONY: demo test check slow examples bench format clean
+.PHONY: demo test check slow examples bench results format clean
 
 demo: .venv/train
 	$(BIN)/gateloop train --preset tiny --out $(OUT) --overwrite
@@ -35,6 +35,10 @@ examples: .venv/dev
 bench: .venv/dev .venv-peers/ready
 	$(BIN)/gateloop bench --peers .venv-peers/bin/python --out docs/results > /dev/null
 
+# Pages of docs/results from the rows beside them; benchmarks/language/plan.py and benchmarks/tasks.py add rows.
+results: .venv/dev
+	$(BIN)/python benchmarks/results.py
+
 format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -57,4 +61,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt \
 		gateloop-transformer==0.2.5 mambapy==1.2.0 transformers==5.23.0 torch numpy
+	.venv-peers/bin/python -m pip install --quiet --no-deps minGRU-pytorch==0.2.1
 	@touch $@
