@@ -51,7 +51,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # Learning rates that each is trained at.
 RATES: dict[str, tuple[float, ...]] = {
-    "gateloop": (3e-3, 5e-3, 8e-3),
+    "gateloop": (4e-3, 6e-3, 8e-3),
     "transformer": (2e-3, 4e-3, 8e-3),
     "original": (2e-3, 4e-3, 8e-3),
     "mingru": (2e-3, 4e-3, 8e-3),
@@ -101,7 +101,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     },
     "ablations": {
         "sizes": {name: {**RECIPE, **change} for name, change in ABLATIONS.items()},
-        "settings": {**_SHAKESPEARE, "steps": 1000, "lr": 5e-3, "seed": 0},
+        "settings": {**_SHAKESPEARE, "steps": 1000, "lr": 6e-3, "seed": 0},
     },
 }
 
