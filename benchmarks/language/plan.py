@@ -173,8 +173,9 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     data = {"data": options.data, "valid": options.valid}
     machine = about()
-    files = [f"--data {Path(options.data).name}"] + [f"--valid {Path(options.valid).name}"] * bool(options.valid)
-    command = f"python benchmarks/language/plan.py {options.group} {' '.join(files)} --peers .venv-peers/bin/python"
+    valid = f" --valid {Path(options.valid).name}" if options.valid else ""
+    arguments = f"{options.group} --data {Path(options.data).name}{valid} --peers .venv-peers/bin/python"
+    command = f"python benchmarks/language/plan.py {arguments}"
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         while specs := missing(group, rows, models):
             running = {

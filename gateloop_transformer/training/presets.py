@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gateloop_transformer.configuration import RECIPE
+
 _GATED = {"gate": "ring", "conv_size": 4, "head_norm": True}
 
 # Heads of 64, steps of 1/4 or 1/2 million tokens, about 20 tokens per parameter; peak learning rates of Brown et al.,
@@ -21,15 +23,15 @@ _LARGE = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        **_GATED,
-        "dim": 128,
+        **RECIPE,
+        "dim": 172,
         "depth": 4,
-        "gate_loop_heads": 8,
-        "max_memory": 256,
+        "max_memory": 64,
         "steps": 700,
         "context": 256,
         "batch": 8,
-        "lr": 4e-3,
+        "lr": 6e-3,
+        "gate_lr": 1.0,
         "eval_every": 100,
     },
     "small": {

@@ -93,8 +93,8 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("flag", "default"),
     [
-        ("--dim N", "default: the preset's; tiny: 128"),
-        ("--lr X", "default: the preset's; tiny: 0.004"),
+        ("--dim N", "default: the preset's; tiny: 172"),
+        ("--lr X", "default: the preset's; tiny: 0.006"),
         ("--dropout X", "default: the preset's; tiny: 0.0"),
         ("--clip X", "default: 1.0"),
     ],
