@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 import gateloop_transformer
-from gateloop_transformer.cli import bench, evaluate, generate, inspect, plot, read, sweep, tokenizer, train
+from gateloop_transformer.cli import bench, evaluate, generate, inspect, plot, read, sweep, tasks, tokenizer, train
 from gateloop_transformer.cli.errors import let_main_speak, message
 
 _COMMANDS = {
@@ -20,6 +20,7 @@ _COMMANDS = {
     "inspect": inspect,
     "plot": plot,
     "sweep": sweep,
+    "tasks": tasks,
     "bench": bench,
 }
 

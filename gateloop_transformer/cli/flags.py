@@ -5,23 +5,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gateloop_transformer.cli.errors import message
 
 
-def add_fields(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
-    """One flag per field; a flag not given is absent from the namespace."""
+def add_fields(
+    parser: argparse.ArgumentParser, kind: type, title: str, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """One flag per field; a flag not given is absent from the namespace.
+
+    `defaults`: what the help says where a field's own default does not hold; None: those of the presets.
+    """
     from gateloop_transformer.training.config import value_types
     from gateloop_transformer.training.presets import PRESETS
 
-    preset = {name for values in PRESETS.values() for name in values}
+    preset = {name for values in PRESETS.values() for name in values} if defaults is None else set()
+    defaults = PRESETS["tiny"] if defaults is None else defaults
     group = parser.add_argument_group(title)
     accepted = value_types(kind)
     for item in dataclasses.fields(kind):
         flag = "--" + item.name.replace("_", "-")
-        default = PRESETS["tiny"].get(item.name, item.default)
+        default = defaults.get(item.name, item.default)
         whose = "the preset's; tiny: " if item.name in preset else ""
         text = f"{item.metadata['help']} (default: {whose}{'none' if default is None else default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}

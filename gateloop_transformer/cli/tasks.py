@@ -1,0 +1,123 @@
+"""gateloop tasks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gateloop_transformer.cli.flags import NoBar, add_fields, folder
+
+if TYPE_CHECKING:
+    from gateloop_transformer.tasks.curriculum import Progress
+    from gateloop_transformer.tasks.experiment import Experiment, Outcome
+
+RESULT, PICTURE = "result.json", "accuracy.png"
+
+
+def add_parser(commands: Any) -> None:
+    from gateloop_transformer.tasks.settings import TaskTraining, defaults
+    from gateloop_transformer.tasks.table import TASKS
+    from gateloop_transformer.training.config import ModelConfig
+
+    parser = commands.add_parser(
+        "tasks",
+        help="train a model on a synthetic task and score it by length",
+        description="Train a small model on a synthetic task, in minutes on a CPU, and score it by length and by span. "
+        f"DIR gets {RESULT} and {PICTURE}. Without NAME: say which tasks there are.",
+    )
+    parser.add_argument("--list", action="store_true", help="say which tasks there are")
+    names = parser.add_subparsers(dest="task", metavar="NAME")
+    for name, task in TASKS.items():
+        own = names.add_parser(name, help=task.summary, description=(task.__doc__ or "").splitlines()[0])
+        own.add_argument(
+            "--out", type=folder, metavar="DIR", help=f"where the results go (default: {Path('runs', 'tasks', name)})"
+        )
+        own.add_argument("--json", action="store_true", help="print the result as one JSON object, not as a table")
+        start = defaults(task)
+        if dataclasses.fields(task):
+            add_fields(own, task, "task", start)
+        add_fields(own, TaskTraining, "training and test", start)
+        add_fields(own, ModelConfig, "model", start)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.tasks.table import TASKS
+
+    if arguments.task is None:
+        width = max(map(len, TASKS))
+        for name, task in TASKS.items():
+            print(f"{name:{width}}  {task.summary}")
+        return
+    if arguments.list:
+        raise ValueError("--list takes no NAME")
+    from gateloop_transformer.tasks.experiment import Experiment
+
+    own = {"command", "task", "list", "out", "json"}
+    experiment = Experiment.of(
+        TASKS[arguments.task], {name: value for name, value in vars(arguments).items() if name not in own}
+    )
+    out = Path("runs", "tasks", arguments.task) if arguments.out is None else arguments.out
+    outcome = _run(experiment, out)
+    print(json.dumps(outcome.to_json()) if arguments.json else _table(outcome, out))
+
+
+def _run(experiment: Experiment, out: Path) -> Outcome:
+    """Train and score with a bar on a terminal, and write the results."""
+    from gateloop_transformer.tasks.experiment import run
+    from gateloop_transformer.tasks.plot import draw_accuracy
+
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("matplotlib is not installed; `pip install gateloop-transformer[train]`") from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {str(out)!r}: {error.strerror}") from error
+    with _bar(experiment.training.steps) as bar:
+        outcome = run(experiment, lambda progress: _show(bar, progress))
+    result = outcome.to_json()
+    aside = out / f"{RESULT}.partial"
+    aside.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(aside, out / RESULT)
+    draw_accuracy([result], out / PICTURE)
+    return outcome
+
+
+def _bar(steps: int) -> Any:
+    """A progress bar of steps where standard error is a terminal and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return NoBar()
+    return tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True, file=sys.stderr)
+
+
+def _show(bar: Any, progress: Progress) -> None:
+    if progress.step % 20 == 0 and not getattr(bar, "disable", True):
+        shown = {"length": progress.longest, "right": f"{progress.accuracy:.3f}", "loss": f"{progress.loss:.4f}"}
+        bar.set_postfix(shown, refresh=False)
+    bar.update(1)
+
+
+def _table(outcome: Outcome, out: Path) -> str:
+    """A few lines for a reader."""
+    result = outcome.to_json()
+    first, longest = result["trained_lengths"]
+    lines = [
+        f"{result['task']}: {result['model']}, {result['parameters']:,} parameters, {result['steps']} steps in "
+        f"{result['seconds']:.0f} s on lengths {first} to {longest}",
+        f"{'length':>12}  {'last answer':>11}  {'all answers':>11}  {'constant':>8}",
+    ]
+    for length, last in result["accuracy_by_length"].items():
+        every, constant = result["accuracy_of_all_by_length"][length], result["commonest_by_length"][length]
+        lines.append(f"{int(length):>12,}  {last:>11.1%}  {every:>11.1%}  {constant:>8.1%}")
+    if "accuracy_by_span" in result:
+        lines.append(f"{'span':>12}  {'answers':>11}")
+        lines += [f"{span:>12}  {right:>11.1%}" for span, right in result["accuracy_by_span"].items()]
+    return "\n".join([*lines, f"results: {out / RESULT}, {out / PICTURE}"])

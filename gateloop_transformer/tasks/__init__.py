@@ -1,0 +1,1 @@
+"""Synthetic tasks: generators, training with a curriculum of lengths, scores by length and by span."""

@@ -1,0 +1,53 @@
+"""The models that learn a task: a Transformer of gate loops or attention, or a recurrent net of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gateloop_transformer.model import Transformer
+from gateloop_transformer.training.config import ModelConfig
+
+
+class RecurrentNet(nn.Module):
+    """Embedding, nn.LSTM or nn.GRU, logits; called as a `Transformer` is.
+
+    Args:
+        kind: "lstm" or "gru".
+        num_tokens: size of the vocabulary.
+        dim: width.
+        depth: layers.
+        dropout: between layers.
+    """
+
+    def __init__(self, kind: str, num_tokens: int, dim: int, depth: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        layers = {"lstm": nn.LSTM, "gru": nn.GRU}[kind]
+        self.layers = layers(dim, dim, depth, batch_first=True, dropout=dropout if depth > 1 else 0.0)
+        self.to_logits = nn.Linear(dim, num_tokens)
+
+    def forward(self, ids: Tensor, state: Any = None, *, return_state: bool = False) -> Any:
+        """Logits (B, T, num_tokens) of ids (B, T), or (logits, state)."""
+        y, state = self.layers(self.token_emb(ids), state)
+        logits = self.to_logits(y)
+        return (logits, state) if return_state else logits
+
+
+def build_model(kind: str, config: ModelConfig, vocabulary: int) -> nn.Module:
+    """A new model, its weights from torch's generator.
+
+    Args:
+        kind: a name in `settings.MODELS`.
+        config: of the model.
+        vocabulary: its size.
+
+    Raises:
+        ValueError: the configuration is not that of a model.
+    """
+    if kind in ("lstm", "gru"):
+        if min(config.dim, config.depth) < 1:
+            raise ValueError(f"dim and depth must be at least 1, not {config.dim} and {config.depth}")
+        return RecurrentNet(kind, vocabulary, config.dim, config.depth, config.dropout)
+    return Transformer(**config.arguments(vocabulary))

@@ -1,0 +1,115 @@
+"""How often a model answers right: by length, and by span."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gateloop_transformer.tasks.task import NONE, Batch, Ids, Task, generator, last_asked
+
+# Tells random numbers of tests from those of training.
+_TEST = 1
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one length.
+
+    last: share of sequences whose last answer is right. every: share of all answers that are right. commonest: share of
+    sequences whose last answer is the commonest one, what a constant answer would score. by_span: of spans from
+    2^n to 2^(n+1) - 1, right answers and all answers.
+    """
+
+    last: float
+    every: float
+    commonest: float
+    by_span: dict[int, tuple[int, int]]
+
+
+@torch.no_grad()
+def answers(model: nn.Module, inputs: Ids, choices: int, block: int = _BLOCK) -> Ids:
+    """The likeliest of the first `choices` tokens at every step (B, T).
+
+    Sequences are read in blocks with the state carried along: memory does not grow with the length, save with the
+    state of attention layers.
+
+    Args:
+        model: called as `Transformer` is.
+        inputs: (B, T).
+        choices: number of answers.
+        block: steps at a time.
+    """
+    found, state = [], None
+    for part in torch.from_numpy(inputs).split(block, 1):
+        logits, state = model(part, state=state, return_state=True)
+        found.append(logits[..., :choices].argmax(-1).numpy())
+    return np.concatenate(found, 1)
+
+
+def by_span(right: npt.NDArray[np.bool_], spans: Ids) -> dict[int, tuple[int, int]]:
+    """Right answers and all answers for each power of two of their spans.
+
+    Args:
+        right: (N,) booleans.
+        spans: (N,), at least 1.
+    """
+    powers = np.log2(spans).astype(np.int64)
+    return {int(n): (int(right[powers == n].sum()), int((powers == n).sum())) for n in np.unique(powers)}
+
+
+def score(model: nn.Module, task: Task, batch: Batch) -> Score:
+    """Of one batch; the model is put in evaluation mode meanwhile.
+
+    Args:
+        model: called as `Transformer` is.
+        task: that the batch is of.
+        batch: what is asked.
+    """
+    training = model.training
+    try:
+        found = answers(model.eval(), batch.inputs, task.answers)
+    finally:
+        model.train(training)
+    asked = batch.targets != NONE
+    right = found == batch.targets
+    rows, steps = np.arange(len(found)), last_asked(batch.targets)
+    last = batch.targets[rows, steps]
+    spans = {} if batch.spans is None else by_span(right[asked], batch.spans[asked])
+    return Score(
+        last=float(right[rows, steps].mean()),
+        every=float(right[asked].mean()),
+        commonest=float(np.bincount(last).max() / len(last)),
+        by_span=spans,
+    )
+
+
+def score_lengths(
+    model: nn.Module,
+    task: Task,
+    lengths: tuple[int, ...],
+    rows: int,
+    seed: int,
+    report: Callable[[int], object] = lambda _length: None,
+) -> dict[int, Score]:
+    """Of each length, on sequences that training does not see.
+
+    Args:
+        model: called as `Transformer` is.
+        task: what is asked.
+        lengths: of sequences, in tokens.
+        rows: sequences of each length; fewer of those above 2,000 tokens, at least 64.
+        seed: of the sequences.
+        report: called after each length.
+    """
+    scores = {}
+    for length in lengths:
+        count = rows if length <= 2000 else min(rows, 64)
+        scores[length] = score(model, task, task.test_batch(generator(seed, _TEST, length), count, length))
+        report(length)
+    return scores

@@ -1,0 +1,144 @@
+"""How a task is trained and tested, as a dataclass; the command line's flags are its fields."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gateloop_transformer.tasks.task import Task
+from gateloop_transformer.training.config import TrainingConfig, option
+
+# Kinds, and the settings that make them what they are; "lstm" and "gru" read dim, depth and dropout alone.
+MODELS: dict[str, dict[str, Any]] = {
+    "gateloop": {},
+    "transformer": {
+        "use_gate_looped_attn": False,
+        "rotary_emb": True,
+        "attn_add_swish_gating": False,
+        "heads": 4,
+        "dim_head": 16,
+        "gate": "polar",
+        "head_norm": False,
+        "conv_size": 0,
+    },
+    "lstm": {},
+    "gru": {},
+}
+
+# What all tasks start from; a task's own settings come after, then those of the kind of model, then what is asked for.
+GENERAL: dict[str, Any] = {
+    "dim": 32,
+    "depth": 1,
+    "ff_mult": 4,
+    "gate": "ring",
+    "gate_loop_heads": 8,
+    "max_memory": 1000000.0,
+}
+
+
+def defaults(task: type[Task], model: str = "gateloop") -> dict[str, Any]:
+    """The settings of model and training of a task, where they are not those of the dataclasses."""
+    return {**GENERAL, **task.settings, **MODELS[model]}
+
+
+@dataclass(frozen=True)
+class TaskTraining:
+    """A curriculum of lengths, and a learning rate that falls to 0 once the longest are solved."""
+
+    model: str = option(
+        "gateloop",
+        "gate loop layers, attention layers, or torch's LSTM or GRU",
+        ("gateloop", "transformer", "lstm", "gru"),
+    )
+    steps: int = option(4000, "optimizer steps at most")
+    seconds: float | None = option(None, "stop after this much training time too; the learning rate follows it")
+    tokens: int = option(2560, "tokens in a step, about: sequences are the fewer the longer they are")
+    least_rows: int = option(16, "sequences in a step at least")
+    first: int | None = option(None, "longest sequences at the start, in tokens; none: the task's shortest, at least 4")
+    longest: int | None = option(None, "longest sequences trained on, in tokens; none: as the task says")
+    growth: float = option(1.25, "factor by which the longest grow each time they are solved")
+    solved: float = option(0.98, "running average of the share of right answers at which a length counts as solved")
+    lr: float = option(5e-3, "peak learning rate, at length 4: it falls with the square root of the length")
+    gate_lr: float = option(0.1, "learning rate of gate parameters as a fraction of the others'")
+    weight_decay: float = option(0.0, "of matrices, gates and embeddings excepted")
+    beta2: float = option(0.99, "of AdamW")
+    clip: float = option(1.0, "largest norm of a step's gradient")
+    smoothing: float = option(
+        0.1, "label smoothing: answers that are sure are drawn back, which keeps the phases exact"
+    )
+    decay: float = option(
+        0.5, "fraction of the steps in which the learning rate falls to 0, from when the longest are solved or sooner"
+    )
+    min_memory: float | None = option(
+        1000.0, "shortest memory that ring gates start with, in steps, up to max_memory; none: 1, as elsewhere"
+    )
+    phase_spread: float = option(
+        3.0, "standard deviation of the phases that ring gates start with for different tokens, in radians; 0: none"
+    )
+    seed: int = option(0, "of weights, sequences and dropout")
+    lengths: str | None = option(None, "lengths to test, as 40,256,10000; none: as the task says")
+    rows: int = option(256, "sequences of each length in a test; 64 of those above 2,000 tokens")
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        for name in ("steps", "tokens", "least_rows", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        rules = (
+            (
+                self.seconds is None or 0 < self.seconds < math.inf,
+                "seconds must be finite and above 0",
+                self.seconds,
+            ),
+            (1 < self.growth < math.inf, "growth must be finite and above 1", self.growth),
+            (0 < self.solved < 1, "solved must be in (0, 1)", self.solved),
+            (0 < self.decay <= 1, "decay must be in (0, 1]", self.decay),
+            (0 <= self.smoothing < 1, "smoothing must be in [0, 1)", self.smoothing),
+        )
+        for fine, rule, value in rules:
+            if not fine:
+                raise ValueError(f"{rule}, not {value}")
+        self.optimizer()
+
+    def optimizer(self) -> TrainingConfig:
+        """What the optimizer needs, in the words of `gateloop train`."""
+        return TrainingConfig(
+            lr=self.lr,
+            gate_lr=self.gate_lr,
+            weight_decay=self.weight_decay,
+            beta2=self.beta2,
+            clip=self.clip,
+            seed=self.seed,
+        )
+
+    def trained_lengths(self, task: Task) -> tuple[int, int]:
+        """The longest sequences at the start and at the end of training.
+
+        Raises:
+            ValueError: the task has none so short, or the start is beyond the end.
+        """
+        longest = task.trained if self.longest is None else self.longest
+        own = max(4, task.shortest) if task.grows else longest
+        first = min(own, longest) if self.first is None else self.first
+        if not task.shortest <= first <= longest:
+            raise ValueError(
+                f"{task.name}: lengths must go from at least {task.shortest} upwards, not from {first} to {longest}"
+            )
+        return first, longest
+
+    def tested_lengths(self, task: Task) -> tuple[int, ...]:
+        """In ascending order.
+
+        Raises:
+            ValueError: not a list of lengths, or one that the task does not have.
+        """
+        if self.lengths is None:
+            return tuple(length for length in task.tested if length >= task.shortest)
+        try:
+            lengths = sorted({int(word) for word in self.lengths.split(",")})
+        except ValueError:
+            raise ValueError(f"lengths must be numbers and commas, as 40,256,10000, not {self.lengths!r}") from None
+        for length in lengths:
+            task.check(1, length)
+        return tuple(lengths)

@@ -1,0 +1,168 @@
+"""Tasks of state tracking: a finite automaton reads symbols, and its state is asked after each.
+
+Sequences begin with two marks, first and second, at which nothing is asked. A gate loop outputs the real part of its
+state, the cosine of an angle that it turns: it tells two angles of one cosine apart by what a second mark, written at
+another angle, left in the state.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from gateloop_transformer.tasks.task import NONE, Batch, Ids, Task, at_least
+from gateloop_transformer.training.config import option
+
+_MARKS = 2
+
+
+def marked(symbols: Ids, states: Ids, marks: int) -> Batch:
+    """Sequences that begin with the tokens `marks` and `marks` + 1, at which nothing is asked."""
+    first = np.tile(np.arange(marks, marks + _MARKS), (len(symbols), 1))
+    return Batch(np.concatenate([first, symbols], 1), np.concatenate([np.full_like(first, NONE), states], 1))
+
+
+@dataclass(frozen=True)
+class Counting(Task):
+    """How many ones there were so far, modulo `modulus`.
+
+    Tokens: 0, 1 (each as likely), then the two marks. The answer is asked after every symbol.
+
+    Source: Grazzi et al., Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues (2025).
+    """
+
+    least: ClassVar[int] = 3
+    name: ClassVar[str] = "counting"
+    summary: ClassVar[str] = "ones so far, modulo --modulus"
+    modulus: int = option(3, "what is counted modulo")
+
+    def __post_init__(self) -> None:
+        """Refuse a modulus without a meaning."""
+        at_least(self.name, 2, modulus=self.modulus)
+
+    @property
+    def vocabulary(self) -> int:
+        """Answers are tokens too, so that the output needs no size of its own."""
+        return max(4, self.modulus)
+
+    @property
+    def answers(self) -> int:
+        """0 to modulus - 1."""
+        return self.modulus
+
+    def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
+        """Of `length` - 2 symbols after the marks."""
+        self.check(rows, length)
+        symbols = rng.integers(0, 2, (rows, length - 2))
+        return marked(symbols, symbols.cumsum(1) % self.modulus, 2)
+
+
+@dataclass(frozen=True)
+class Parity(Counting):
+    """Whether the number of ones so far is odd: counting modulo 2."""
+
+    name: ClassVar[str] = "parity"
+    summary: ClassVar[str] = "whether the number of ones so far is odd"
+    modulus: int = option(2, "what is counted modulo")
+
+
+@dataclass(frozen=True)
+class ModularArithmetic(Task):
+    """The value of an expression without brackets, modulo `modulus`: 2 + 3 * 4 - 1, products first.
+
+    Tokens: the digits 0 to modulus - 1, then +, -, *, then the two marks. Digits and operators take turns, all as
+    likely. After every digit the value of the expression up to there is asked, after an operator nothing.
+
+    Source: Delétang et al., Neural Networks and the Chomsky Hierarchy (2023), "Modular Arithmetic (Simple)".
+    """
+
+    name: ClassVar[str] = "arithmetic"
+    summary: ClassVar[str] = "value of digits with + - * and no brackets, modulo --modulus"
+    settings: ClassVar[dict[str, Any]] = {"depth": 2}
+    modulus: int = option(5, "what is calculated modulo")
+
+    def __post_init__(self) -> None:
+        """Refuse a modulus without a meaning."""
+        at_least(self.name, 2, modulus=self.modulus)
+
+    @property
+    def vocabulary(self) -> int:
+        """Digits, operators, marks."""
+        return self.modulus + 5
+
+    @property
+    def answers(self) -> int:
+        """0 to modulus - 1."""
+        return self.modulus
+
+    def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
+        """Of `length` - 2 symbols after the marks; an even number of them ends with an operator."""
+        self.check(rows, length)
+        m, count = self.modulus, (length - 1) // 2
+        digits = rng.integers(0, m, (rows, count))
+        operators = rng.integers(0, 3, (rows, count))
+        values = np.empty_like(digits)
+        total, term = np.zeros(rows, dtype=np.int64), digits[:, 0]
+        values[:, 0] = term
+        for n in range(1, count):
+            operator, digit = operators[:, n - 1], digits[:, n]
+            times = operator == 2
+            total = np.where(times, total, (total + term) % m)
+            term = np.where(times, term * digit, np.where(operator == 1, -digit, digit)) % m
+            values[:, n] = (total + term) % m
+        symbols = np.stack([digits, m + operators], 2).reshape(rows, -1)[:, : length - 2]
+        asked = np.stack([values, np.full_like(values, NONE)], 2).reshape(rows, -1)[:, : length - 2]
+        return marked(symbols, asked, m + 3)
+
+
+# All orders of five things; the state is the number of one of them.
+_ORDERS = np.array(list(itertools.permutations(range(5))))
+_NUMBERS = {tuple(order): number for number, order in enumerate(_ORDERS.tolist())}
+# [a, b]: the order a, with its places filled in the order b: first b, then a.
+_PRODUCTS = np.array([[_NUMBERS[tuple(after[before])] for before in _ORDERS] for after in _ORDERS])
+_SWAP, _CYCLE = _NUMBERS[1, 0, 2, 3, 4], _NUMBERS[1, 2, 3, 4, 0]
+
+
+@dataclass(frozen=True)
+class SymmetricGroup(Task):
+    """The product of permutations of five things (the group S5), one after the other: the negative control.
+
+    No stack of a fixed number of diagonal linear recurrences solves it at every length, whatever their gates (S5 is not
+    solvable, and its word problem is complete for NC¹). Tokens: the 120 permutations, in the order of
+    `itertools.permutations`, then the two marks. Inputs are drawn from `generators`; the product so far is asked after
+    each.
+
+    Source: Merrill, Petty, Sabharwal, The Illusion of State in State-Space Models (2024).
+    """
+
+    name: ClassVar[str] = "s5"
+    summary: ClassVar[str] = "product of permutations of five things: not to be solved"
+    tested: ClassVar[tuple[int, ...]] = (40, 160, 256)
+    generators: str = option(
+        "two", "which permutations are read: a swap and a cycle, which make all others, or all", ("two", "all")
+    )
+
+    @property
+    def vocabulary(self) -> int:
+        """The permutations and the marks."""
+        return 122
+
+    @property
+    def answers(self) -> int:
+        """All permutations."""
+        return 120
+
+    def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
+        """Of `length` - 2 permutations after the marks."""
+        self.check(rows, length)
+        drawn = np.array([_SWAP, _CYCLE]) if self.generators == "two" else np.arange(120)
+        symbols = drawn[rng.integers(0, len(drawn), (rows, length - 2))]
+        states = np.empty_like(symbols)
+        state = np.zeros(rows, dtype=np.int64)
+        for step in range(length - 2):
+            state = _PRODUCTS[symbols[:, step], state]
+            states[:, step] = state
+        return marked(symbols, states, 120)
