@@ -79,6 +79,7 @@ class ModularArithmetic(Task):
     Source: Delétang et al., Neural Networks and the Chomsky Hierarchy (2023), "Modular Arithmetic (Simple)".
     """
 
+    least: ClassVar[int] = 3
     name: ClassVar[str] = "arithmetic"
     summary: ClassVar[str] = "value of digits with + - * and no brackets, modulo --modulus"
     settings: ClassVar[dict[str, Any]] = {"depth": 2}
@@ -138,6 +139,7 @@ class SymmetricGroup(Task):
     Source: Merrill, Petty, Sabharwal, The Illusion of State in State-Space Models (2024).
     """
 
+    least: ClassVar[int] = 3
     name: ClassVar[str] = "s5"
     summary: ClassVar[str] = "product of permutations of five things: not to be solved"
     tested: ClassVar[tuple[int, ...]] = (40, 160, 256)
