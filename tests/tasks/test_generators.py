@@ -24,9 +24,10 @@ Definition = Callable[[Any, list[int]], tuple[Asked, Asked]]
 
 
 def counting(task: Counting, tokens: list[int]) -> tuple[Asked, Asked]:
-    assert tokens[:2] == [2, 3]
-    assert set(tokens[2:]) <= {0, 1}
-    return {t: sum(tokens[2 : t + 1]) % task.modulus for t in range(2, len(tokens))}, {}
+    first = task.marks
+    assert tokens[:first] == list(range(2, 2 + first))
+    assert set(tokens[first:]) <= {0, 1}
+    return {t: sum(tokens[first : t + 1]) % task.modulus for t in range(first, len(tokens))}, {}
 
 
 def arithmetic(task: ModularArithmetic, tokens: list[int]) -> tuple[Asked, Asked]:
@@ -124,7 +125,8 @@ def listops(task: ListOps, tokens: list[int]) -> tuple[Asked, Asked]:
 
 
 CASES: list[tuple[Task, tuple[int, ...], Definition]] = [
-    (Parity(), (3, 4, 40), counting),
+    (Parity(), (2, 3, 40), counting),
+    (Parity(marks=3), (4, 40), counting),
     (Counting(modulus=5), (3, 40), counting),
     (Counting(modulus=60), (200,), counting),
     (ModularArithmetic(), (3, 4, 5, 41, 42), arithmetic),
@@ -194,6 +196,7 @@ def test_lengths_that_are_too_small_are_refused(name: str) -> None:
     ("kind", "wrong"),
     [
         (Counting, {"modulus": 1}),
+        (Counting, {"marks": 0}),
         (ModularArithmetic, {"modulus": 1}),
         (MemoryHorizon, {"forgets": 1.5}),
         (MemoryHorizon, {"values": 0}),
