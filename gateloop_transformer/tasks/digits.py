@@ -48,7 +48,16 @@ class SequentialDigits(Task):
     trained: ClassVar[int] = _PIXELS
     grows: ClassVar[bool] = False
     tested: ClassVar[tuple[int, ...]] = (_PIXELS,)
-    settings: ClassVar[dict[str, Any]] = {"dim": 32, "depth": 2, "dropout": 0.2}
+    settings: ClassVar[dict[str, Any]] = {
+        "dim": 32,
+        "gate_loop_heads": 4,
+        "conv_size": 9,
+        "qk_norm": True,
+        "max_memory": 64.0,
+        "dropout": 0.2,
+        "least_rows": 32,
+        "weight_decay": 0.3,
+    }
 
     @property
     def vocabulary(self) -> int:

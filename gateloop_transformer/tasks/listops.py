@@ -52,7 +52,7 @@ class ListOps(Task):
     least: ClassVar[int] = 4
     trained: ClassVar[int] = 64
     tested: ClassVar[tuple[int, ...]] = (16, 32, 64, 128)
-    settings: ClassVar[dict[str, Any]] = {"dim": 64, "depth": 3}
+    settings: ClassVar[dict[str, Any]] = {"depth": 3}
     arguments: int = option(5, "the largest number of arguments of a list")
     nesting: int = option(4, "how many lists are inside one another at most")
 

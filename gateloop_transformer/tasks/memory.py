@@ -30,7 +30,6 @@ class MemoryHorizon(Task):
     least: ClassVar[int] = 3
     trained: ClassVar[int] = 256
     tested: ClassVar[tuple[int, ...]] = (64, 256, 1024, 4096)
-    settings: ClassVar[dict[str, Any]] = {"dim": 64, "depth": 2}
     values: int = option(8, "how many values there are")
     max_span: int = option(1000000, "the longest span that is drawn, in steps")
     forgets: float = option(0.25, "probability that an episode has a token that says to forget")
@@ -91,7 +90,6 @@ class SelectiveCopying(Task):
     summary: ClassVar[str] = "repeat data scattered among noise (selective copying); accuracy by span"
     trained: ClassVar[int] = 128
     tested: ClassVar[tuple[int, ...]] = (64, 128, 256, 512)
-    settings: ClassVar[dict[str, Any]] = {"dim": 64, "depth": 2}
     values: int = option(8, "how many different data tokens there are")
     items: int = option(8, "how many data tokens a sequence has")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -27,7 +27,6 @@ class AssociativeRecall(Task):
     summary: ClassVar[str] = "values of keys seen before (multi-query associative recall); accuracy by span"
     trained: ClassVar[int] = 64
     tested: ClassVar[tuple[int, ...]] = (64, 128, 256, 512)
-    settings: ClassVar[dict[str, Any]] = {"dim": 64, "depth": 2}
     pairs: int = option(8, "pairs of key and value in a sequence")
     keys: int = option(32, "how many keys there are")
     values: int = option(32, "how many values there are")
@@ -91,7 +90,6 @@ class InductionHeads(Task):
     least: ClassVar[int] = 3
     trained: ClassVar[int] = 256
     tested: ClassVar[tuple[int, ...]] = (64, 256, 1024, 4096, 16384)
-    settings: ClassVar[dict[str, Any]] = {"dim": 64, "depth": 2}
     values: int = option(16, "how many ordinary tokens there are")
 
     def __post_init__(self) -> None:

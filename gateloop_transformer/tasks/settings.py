@@ -9,6 +9,16 @@ from typing import Any
 from gateloop_transformer.tasks.task import Task
 from gateloop_transformer.training.config import TrainingConfig, option
 
+# What all tasks start from; a task's own settings come after, then those of the kind of model, then what is asked for.
+GENERAL: dict[str, Any] = {
+    "dim": 64,
+    "depth": 2,
+    "gate": "ring",
+    "gate_loop_heads": 8,
+    "head_norm": True,
+    "conv_size": 4,
+}
+
 # Kinds, and the settings that make them what they are; "lstm" and "gru" read dim, depth and dropout alone.
 MODELS: dict[str, dict[str, Any]] = {
     "gateloop": {},
@@ -18,22 +28,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "attn_add_swish_gating": False,
         "heads": 4,
         "dim_head": 16,
-        "gate": "polar",
-        "head_norm": False,
-        "conv_size": 0,
+        "weight_decay": 0.1,
     },
-    "lstm": {},
-    "gru": {},
-}
-
-# What all tasks start from; a task's own settings come after, then those of the kind of model, then what is asked for.
-GENERAL: dict[str, Any] = {
-    "dim": 32,
-    "depth": 1,
-    "ff_mult": 4,
-    "gate": "ring",
-    "gate_loop_heads": 8,
-    "max_memory": 1000000.0,
+    "lstm": {"weight_decay": 0.1},
+    "gru": {"weight_decay": 0.1},
 }
 
 
@@ -60,21 +58,19 @@ class TaskTraining:
     growth: float = option(1.25, "factor by which the longest grow each time they are solved")
     solved: float = option(0.98, "running average of the share of right answers at which a length counts as solved")
     lr: float = option(5e-3, "peak learning rate, at length 4: it falls with the square root of the length")
-    gate_lr: float = option(0.1, "learning rate of gate parameters as a fraction of the others'")
-    weight_decay: float = option(0.0, "of matrices, gates and embeddings excepted")
+    gate_lr: float = option(0.3, "learning rate of gate parameters as a fraction of the others'")
+    weight_decay: float = option(0.1, "of matrices, gates and embeddings excepted")
     beta2: float = option(0.99, "of AdamW")
     clip: float = option(1.0, "largest norm of a step's gradient")
-    smoothing: float = option(
-        0.1, "label smoothing: answers that are sure are drawn back, which keeps the phases exact"
-    )
+    smoothing: float = option(0.0, "label smoothing: what is drawn back from answers that are sure")
     decay: float = option(
         0.5, "fraction of the steps in which the learning rate falls to 0, from when the longest are solved or sooner"
     )
     min_memory: float | None = option(
-        1000.0, "shortest memory that ring gates start with, in steps, up to max_memory; none: 1, as elsewhere"
+        None, "shortest memory that ring gates start with, in steps, up to max_memory; none: 1, as elsewhere"
     )
     phase_spread: float = option(
-        3.0, "standard deviation of the phases that ring gates start with for different tokens, in radians; 0: none"
+        0.0, "standard deviation of the phases that ring gates start with for different tokens, in radians; 0: none"
     )
     seed: int = option(0, "of weights, sequences and dropout")
     lengths: str | None = option(None, "lengths to test, as 40,256,10000; none: as the task says")

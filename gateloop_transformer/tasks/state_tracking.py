@@ -16,9 +16,30 @@ import numpy as np
 from gateloop_transformer.tasks.task import NONE, Batch, Ids, Task, at_least
 from gateloop_transformer.training.config import option
 
-# Angles stay exact far beyond the lengths of training if little but one head of long memory is at work (the weight
-# decay) and answers are never sure (the label smoothing).
-EXACT: dict[str, Any] = {"weight_decay": 2.0, "min_memory": 30000.0, "phase_spread": 3.0}
+# Angles stay exact far beyond the lengths of training if one head of long memory is all that works (the weight decay),
+# the size of its output is seen (no norm), and no answer is ever sure (the label smoothing).
+EXACT: dict[str, Any] = {
+    "dim": 32,
+    "depth": 1,
+    "head_norm": False,
+    "conv_size": 0,
+    "max_memory": 1000000.0,
+    "min_memory": 30000.0,
+    "phase_spread": 3.0,
+    "gate_lr": 0.1,
+    "weight_decay": 2.0,
+    "smoothing": 0.1,
+}
+# A layer for each of the machines that are read one after the other: the term, then the sum.
+STACKED: dict[str, Any] = {
+    "gate_loop_heads": 16,
+    "max_memory": 10000.0,
+    "phase_spread": 1.0,
+    "frac_gradient_state_transition": 1.0,
+    "tokens": 700,
+    "weight_decay": 0.3,
+    "smoothing": 0.05,
+}
 
 
 def marked(symbols: Ids, states: Ids, first_mark: int, marks: int = 2) -> Batch:
@@ -92,7 +113,7 @@ class ModularArithmetic(Task):
     least: ClassVar[int] = 3
     name: ClassVar[str] = "arithmetic"
     summary: ClassVar[str] = "value of digits with + - * and no brackets, modulo --modulus"
-    settings: ClassVar[dict[str, Any]] = {"depth": 2}
+    settings: ClassVar[dict[str, Any]] = STACKED
     modulus: int = option(5, "what is calculated modulo")
 
     def __post_init__(self) -> None:
@@ -153,6 +174,7 @@ class SymmetricGroup(Task):
     name: ClassVar[str] = "s5"
     summary: ClassVar[str] = "product of permutations of five things: not to be solved"
     tested: ClassVar[tuple[int, ...]] = (40, 160, 256)
+    settings: ClassVar[dict[str, Any]] = STACKED
     generators: str = option(
         "two", "which permutations are read: a swap and a cycle, which make all others, or all", ("two", "all")
     )

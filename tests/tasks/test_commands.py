@@ -27,7 +27,7 @@ def test_json_is_one_object_and_the_files_are_beside_it(tmp_path: Path, capsys: 
     assert all(0 <= right <= 1 for right in result["accuracy_by_length"].values())
     assert result["chance"] == 0.25
     assert result["seconds"] > 0
-    assert result["options"]["task"] == {"modulus": 4}
+    assert result["options"]["task"] == {"modulus": 4, "marks": 2}
     assert result["options"]["training"]["lengths"] == "9,12"
     assert result["options"]["model"]["dim"] == 8
     assert sorted(path.name for path in out.iterdir()) == ["accuracy.png", "result.json"]

@@ -16,7 +16,7 @@ from gateloop_transformer.tasks.curriculum import Curriculum
 from gateloop_transformer.tasks.experiment import Experiment, accuracy_by_span, run
 from gateloop_transformer.tasks.models import build_model
 from gateloop_transformer.tasks.scoring import answers, by_span, score, score_lengths
-from gateloop_transformer.tasks.settings import MODELS, TaskTraining, defaults
+from gateloop_transformer.tasks.settings import GENERAL, MODELS, TaskTraining, defaults
 from gateloop_transformer.tasks.start import start_gates
 from gateloop_transformer.tasks.state_tracking import Counting, Parity
 from gateloop_transformer.tasks.table import TASKS
@@ -47,7 +47,7 @@ class Knows(nn.Module):
 
 
 def test_scores_are_of_the_last_and_of_all_answers() -> None:
-    batch = Parity().batch(generator(0), 50, 12)
+    batch = Counting(modulus=2).batch(generator(0), 50, 12)
     model = Knows().train()
     good, one, last = (score(Knows(wrong), Parity(), batch) for wrong in ((), (5,), (11,)))
     assert (good.last, good.every) == (1.0, 1.0)
@@ -195,7 +195,7 @@ def test_gates_start_with_long_memories_and_phases_that_depend_on_the_data() -> 
         ({"smoothing": 1.0}, "smoothing must be"),
         ({"lr": 0.0}, "lr must be"),
         ({"lengths": "40;50"}, "numbers and commas"),
-        ({"lengths": "2"}, "length of at least 3"),
+        ({"lengths": "1"}, "length of at least 2"),
         ({"first": 50, "longest": 40}, "from 50 to 40"),
         ({"model": "lstm", "dim": 0}, "dim and depth"),
     ],
@@ -206,8 +206,10 @@ def test_settings_without_a_meaning_are_refused(wrong: dict[str, Any], said: str
 
 
 def test_what_is_asked_for_comes_before_the_model_and_the_task() -> None:
-    assert Experiment.of(TASKS["horizon"], {}).model.dim == TASKS["horizon"].settings["dim"]
-    assert Experiment.of(TASKS["horizon"], {"dim": 8}).model.dim == 8
+    assert Experiment.of(TASKS["horizon"], {}).model.dim == GENERAL["dim"] == 64
+    assert Experiment.of(Parity, {}).model.dim == Parity.settings["dim"] == 32
+    assert Experiment.of(Parity, {"dim": 8}).model.dim == 8
+    assert Experiment.of(Parity, {"model": "gru"}).training.weight_decay == 0.1
     baseline = Experiment.of(TASKS["horizon"], {"model": "transformer"}).model
     assert not baseline.use_gate_looped_attn
     assert baseline.rotary_emb
