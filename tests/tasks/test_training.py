@@ -72,18 +72,20 @@ def test_spans_are_counted_by_powers_of_two() -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_blocks_with_a_carried_state_are_the_whole(kind: str) -> None:
-    experiment = Experiment.of(TASKS["counting"], {"model": kind, "dim": 16, "gate_loop_heads": 4, "dim_head": 4})
+    given = {"model": kind, "modulus": 60, "dim": 16, "gate_loop_heads": 4, "dim_head": 4}
+    experiment = Experiment.of(TASKS["counting"], given)
     model = build_model(kind, experiment.model, experiment.task.vocabulary).eval()
     inputs = experiment.task.batch(generator(0), 8, 50).inputs
-    whole = model(torch.from_numpy(inputs)).detach()
-    found = answers(model, inputs, 3, block=7)
-    margin = whole[..., :3].topk(2).values.diff().abs()[..., 0].numpy()
-    sure = margin > 1e-4
+    whole = model(torch.from_numpy(inputs)).detach()[..., :60]
+    best, second = whole.topk(2).values.unbind(-1)
+    sure, expected = (best - second > 1e-4).numpy(), whole.argmax(-1).numpy()
     assert sure.mean() > 0.9
-    np.testing.assert_array_equal(found[sure], whole[..., :3].argmax(-1).numpy()[sure])
+    np.testing.assert_array_equal(answers(model, inputs, 60, block=7)[sure], expected[sure])
+    forgetful = np.concatenate([answers(model, part, 60) for part in np.split(inputs, range(7, 50, 7), 1)], 1)
+    assert (forgetful != expected)[sure].any()
 
 
-def test_tests_are_other_sequences_than_those_of_training_and_the_same_again() -> None:
+def test_tests_are_the_same_sequences_again_and_fewer_long_ones() -> None:
     seen: list[np.ndarray[Any, Any]] = []
 
     class Recording(Parity):
