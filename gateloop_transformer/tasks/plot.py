@@ -32,6 +32,7 @@ def draw_accuracy(results: list[dict[str, Any]], target: Path) -> None:
         panels[0].plot(*_points(result["commonest_by_length"]), ":", color=line.get_color())
         if spans:
             panels[1].plot(*_points(result.get("accuracy_by_span", {})), "o-", color=line.get_color(), label=label)
+    panels[0].plot([], [], ":", color="grey", label="the commonest answer")
     longest = max(result["trained_lengths"][1] for result in results)
     panels[0].axvline(longest, color="grey", linewidth=0.8)
     panels[0].annotate(" trained up to here", (longest, 1.03), color="grey", fontsize="small")
