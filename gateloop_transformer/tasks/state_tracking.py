@@ -37,6 +37,8 @@ STACKED: dict[str, Any] = {
     "phase_spread": 1.0,
     "frac_gradient_state_transition": 1.0,
     "tokens": 700,
+    "steps": 7500,
+    "decay": 0.4,
     "weight_decay": 0.3,
     "smoothing": 0.05,
 }
