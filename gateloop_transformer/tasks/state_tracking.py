@@ -39,7 +39,7 @@ STACKED: dict[str, Any] = {
     "tokens": 700,
     "steps": 7500,
     "decay": 0.4,
-    "weight_decay": 0.3,
+    "weight_decay": 0.6,
     "smoothing": 0.05,
 }
 
