@@ -54,6 +54,10 @@ class TransformerConfig:
     conv_silu: bool = option(False, "SiLU after that convolution, which then starts at random", since=4)
     qkv_bias: bool = option(False, "biases in gate loop layers that start at 1 for queries and keys", since=4)
     max_memory: float = option(1024, "longest memory that gates with a spread start begin with, in steps")
+    min_memory: float = option(1.0, "shortest memory that gates with a spread start begin with, in steps", since=4)
+    phase_spread: float = option(
+        0.0, "standard deviation of what the data first adds to the phases of a spread start, in radians", since=4
+    )
     spread_start: bool | None = option(
         None, "gates begin with memories spread up to --max-memory; none: ring gates do", since=4
     )

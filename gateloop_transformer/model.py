@@ -73,6 +73,8 @@ class Transformer(nn.Module):
         conv_silu: SiLU after that convolution, which then starts at random.
         qkv_bias: biases of q, k and v in gate loop layers, which start at 1 for q and k.
         max_memory: steps; the longest memory that gates with a spread start begin with.
+        min_memory: steps; the shortest.
+        phase_spread: radians; how far the data turns the phases of gates with a spread start at first.
         spread_start: gates begin with memories spread up to max_memory; None: "ring" gates do.
         fixed_gates: "ring" gates are learned but do not depend on the data, as in an LRU.
         attn_window: steps that attention layers see at most, so that decoding needs constant memory; None: all.
@@ -113,6 +115,8 @@ class Transformer(nn.Module):
         conv_silu: bool = False,
         qkv_bias: bool = False,
         max_memory: float = 1024,
+        min_memory: float = 1,
+        phase_spread: float = 0.0,
         spread_start: bool | None = None,
         fixed_gates: bool = False,
         attn_window: int | None = None,
@@ -160,6 +164,8 @@ class Transformer(nn.Module):
                 "conv_silu": conv_silu,
                 "qkv_bias": qkv_bias,
                 "max_memory": max_memory,
+                "min_memory": min_memory,
+                "phase_spread": phase_spread,
                 "spread_start": spread_start,
                 "fixed_gates": fixed_gates,
                 "backend": backend,

@@ -20,9 +20,9 @@ RESULT, PICTURE = "result.json", "accuracy.png"
 
 
 def add_parser(commands: Any) -> None:
+    from gateloop_transformer.configuration import TransformerConfig
     from gateloop_transformer.tasks.settings import TaskTraining, defaults
     from gateloop_transformer.tasks.table import TASKS
-    from gateloop_transformer.training.config import ModelConfig
 
     parser = commands.add_parser(
         "tasks",
@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
         if dataclasses.fields(task):
             add_fields(own, task, "task", start)
         add_fields(own, TaskTraining, "training and test", start)
-        add_fields(own, ModelConfig, "model", start)
+        add_fields(own, TransformerConfig, "model", start)
 
 
 def run(arguments: argparse.Namespace) -> None:

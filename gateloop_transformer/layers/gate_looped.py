@@ -86,6 +86,9 @@ class GateLoopedAttention(nn.Module):
         qkv_bias: q, k and v have a bias that starts at 1 for q and k: the layer starts near a gated sum of its values,
             what came before weighs on y from the first step of training.
         max_memory: steps; the longest memory that a spread start has.
+        min_memory: steps; the shortest.
+        phase_spread: radians; the standard deviation, over inputs of mean square 1, of what the data adds to the phases
+            of a spread start (over heads, where gates are fixed). 0: nothing. Counting needs it, text does not.
         spread_start: gates start with memories spread log-uniformly up to `max_memory` and phases that do not depend
             on the data, rather than with a Linear's own weights, memories of about two steps; "ring" and "paper" only.
             None: "ring" does.
@@ -118,6 +121,8 @@ class GateLoopedAttention(nn.Module):
         conv_silu: bool = False,
         qkv_bias: bool = False,
         max_memory: float = 1024,
+        min_memory: float = 1,
+        phase_spread: float = 0.0,
         spread_start: bool | None = None,
         fixed_gates: bool = False,
         reverse: bool = False,
@@ -139,6 +144,8 @@ class GateLoopedAttention(nn.Module):
         if conv_silu and not conv_size:
             raise ValueError("GateLoopedAttention: conv_silu needs a convolution: a conv_size of 1 or more")
         check_start("GateLoopedAttention", gate, spread_start, fixed_gates)
+        if not 0 <= phase_spread < math.inf:
+            raise ValueError(f"GateLoopedAttention: phase_spread must be finite, 0 or more radians, not {phase_spread}")
         check_fraction("GateLoopedAttention", "frac_gradient_state_transition", frac_gradient_state_transition)
         check_name(backend)
         self.dim, self.heads, self.gate, self.backend = dim, heads, gate, backend
@@ -154,7 +161,7 @@ class GateLoopedAttention(nn.Module):
         if gate == "ring":
             self.ring_logit, self.ring_phase = (nn.Parameter(torch.zeros(heads)) for _ in range(2))
         if gate == "ring" if spread_start is None else spread_start:
-            self._spread(max_memory)
+            self._spread(max_memory, min_memory, phase_spread)
         self.q_norm = HeadRMSNorm(heads, self.dim_head) if qk_norm else None
         self.k_norm = HeadRMSNorm(heads, self.dim_head) if qk_norm else None
         self.head_norm = HeadRMSNorm(heads, self.dim_head) if head_norm else None
@@ -164,12 +171,16 @@ class GateLoopedAttention(nn.Module):
         self.to_out = nn.Linear(dim_inner, dim, bias=False) if projected else nn.Identity()
 
     @torch.no_grad()
-    def _spread(self, max_memory: float) -> None:
-        """Memories and phases from `ring_start`; phases do not depend on the data at first."""
-        logits, phases = ring_start(self.heads, max_memory)
-        if self.to_a is not None:
+    def _spread(self, max_memory: float, min_memory: float, phase_spread: float) -> None:
+        """Memories and phases from `ring_start`; phases depend on the data as far as `phase_spread` says."""
+        logits, phases = ring_start(self.heads, max_memory, min_memory)
+        if self.to_a is None:
+            phases = phases + phase_spread * torch.randn_like(phases) if phase_spread else phases
+        else:
             projection = cast(nn.Linear, self.to_a[0])
             projection.weight[1::2].zero_()
+            if phase_spread:
+                projection.weight[1::2].normal_(std=phase_spread / self.dim**0.5)
             if projection.bias is not None:
                 projection.bias.copy_(torch.stack([logits, phases], -1).flatten())
         if self.gate == "ring":

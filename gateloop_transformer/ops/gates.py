@@ -117,24 +117,28 @@ def ring_input_scale(logit: Tensor) -> Tensor:
     return torch.exp(0.5 * F.logsigmoid(-logit)) * torch.sqrt(1.0 + torch.sigmoid(logit))
 
 
-def ring_start(heads: int, max_memory: float) -> tuple[Tensor, Tensor]:
-    """Logits and phases (heads,) to start from: memories 1/(1-|a|) spread log-uniformly from 1 to `max_memory`.
+def ring_start(heads: int, max_memory: float, min_memory: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Logits and phases (heads,) to start from: memories 1/(1-|a|) spread log-uniformly over a range.
 
     Phases are uniform in ±π, scaled by 1-|a|: a state turns about once in its own memory at most.
 
     Args:
         heads: how many gates.
-        max_memory: the longest memory in steps, above 1.
+        max_memory: the end of the range in steps, above 1.
+        min_memory: its start, from 1 to below max_memory.
 
     Returns:
         logits (heads,) and phases (heads,) in radians; the phases are random (torch's default generator).
 
     Raises:
-        ValueError: max_memory is not above 1.
+        ValueError: the range is empty or goes below 1.
     """
     if not 1 < max_memory < math.inf:
         raise ValueError(f"max_memory must be finite and above 1 step, not {max_memory}")
-    exponents = math.log(max_memory) * (torch.arange(heads) + 0.5) / heads
+    if not 1 <= min_memory < max_memory:
+        raise ValueError(f"min_memory must be at least 1 step and below max_memory={max_memory}, not {min_memory}")
+    shortest = math.log(min_memory)
+    exponents = shortest + (math.log(max_memory) - shortest) * (torch.arange(heads) + 0.5) / heads
     memories = torch.exp(exponents)
     phases = (2 * torch.rand(heads) - 1) * torch.pi / memories
     return torch.log(torch.expm1(exponents)), phases

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gateloop_transformer.configuration import option
 from gateloop_transformer.tasks.task import NONE, Batch, Ids, Task
-from gateloop_transformer.training.config import option
 
 _PIXELS, _LEVELS = 64, 17
 

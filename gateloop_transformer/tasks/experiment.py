@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.tasks.curriculum import Curriculum, Progress
 from gateloop_transformer.tasks.models import build_model
 from gateloop_transformer.tasks.scoring import Score, score_lengths
 from gateloop_transformer.tasks.settings import TaskTraining, defaults
-from gateloop_transformer.tasks.start import start_gates
 from gateloop_transformer.tasks.task import Task
-from gateloop_transformer.training.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Experiment:
     """What is run: a task, a model and its training."""
 
     task: Task
-    model: ModelConfig
+    model: TransformerConfig
     training: TaskTraining
 
     @classmethod
@@ -37,9 +36,9 @@ class Experiment:
         values = {**defaults(task, given.get("model", "gateloop")), **given}
         own, model, training = (
             {item.name: values[item.name] for item in dataclasses.fields(kind) if item.name in values}
-            for kind in (task, ModelConfig, TaskTraining)
+            for kind in (task, TransformerConfig, TaskTraining)
         )
-        return cls(task(**own), ModelConfig(**model), TaskTraining(**training))
+        return cls(task(**own), TransformerConfig(**model), TaskTraining(**training))
 
 
 @dataclass
@@ -114,7 +113,6 @@ def run(
     lengths = training.tested_lengths(task)
     torch.manual_seed(training.seed)
     model = build_model(training.model, experiment.model, task.vocabulary)
-    start_gates(model, training.min_memory, experiment.model.max_memory, training.phase_spread)
     progress = Curriculum(model, task, training).run(on_step)
     scores = score_lengths(model, task, lengths, training.rows, training.seed, on_length)
     return Outcome(experiment, model, progress, scores)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.config import ModelConfig
 
 
 class RecurrentNet(nn.Module):
@@ -35,7 +35,7 @@ class RecurrentNet(nn.Module):
         return (logits, state) if return_state else logits
 
 
-def build_model(kind: str, config: ModelConfig, vocabulary: int) -> nn.Module:
+def build_model(kind: str, config: TransformerConfig, vocabulary: int) -> nn.Module:
     """A new model, its weights from torch's generator.
 
     Args:

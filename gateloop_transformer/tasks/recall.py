@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from gateloop_transformer.configuration import option
 from gateloop_transformer.tasks.task import NONE, Batch, Task, at_least
-from gateloop_transformer.training.config import option
 
 
 @dataclass(frozen=True)

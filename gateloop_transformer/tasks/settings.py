@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from gateloop_transformer.configuration import option
 from gateloop_transformer.tasks.task import Task
-from gateloop_transformer.training.config import TrainingConfig, option
+from gateloop_transformer.training.config import TrainingConfig
 
 # What all tasks start from; a task's own settings come after, then those of the kind of model, then what is asked for.
 GENERAL: dict[str, Any] = {
@@ -65,12 +66,6 @@ class TaskTraining:
     smoothing: float = option(0.0, "label smoothing: what is drawn back from answers that are sure")
     decay: float = option(
         0.5, "fraction of the steps in which the learning rate falls to 0, from when the longest are solved or sooner"
-    )
-    min_memory: float | None = option(
-        None, "shortest memory that ring gates start with, in steps, up to max_memory; none: 1, as elsewhere"
-    )
-    phase_spread: float = option(
-        0.0, "standard deviation of the phases that ring gates start with for different tokens, in radians; 0: none"
     )
     seed: int = option(0, "of weights, sequences and dropout")
     lengths: str | None = option(None, "lengths to test, as 40,256,10000; none: as the task says")

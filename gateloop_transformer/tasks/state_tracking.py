@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gateloop_transformer.configuration import option
 from gateloop_transformer.tasks.task import NONE, Batch, Ids, Task, at_least
-from gateloop_transformer.training.config import option
 
 # Angles stay exact far beyond the lengths of training if one head of long memory is all that works (the weight decay),
 # the size of its output is seen (no norm), and no answer is ever sure (the label smoothing).

@@ -132,6 +132,18 @@ def test_paper_gates_with_a_spread_start_are_ring_gates_without_the_input_scale(
     assert (scaled < 1).all()
 
 
+def test_memories_start_within_a_range_and_phases_follow_the_data_where_asked() -> None:
+    layer = GateLoopedAttention(64, heads=32, gate="ring", min_memory=100, max_memory=10000, phase_spread=0.5)
+    memories = 1 / torch.sigmoid(-layer.ring_logit.double())
+    ratios = memories[1:] / memories[:-1]
+    torch.testing.assert_close(ratios, torch.full_like(ratios, 100 ** (1 / 32)), rtol=1e-2, atol=0)
+    assert 100 < memories[0] < 110 < 9000 < memories[-1] < 10000
+    phases = (torch.randn(1000, 64) @ layer.to_a[0].weight[1::2].T).detach()
+    assert 0.4 < phases.std() < 0.6
+    fixed = GateLoopedAttention(64, gate="ring", fixed_gates=True, min_memory=1e4, max_memory=1e5, phase_spread=0.5)
+    assert 0.35 < fixed.ring_phase.std() < 0.65
+
+
 def test_biases_start_a_layer_as_a_gated_sum_of_values() -> None:
     layer = GateLoopedAttention(6, heads=3, qkv_bias=True, add_swish_gating=False, dim_inner=6).double()
     assert layer.to_qkv.bias.tolist() == [1.0] * 12 + [0.0] * 6
@@ -194,6 +206,12 @@ def test_fixed_gates_are_those_of_a_time_invariant_recurrence(heads: int) -> Non
         ({"dim": 6, "head_norm": True}, "heads of size 1"),
         ({"dim": 6, "qk_norm": True}, "heads of size 1"),
         ({"dim": 6, "gate": "ring", "max_memory": 1}, "above 1 step"),
+        (
+            {"dim": 6, "gate": "ring", "min_memory": 9, "max_memory": 9},
+            "below max_memory=9, not 9",
+        ),
+        ({"dim": 6, "gate": "ring", "min_memory": 0}, "min_memory must be at least 1 step"),
+        ({"dim": 6, "gate": "ring", "phase_spread": -1}, "phase_spread must be finite, 0 or more"),
         ({"dim": 6, "max_memory": 0}, "max_memory must be at least 1 step, not 0"),
         ({"dim": 6, "conv_silu": True}, "conv_silu needs a convolution"),
         ({"dim": 6, "spread_start": True}, "spread_start needs gate 'ring' or 'paper'"),
