@@ -71,8 +71,8 @@ def test_spans_are_counted_by_powers_of_two() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_blocks_with_a_carried_state_are_the_whole(kind: str) -> None:
     given = {"model": kind, "modulus": 60, "dim": 16, "gate_loop_heads": 4, "dim_head": 4}
-    # Memories short enough for what is read to count beside them.
-    given |= {"min_memory": 1.0, "max_memory": 64.0}
+    # Memories short enough, and outputs large enough, for what was read to change answers.
+    given |= {"min_memory": 1.0, "max_memory": 64.0, "head_norm": True, "depth": 2}
     experiment = Experiment.of(TASKS["counting"], given)
     model = build_model(kind, experiment.model, experiment.task.vocabulary).eval()
     inputs = experiment.task.batch(generator(0), 8, 50).inputs
