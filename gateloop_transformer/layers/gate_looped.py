@@ -88,7 +88,7 @@ class GateLoopedAttention(nn.Module):
         max_memory: steps; the longest memory that a spread start has.
         min_memory: steps; the shortest.
         phase_spread: radians; the standard deviation, over inputs of mean square 1, of what the data adds to the phases
-            of a spread start (over heads, where gates are fixed). 0: nothing..
+            of a spread start (over heads, where gates are fixed). 0: nothing.
         spread_start: gates start with memories spread log-uniformly up to `max_memory` and phases that do not depend
             on the data, rather than with a Linear's own weights, memories of about two steps; "ring" and "paper" only.
             None: "ring" does.
