@@ -180,7 +180,8 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("backend", "size"), [("eager", "K1V1"), ("chunkwise", "K3V5"), ("numba", "K1V1"), ("numba", "K3V5")]
+    ("backend", "size"),
+    [("eager", "K1V1"), ("chunkwise", "K3V5"), ("numba", "K1V1"), ("numba", "K3V5"), ("numba", "H9K3V5")],
 )
 def test_opcheck(backend: str, size: str, kind: str) -> None:
     def split(x: Tensor) -> list[Tensor]:

@@ -151,7 +151,8 @@ class _Heads(_Sizes):
     def result(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The opposite of `operand`."""
         x = x[..., : self.H]
-        return (x if x.ndim == 3 else x.transpose(2, 3)).to(dtype, memory_format=torch.contiguous_format)
+        # `to` with a memory format alone leaves a transposed tensor of that dtype as it is.
+        return (x if x.ndim == 3 else x.transpose(2, 3)).to(dtype).contiguous()
 
     def new_state(self, state: Pair | None) -> Tensor:
         """(B, parts, K, V, HP), zero for None."""
