@@ -196,7 +196,7 @@ class _NoRecurrence(GateLoopedAttention):
 
     def _channels(self, x: Tensor, mixed: Tensor, state: Any, layout: Any) -> Any:
         q, k, v = self.to_qkv(mixed).chunk(3, -1)
-        first, second = self._projections(mixed).chunk(2, -1)
+        first, second = self._projections(mixed, q.dtype).chunk(2, -1)
         y = q * k * v * first * second
         if self.to_gates is not None:
             y = y * self.to_gates(x)

@@ -297,9 +297,10 @@ class GateLoopedAttention(nn.Module):
         """Head size 1: output and the state's parts (B, heads), gates and recurrence in one pass."""
         # A norm between the recurrence and its SiLU gate keeps the two apart.
         fused = self.to_gates is not None and isinstance(self.maybe_sub_ln, nn.Identity)
+        qkv = self.to_qkv(mixed)
         y, final = channel_gate_loop(
-            self.to_qkv(mixed),
-            self._projections(mixed),
+            qkv,
+            self._projections(mixed, qkv.dtype),
             None if state is None else (state.real.flatten(1), state.imaginary.flatten(1)),
             gate=self.gate,
             bias=self._bias(),
@@ -329,7 +330,7 @@ class GateLoopedAttention(nn.Module):
         if ablate_state_transition:
             return x.new_ones(*x.shape[:2], self.heads, dtype=compute_dtype(x.dtype)), None, k
         real, imaginary, scale = head_gates(
-            self._projections(x),
+            self._projections(x, k.dtype),
             gate=self.gate,
             bias=self._bias(),
             fraction=self.frac_gradient_state_transition,
@@ -338,10 +339,10 @@ class GateLoopedAttention(nn.Module):
         )
         return real, imaginary, k if scale is None else k * scale.to(k.dtype).unsqueeze(-1)
 
-    def _projections(self, x: Tensor) -> Tensor:
-        """What gates are made of besides the bias, pairs (B, T, 2·heads)."""
+    def _projections(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What gates are made of besides the bias, pairs (B, T, 2·heads); `dtype`: of x's other projections."""
         if self.to_a is None:
-            return x.new_zeros(*x.shape[:2], 2 * self.heads)
+            return x.new_zeros(*x.shape[:2], 2 * self.heads, dtype=dtype)
         return cast(Tensor, self.to_a(x))
 
     def gates(

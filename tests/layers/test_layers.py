@@ -33,6 +33,8 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "gate-norms": partial(Gate, heads=2, head_norm=True, qk_norm=True),
     "gate-conv": partial(Gate, heads=2, conv_size=4),
     "gate-conv1": partial(Gate, conv_size=1),
+    "gate-fixed": partial(Gate, gate="ring", fixed_gates=True, conv_size=3, conv_silu=True, qkv_bias=True),
+    "gate-fixed-heads": partial(Gate, heads=2, gate="ring", fixed_gates=True, qkv_bias=True),
     "attention": Attention,
     "attention-bare": partial(Attention, softmax_normalize=False),
     "attention-rotary-swish": partial(Attention, rotary_emb=True, add_swish_gating=True),

@@ -300,6 +300,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "channels, long convolution backwards": gates_of(gate="paper", conv_size=7, reverse=True),
     "heads": gates_of(heads=2, gate="ring", conv_size=3, head_norm=True, qk_norm=True, max_memory=16),
     "heads backwards": gates_of(heads=4, conv_size=2, reverse=True, backend="chunkwise", add_swish_gating=False),
+    "fixed gates": gates_of(gate="ring", fixed_gates=True, conv_size=3, conv_silu=True, qkv_bias=True, max_memory=16),
+    "fixed gates of heads, backwards": gates_of(heads=2, gate="ring", fixed_gates=True, reverse=True, max_memory=16),
     "one tap": gates_of(heads=2, conv_size=1, dim_inner=4),
     "simple": lambda: SimpleGateLoopLayer(DIM),
     "simple backwards": lambda: SimpleGateLoopLayer(DIM, prenorm=False, post_ln=True, reverse=True, backend="eager"),
