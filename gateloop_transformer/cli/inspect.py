@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -69,9 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"gateloop inspect: {notes[0]}", file=sys.stderr)
     found = report(trace(model, ids), tokenizer)
     out.mkdir(parents=True, exist_ok=True)
+    # The page first: it says that the pictures beside it may be replaced.
+    write_text(out / "index.html", page(found, _title(arguments), notes))
     with bytes_bar(len(found.figures["layers"]), delay=1, unit="layer") as bar:
         images = draw(found, out, bar.update)
-    write_text(out / "index.html", page(found, _title(arguments), notes))
     result = {**found.figures, "cut": more, "page": str(out / "index.html"), "images": list(map(str, images))}
     if arguments.json:
         print(json.dumps(result, allow_nan=False))
@@ -88,10 +90,17 @@ def _check_out(arguments: argparse.Namespace) -> Path:
     out: Path = arguments.dir / "inspect" if arguments.out is None else arguments.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {str(out)!r} is a file, not a folder")
-    # An earlier page is replaced; somebody's own is not.
+    # An earlier page and its pictures are replaced; somebody's own are not.
     page = out / "index.html"
-    if page.is_dir() or (page.exists() and b'content="gateloop inspect"' not in page.read_bytes()[:1000]):
+    ours = page.is_file() and b'content="gateloop inspect"' in page.read_bytes()[:1000]
+    if page.exists() and not ours:
         raise ValueError(f"--out: {str(page)!r} is there and is no page of 'gateloop inspect': choose another folder")
+    pictures = itertools.chain.from_iterable(out.glob(name) for name in ("layer-*.png", "spectrum.png", "classes.png"))
+    for picture in pictures:
+        if picture.is_dir() or not ours:
+            raise ValueError(
+                f"--out: {str(picture)!r} is there and is not of 'gateloop inspect': choose another folder"
+            )
     return out
 
 

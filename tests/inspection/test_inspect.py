@@ -88,6 +88,8 @@ def test_what_cannot_be_inspected_is_one_line(
     (tmp_path / "file").write_text("x")
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "index.html").write_text("<p>my own</p>")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "layer-1.png").write_text("my own")
     for command, problem in (
         ([tmp_path, "--text", "ab"], "holds no run"),
         ([run, "--text", "a"], "at least 2 tokens is needed, not of 1"),
@@ -97,6 +99,7 @@ def test_what_cannot_be_inspected_is_one_line(
         ([run, "--text", "ab", "--tokens", "4001"], "--tokens must be from 2 to 4000"),
         ([run, "--text", "ab", "--out", tmp_path / "file"], "is a file, not a folder"),
         ([run, "--text", "ab", "--out", tmp_path / "own"], "is no page of 'gateloop inspect'"),
+        ([run, "--text", "ab", "--out", tmp_path / "pictures"], "is not of 'gateloop inspect'"),
         ([run, "--text", "ab", "--checkpoint", "77"], "77"),
     ):
         _, err = said(capsys, *command, code=2)
@@ -108,3 +111,4 @@ def test_what_cannot_be_inspected_is_one_line(
     out = tmp_path / "new"
     assert "gateloop-transformer[train]" in said(capsys, run, "--text", "ab", "--out", out, code=2)[1]
     assert (tmp_path / "own" / "index.html").read_text() == "<p>my own</p>"
+    assert (tmp_path / "pictures" / "layer-1.png").read_text() == "my own"
