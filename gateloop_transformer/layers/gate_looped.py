@@ -348,14 +348,14 @@ class GateLoopedAttention(nn.Module):
     def gates(
         self,
         x: Tensor,
-        state: GateLoopState | None = None,
+        state: GateLoopState | bool | None = None,
         ablate_state_transition: bool = False,
         *,
         resets: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         ablate_complex: bool = False,
     ) -> Tensor:
-        """The gates a[t] that `forward` multiplies its state by, given the same arguments.
+        """The gates a[t] that `forward` multiplies its state by, given the same arguments; it takes no mask.
 
         Returns:
             (B, T, heads), complex; real gates have phases of 0 or π. A reset is no gate: it is not seen here.
@@ -363,6 +363,8 @@ class GateLoopedAttention(nn.Module):
         Raises:
             ValueError: as `forward`.
         """
+        if isinstance(state, int):
+            ablate_complex, state = bool(state), None
         check_input("GateLoopedAttention", x, self.dim, self)
         layout = read_layout("GateLoopedAttention", x, resets, cu_seqlens)
         past = self._past(x, state, layout)

@@ -61,6 +61,8 @@ def test_gates_in_pieces_are_those_of_the_whole() -> None:
     torch.testing.assert_close(layer.gates(x, resets=resets)[:, 5:], layer.gates(x[:, 5:]))
     bounds = torch.tensor([0, 5, 9])
     torch.testing.assert_close(layer.gates(x, cu_seqlens=bounds), layer.gates(x, resets=resets))
+    # The original's second argument.
+    torch.testing.assert_close(layer.gates(x, True), layer.gates(x, ablate_complex=True))
     with pytest.raises(ValueError, match="must have shape"):
         layer.gates(x[..., :3])
 
