@@ -66,12 +66,19 @@ class TransformerConfig:
     dropout: float = option(0.0, "probability of dropping an element of what a block adds")
 
     def arguments(self, num_tokens: int = 256) -> dict[str, Any]:
-        """Keyword arguments for `Transformer`, of a vocabulary of that size."""
-        values = {"num_tokens": num_tokens, **dataclasses.asdict(self)}
-        values["data_dependent_rel_pos"] = {"none": False, "released": True, "gate_loop": "gate_loop"}[
-            self.data_dependent_rel_pos
-        ]
-        return values
+        """Keyword arguments for `Transformer`, of a vocabulary of that size.
+
+        Raises:
+            ValueError: data_dependent_rel_pos is none of the words for it.
+        """
+        position, words = self.data_dependent_rel_pos, {"none": False, "released": True, "gate_loop": "gate_loop"}
+        if position not in words:
+            raise ValueError(f"data_dependent_rel_pos must be one of {', '.join(words)}, not {position!r}")
+        return {
+            "num_tokens": num_tokens,
+            **dataclasses.asdict(self),
+            "data_dependent_rel_pos": words[position],
+        }
 
     @classmethod
     def recommended(cls, dim: int = 512, depth: int = 6, *, context: int = 1024, **changes: Any) -> TransformerConfig:
@@ -80,19 +87,27 @@ class TransformerConfig:
         Args:
             dim: width.
             depth: number of blocks.
-            context: tokens that the model is trained on at a time; the longest memories start at a quarter of it.
+            context: tokens that the model is trained on at a time, at least 1; the longest memories start at a quarter
+                of it, or at 2 tokens.
             changes: other fields.
 
         Raises:
             TypeError: there is no such field.
+            ValueError: context is below 1.
 
         >>> TransformerConfig.recommended(128, 4).gate
         'ring'
         """
+        if not context >= 1:
+            raise ValueError(f"TransformerConfig: context must be at least 1 token, not {context}")
         return cls(**{**RECIPE, "dim": dim, "depth": depth, "max_memory": max(context / 4, 2.0), **changes})
 
     def build(self, num_tokens: int = 256) -> Transformer:
-        """A new model of a vocabulary of that size."""
+        """A new model of a vocabulary of that size.
+
+        Raises:
+            ValueError: as `Transformer`.
+        """
         from gateloop_transformer.model import Transformer
 
         return Transformer(**self.arguments(num_tokens))
