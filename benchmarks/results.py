@@ -6,6 +6,7 @@ make results
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,15 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def loss_of(row: dict[str, Any]) -> float:
+    """The validation loss, infinite where a run diverged: nothing is less than what is no number."""
+    return math.inf if math.isnan(row["val_loss"]) else float(row["val_loss"])
+
+
 def best_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of one model at the learning rate whose first seed was best."""
     first = min(row["seed"] for row in rows)
-    best = min((row for row in rows if row["seed"] == first), key=lambda row: row["val_loss"])
+    best = min((row for row in rows if row["seed"] == first), key=loss_of)
     return [row for row in rows if row["lr"] == best["lr"] and row["options"] == best["options"]]
 
 
@@ -51,7 +57,7 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
     """A line a model, the best first; then all learning rates."""
     models = sorted({row["model"] for row in rows})
     chosen = {model: best_rate([row for row in rows if row["model"] == model]) for model in models}
-    order = sorted(models, key=lambda model: statistics.fmean(row["val_loss"] for row in chosen[model]))
+    order = sorted(models, key=lambda model: statistics.fmean(map(loss_of, chosen[model])))
     lines = [
         "| model | parameters | learning rate | seeds | validation loss (nats) | bits per byte | tokens | CPU seconds "
         "| tokens/s | memory (MiB) | decoding (tokens/s) |",
@@ -86,7 +92,7 @@ def ablations(rows: list[dict[str, Any]]) -> list[str]:
     lines += [
         f"| {row['label']} | {row['val_loss']:.3f} | {row['val_loss'] - base:+.3f} | {row['parameters']:,} | "
         f"{row['tokens_per_second']:,.0f} |"
-        for row in sorted(rows, key=lambda row: row["val_loss"])
+        for row in sorted(rows, key=loss_of)
     ]
     return lines
 

@@ -91,11 +91,18 @@ def main() -> None:
         if (name, kind, seed) not in done
     ]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        failed = []
         for future in concurrent.futures.as_completed([pool.submit(execute, *each) for each in wanted]):
+            # The rows of the others are kept first.
+            if (error := future.exception()) is not None:
+                failed.append(error)
+                continue
             row = future.result()
             rows.append({**row, "commit": machine["commit"], "machine": machine["machine"]})
             write(rows)
             print(f"{row['name']}, {row['kind']}, seed {row['seed']}: {row['accuracy_by_length']}", flush=True)
+    if failed:
+        raise failed[0]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import os
 import subprocess
 import sys
@@ -111,6 +112,11 @@ def key(row: dict[str, Any]) -> str:
     return json.dumps([row["model"], row["options"], row["lr"], row["seed"]], sort_keys=True)
 
 
+def loss_of(row: dict[str, Any]) -> float:
+    """The validation loss, infinite where a run diverged: nothing is less than what is no number."""
+    return math.inf if math.isnan(row["val_loss"]) else float(row["val_loss"])
+
+
 def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
     """Runs that can be started: all learning rates first, of the best the other seeds."""
     done = {key(row) for row in rows}
@@ -127,7 +133,7 @@ def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]
         left = [spec for spec in first if key(spec) not in done]
         if not left:
             keys = {key(spec) for spec in first}
-            best = min((row for row in rows if key(row) in keys), key=lambda row: row["val_loss"])
+            best = min((row for row in rows if key(row) in keys), key=loss_of)
             left = [spec for seed in SEEDS[1:] if key(spec := {**base, "lr": best["lr"], "seed": seed}) not in done]
         found += left
     return found
@@ -182,7 +188,12 @@ def main() -> None:
                 pool.submit(execute, {**spec, **data}, sys.executable if spec["model"] == "gateloop" else options.peers)
                 for spec in specs
             }
+            failed = []
             for future in concurrent.futures.as_completed(running):
+                # The rows of the others are kept first.
+                if (error := future.exception()) is not None:
+                    failed.append(error)
+                    continue
                 row = future.result()
                 row["data"] = Path(row["data"]).name
                 row["valid"] = Path(row["valid"]).name if row["valid"] else None
@@ -194,6 +205,8 @@ def main() -> None:
                     f"{row.get('label', row['model']):12} lr {row['lr']:<7g} seed {row['seed']}  {row['val_loss']:.4f}",
                     flush=True,
                 )
+            if failed:
+                raise failed[0]
 
 
 if __name__ == "__main__":

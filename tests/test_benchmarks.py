@@ -1,0 +1,75 @@
+"""The scripts of benchmarks/: which runs are started, and what is kept of those that end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{Path(path).stem}", BENCHMARKS / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_rate_at_which_a_run_diverged_is_not_the_best() -> None:
+    plan, results = load("language/plan.py"), load("results.py")
+    group = plan.GROUPS["shakespeare"]
+    base = {"model": "lstm", "options": group["sizes"]["lstm"], "seed": 0}
+    losses = (math.nan, 2.0, 1.5)
+    rows = [{**base, "lr": lr, "val_loss": loss} for lr, loss in zip(plan.RATES["lstm"], losses, strict=True)]
+    best = plan.RATES["lstm"][2]
+    assert [(spec["lr"], spec["seed"]) for spec in plan.missing(group, rows, ["lstm"])] == [(best, 1), (best, 2)]
+    assert {row["lr"] for row in results.best_rate(rows)} == {best}
+
+
+def test_a_run_that_fails_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = load("language/plan.py")
+
+    def execute(spec: dict[str, Any], python: str) -> dict[str, Any]:
+        if spec["lr"] == plan.RATES["gru"][0]:
+            raise RuntimeError("gru failed")
+        return {**spec, "val_loss": 1.0}
+
+    monkeypatch.setattr(plan, "execute", execute)
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "shakespeare", "--data", "x", "--peers", "y", "--models", "gru"])
+    with pytest.raises(RuntimeError, match="gru failed"):
+        plan.main()
+    rows = json.loads((tmp_path / "shakespeare.json").read_text())["rows"]
+    assert [row["lr"] for row in rows] == list(plan.RATES["gru"][1:])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_task_that_fails_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = load("tasks.py")
+
+    def execute(name: str, kind: str, seed: int) -> dict[str, Any]:
+        if kind == tasks.TRACKING[0]:
+            raise RuntimeError("parity failed")
+        return {"name": name, "kind": kind, "seed": seed, "accuracy_by_length": {}}
+
+    monkeypatch.setattr(tasks, "execute", execute)
+    monkeypatch.setattr(tasks, "PATH", tmp_path / "tasks.json")
+    monkeypatch.setattr(sys, "argv", ["tasks.py", "parity", "--seeds", "1"])
+    with pytest.raises(RuntimeError, match="parity failed"):
+        tasks.main()
+    rows = json.loads((tmp_path / "tasks.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == tasks.TRACKING[1:]
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
