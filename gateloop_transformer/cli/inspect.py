@@ -139,7 +139,8 @@ def _described(result: dict[str, Any]) -> str:
         low, middle, high = (_rounded(layer["half_life"][at]) for at in ("5%", "50%", "95%"))
         ratios = {name: found["ratio"] for name, found in layer["by_class"].items() if found["ratio"] is not None}
         most = max(ratios, key=lambda name: ratios[name], default=None)
-        fades = "" if most is None else f"; fades fastest at: {most} (×{ratios[most]:.2f})"
+        # Gates that are the same everywhere fade nowhere faster.
+        fades = "" if most is None or ratios[most] < 1.005 else f"; fades fastest at: {most} (×{ratios[most]:.2f})"
         note = f" ({layer['note']})" if layer["note"] else ""
         lines.append(f"layer {layer['layer']}: half-lives of {low} to {high} tokens, median {middle}{fades}{note}")
     return "\n".join([*lines, f"page: {result['page']}", f"pictures: {len(result['images'])} PNGs beside it"])

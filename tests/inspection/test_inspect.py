@@ -82,6 +82,16 @@ def test_models_with_tokens_of_bpe_and_ablated_gates(
         assert set(result["layers"][0]["half_life"].values()) == {"∞"}
 
 
+def test_of_gates_that_are_the_same_everywhere_none_fade_fastest(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, options = str(run.parent / "data.txt"), ["--gate", "ring", "--fixed-gates"]
+    assert main(["train", data, "--out", str(tmp_path / "run"), *MODEL, *options]) == 0
+    out, _ = said(capsys, tmp_path / "run", "--text", "7 times\n7")
+    assert "layer 1: half-lives of " in out
+    assert "fades fastest" not in out
+
+
 def test_what_cannot_be_inspected_is_one_line(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
