@@ -122,8 +122,9 @@ def _memory(config: RunConfig, kept: _Kept, spread: Spread, rows: int, length: i
     steps = rows * length
     # Beside what is kept the gradient of the loss into the log probabilities, and on into the logits.
     logits = kept.logits - last + 2 * _WIDE * steps * kept.model.num_tokens
-    # The gradients on both sides of the widest layer: the feed-forward's inner one, or else q, k and v together.
-    widest = 2 * _WIDE * steps * config.model.dim * (config.model.ff_mult or 3)
+    # The gradients on both sides of the widest layer: the feed-forward's inner one, or q, k and v together.
+    linear = (module for module in kept.model.layers.modules() if isinstance(module, nn.Linear))
+    widest = 2 * _WIDE * steps * max(module.out_features for module in linear)
     blocks = [sum(each.numel() for each in block.parameters()) for block in kept.model.layers.children()]
     buffers = 0
     if spread.sharded and spread.processes > 1:

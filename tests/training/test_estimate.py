@@ -211,3 +211,11 @@ def test_a_start_says_its_needs_and_warns_where_memory_is_short(
     monkeypatch.setattr("gateloop_transformer.training.estimate.available_memory", lambda _device: 1000)
     assert main(["train", str(text), "--out", str(tmp_path / "run"), *flags]) == 0
     assert "\nwarning: this may not fit: " in capsys.readouterr().out
+
+
+def test_memory_has_room_for_the_gradients_of_wide_mixers() -> None:
+    run = run_of({"ff_mult": 0, "dim_gate_looped_attn": 640, "gate_loop_heads": 640}, batch=8, context=64)
+    memory = estimate(run, vocabulary=2).memory
+    # q, k and v together, and their gradients come before those of the weights.
+    both = 2 * 4 * 8 * 64 * 3 * 640
+    assert memory.total == 3 * memory.weights + memory.activations + both
