@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from gateloop_transformer.ops.backends.numba_launch import Kernel
 
 
-# Entries of a head's state up to which a lane for each head is faster than a product of matrices for each.
+# Entries of a head's state up to which a lane for each head is faster than a product of matrices for each, as far as
+# there are heads for all lanes.
 _SMALL = 144
 
 
@@ -46,7 +47,8 @@ class _Sizes(NamedTuple):
     @property
     def small(self) -> bool:
         """Whether heads are many and small."""
-        return self.K * self.V <= _SMALL and self.lanes // 2 <= self.H
+        filled = -(-self.H // self.lanes) * self.lanes
+        return self.K * self.V * filled <= _SMALL * self.H and self.lanes // 2 <= self.H
 
     def chunks(self, steps: int) -> int:
         """Of all sequences, of so many steps each, or a little more."""
