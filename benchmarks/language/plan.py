@@ -87,7 +87,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "last layer attention": {
         "layer_pattern": "gate gate gate attention",
         "heads": 4,
-        "dim_head": 42,
+        "dim_head": 43,
+        "dim": 172,
         "rotary_emb": True,
     },
 }
