@@ -27,12 +27,14 @@ def load(path: str) -> ModuleType:
 def test_a_rate_at_which_a_run_diverged_is_not_the_best() -> None:
     plan, results = load("language/plan.py"), load("results.py")
     group = plan.GROUPS["shakespeare"]
-    base = {"model": "lstm", "options": group["sizes"]["lstm"], "seed": 0}
+    base = {**group["settings"], "model": "lstm", "options": group["sizes"]["lstm"], "seed": 0}
     losses = (math.nan, 2.0, 1.5)
     rows = [{**base, "lr": lr, "val_loss": loss} for lr, loss in zip(plan.RATES["lstm"], losses, strict=True)]
     best = plan.RATES["lstm"][2]
     assert [(spec["lr"], spec["seed"]) for spec in plan.missing(group, rows, ["lstm"])] == [(best, 1), (best, 2)]
     assert {row["lr"] for row in results.best_rate(rows)} == {best}
+    shorter = [{**row, "steps": 10} for row in rows]
+    assert len(plan.missing(group, shorter, ["lstm"])) == 3
 
 
 def test_a_run_that_fails_loses_no_other(
