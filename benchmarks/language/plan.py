@@ -53,7 +53,7 @@ SMALL: dict[str, dict[str, Any]] = {
 # Learning rates that each is trained at.
 RATES: dict[str, tuple[float, ...]] = {
     "gateloop": (4e-3, 6e-3, 8e-3),
-    "transformer": (2e-3, 4e-3, 8e-3),
+    "transformer": (1e-3, 2e-3, 4e-3),
     "original": (2e-3, 4e-3, 8e-3),
     "mingru": (2e-3, 4e-3, 8e-3),
     "mamba": (2e-3, 4e-3, 8e-3),
