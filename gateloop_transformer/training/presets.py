@@ -24,7 +24,7 @@ _LARGE = {
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         **RECIPE,
-        "dim": 172,
+        "dim": 176,
         "depth": 4,
         "max_memory": 64,
         "steps": 700,
@@ -112,6 +112,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESET_HELP = (
-    "tiny: 0.9 M parameters, minutes on a CPU; small: 21 M; paper: 124 M, as many heads as channels and the paper's "
+    "tiny: 1 M parameters, minutes on a CPU; small: 21 M; paper: 124 M, as many heads as channels and the paper's "
     "gate; for accelerators, with a vocabulary of bytes: base: 124 M, medium: 356 M, large: 770 M, xl: 1.1 B"
 )

@@ -93,7 +93,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("flag", "default"),
     [
-        ("--dim N", "default: the preset's; tiny: 172"),
+        ("--dim N", "default: the preset's; tiny: 176"),
         ("--lr X", "default: the preset's; tiny: 0.006"),
         ("--dropout X", "default: the preset's; tiny: 0.0"),
         ("--clip X", "default: 1.0"),
@@ -940,7 +940,7 @@ def test_a_model_of_the_first_format_is_still_read(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert train(text, out, steps=3) == 0
+    assert train(text, out, "--no-qkv-bias", "--no-conv-silu", steps=3) == 0
     values = json.loads((out / "config.json").read_text())
     for part, kind in (("model", TransformerConfig), ("training", TrainingConfig)):
         for item in dataclasses.fields(kind):
@@ -975,7 +975,7 @@ def test_one_command_starts_and_resumes(text: Path, tmp_path: Path, capsys: pyte
     assert "no checkpoint yet: starting from step 0" in capsys.readouterr().out
     assert metrics(out) == metrics(whole)
     assert train(text, out, "--resume-or-start", "--lr", "1e-3") == 2
-    assert "has another configuration: lr is 0.004, not 0.001" in error_of(capsys)
+    assert "has another configuration: lr is 0.006, not 0.001" in error_of(capsys)
 
 
 def test_a_run_is_not_put_among_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
