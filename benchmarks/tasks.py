@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gateloop_transformer.bench.report import about
+from gateloop_transformer.training.storage import write_text
 
 PATH = Path(__file__).parent.parent / "docs" / "results" / "tasks.json"
 SEEDS = (0, 1, 2)
@@ -68,9 +69,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     """All rows, whole or not at all."""
     order = list(PLAN)
     rows = sorted(rows, key=lambda row: (order.index(row["name"]), list(KINDS).index(row["kind"]), row["seed"]))
-    temporary = PATH.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    temporary.replace(PATH)
+    write_text(PATH, json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Recurrent(nn.Module):
 
 
 class MambaModel(nn.Module):
-    """Embedding, mambapy's Mamba, RMS norm, logits; started as mambapy's LM starts them.
+    """Embedding, mambapy's Mamba, RMS norm, logits; started as mambapy's LM, which needs a GPU's packages, starts them.
 
     Args:
         vocabulary: tokens.
@@ -75,7 +76,7 @@ class MambaModel(nn.Module):
 
 
 def gateloop(vocabulary: int, **options: Any) -> nn.Module:
-    """Our model; options as of `Transformer`."""
+    """The environment's `Transformer`: our own, or in the peers' that of gateloop-transformer 0.2.5."""
     from gateloop_transformer import Transformer
 
     return Transformer(num_tokens=vocabulary, **options)
@@ -89,33 +90,11 @@ def transformer(vocabulary: int, *, context: int, **options: Any) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def original(vocabulary: int, **options: Any) -> nn.Module:
-    """gateloop-transformer 0.2.5 as published."""
-    from gateloop_transformer import Transformer
-
-    return Transformer(num_tokens=vocabulary, **options)
-
-
 def mingru(vocabulary: int, **options: Any) -> nn.Module:
     """minLM of minGRU-pytorch."""
     from minGRU_pytorch.minLM import minLM
 
     return minLM(num_tokens=vocabulary, **options)
-
-
-def mamba(vocabulary: int, **options: Any) -> nn.Module:
-    """mambapy's Mamba between embedding and logits, as its LM has it; that module itself asks for a GPU's packages."""
-    return MambaModel(vocabulary, **options)
-
-
-def lstm(vocabulary: int, **options: Any) -> nn.Module:
-    """nn.LSTM."""
-    return Recurrent(nn.LSTM, vocabulary, **options)
-
-
-def gru(vocabulary: int, **options: Any) -> nn.Module:
-    """nn.GRU."""
-    return Recurrent(nn.GRU, vocabulary, **options)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -148,9 +127,9 @@ def step(model: str, module: nn.Module, ids: Tensor, state: Any) -> tuple[Tensor
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "gateloop": gateloop,
     "transformer": transformer,
-    "original": original,
+    "original": gateloop,
     "mingru": mingru,
-    "mamba": mamba,
-    "lstm": lstm,
-    "gru": gru,
+    "mamba": MambaModel,
+    "lstm": partial(Recurrent, nn.LSTM),
+    "gru": partial(Recurrent, nn.GRU),
 }

@@ -19,23 +19,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gateloop_transformer import configuration
 from gateloop_transformer.bench.report import about
+from gateloop_transformer.training.storage import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "docs" / "results"
 SEEDS = (0, 1, 2)
 
 # The recommended recipe: mixers alone, a gate for each channel. Within 2 % of 0.8 M parameters on 65 characters.
-RECIPE: dict[str, Any] = {
-    "gate": "ring",
-    "ff_mult": 0,
-    "conv_size": 4,
-    "conv_silu": True,
-    "qkv_bias": True,
-    "max_memory": 16,
-    "depth": 4,
-    "dim": 166,
-}
+RECIPE: dict[str, Any] = {**configuration.RECIPE, "max_memory": 16, "depth": 4, "dim": 166}
 SMALL: dict[str, dict[str, Any]] = {
     "gateloop": RECIPE,
     "transformer": {
@@ -162,9 +155,7 @@ def write(path: Path, rows: list[dict[str, Any]], command: str, jobs: int) -> No
     """All rows, whole or not at all."""
     rows = sorted(rows, key=lambda row: (row["model"], row["lr"], row["seed"]))
     text = json.dumps({"command": command, "processes_at_a_time": jobs, "rows": rows}, indent=1)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
+    write_text(path, text + "\n")
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +69,7 @@ def _run(experiment: Experiment, out: Path) -> Outcome:
     """Train and score with a bar on a terminal, and write the results."""
     from gateloop_transformer.tasks.experiment import run
     from gateloop_transformer.tasks.plot import draw_accuracy
+    from gateloop_transformer.training.storage import write_text
 
     try:
         import matplotlib  # noqa: F401
@@ -82,9 +82,7 @@ def _run(experiment: Experiment, out: Path) -> Outcome:
     with _bar(experiment.training.steps) as bar:
         outcome = run(experiment, lambda progress: _show(bar, progress))
     result = outcome.to_json()
-    aside = out / f"{RESULT}.partial"
-    aside.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(aside, out / RESULT)
+    write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
     draw_accuracy([result], out / PICTURE)
     return outcome
 

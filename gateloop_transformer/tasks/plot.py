@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from gateloop_transformer.training.plot import empty_figure, save_png
 
 
 def draw_accuracy(results: list[dict[str, Any]], target: Path) -> None:
@@ -17,14 +18,8 @@ def draw_accuracy(results: list[dict[str, Any]], target: Path) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed; `pip install gateloop-transformer[train]`") from error
     spans = any("accuracy_by_span" in result for result in results)
-    figure = Figure(figsize=(11 if spans else 6, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(11 if spans else 6, 4.2)
     panels = figure.subplots(1, 2 if spans else 1, squeeze=False)[0]
     for result in results:
         label = _label(result)
@@ -41,9 +36,7 @@ def draw_accuracy(results: list[dict[str, Any]], target: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left", fontsize="small")
     figure.suptitle(results[0]["task"])
-    aside = target.with_name(target.name + ".partial")
-    figure.savefig(aside, format="png", dpi=120)
-    os.replace(aside, target)
+    save_png(figure, target)
 
 
 def _points(scores: dict[str, float]) -> tuple[list[int], list[float]]:

@@ -47,8 +47,11 @@ class _Sizes(NamedTuple):
     @property
     def small(self) -> bool:
         """Whether heads are many and small."""
-        filled = -(-self.H // self.lanes) * self.lanes
-        return self.K * self.V * filled <= _SMALL * self.H and self.lanes // 2 <= self.H
+        return self.K * self.V * self.padded(self.H) <= _SMALL * self.H and self.lanes // 2 <= self.H
+
+    def padded(self, size: int) -> int:
+        """Filled up to whole vectors."""
+        return -(-size // self.lanes) * self.lanes
 
     def chunks(self, steps: int) -> int:
         """Of all sequences, of so many steps each, or a little more."""
@@ -83,10 +86,6 @@ class _Sizes(NamedTuple):
 
 class _Tiles(_Sizes):
     """The operands of the kernels that multiply matrices."""
-
-    def padded(self, size: int) -> int:
-        """Filled up to whole vectors."""
-        return -(-size // self.lanes) * self.lanes
 
     @property
     def C(self) -> int:
@@ -134,7 +133,7 @@ class _Heads(_Sizes):
     @property
     def HP(self) -> int:
         """Heads filled up to whole vectors."""
-        return -(-self.H // self.lanes) * self.lanes
+        return self.padded(self.H)
 
     @property
     def C(self) -> int:
