@@ -53,6 +53,21 @@ RATES: dict[str, tuple[float, ...]] = {
     "lstm": (4e-3, 8e-3, 1.6e-2),
     "gru": (2e-3, 4e-3, 8e-3),
 }
+# Within 1 % of 3 M parameters on bytes.
+LARGE: dict[str, dict[str, Any]] = {
+    "gateloop": {**RECIPE, "max_memory": 64, "depth": 5, "dim": 284},
+    "transformer": {
+        "hidden_size": 216,
+        "intermediate_size": 600,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+    },
+    "original": {"dim": 196, "depth": 5},
+    "mingru": {"dim": 206, "depth": 5, "enable_conv": True},
+    "mamba": {"d_model": 232, "n_layers": 8},
+    "lstm": {"dim": 416, "depth": 2},
+    "gru": {"dim": 480, "depth": 2},
+}
 _HEADS = {"dim": 188, "head_norm": True}
 # The recipe with one thing changed; where that changes the number of parameters the width makes up for it, as far as
 # heads of its size allow (heads of 64: 3 % fewer).
@@ -88,9 +103,23 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 # nanoGPT's setting on a CPU; character level.
 _SHAKESPEARE = {"context": 64, "batch": 12, "characters": True}
+_BOOKS = {"context": 256, "batch": 8, "characters": False, "steps": None, "precision": "bfloat16"}
+# Where time is the budget products are in bfloat16, with which every one of them is faster. `rates_from`
+# names the group whose best learning rate is taken, `seeds` those that follow the first.
 GROUPS: dict[str, dict[str, Any]] = {
     "shakespeare": {"sizes": SMALL, "settings": {**_SHAKESPEARE, "steps": 2000}},
-    "shakespeare-seconds": {"sizes": SMALL, "settings": {**_SHAKESPEARE, "steps": None, "cpu_seconds": 180}},
+    "shakespeare-seconds": {
+        "sizes": SMALL,
+        "rates_from": "shakespeare",
+        "settings": {**_SHAKESPEARE, "steps": None, "cpu_seconds": 180, "precision": "bfloat16"},
+    },
+    "books-rates": {"sizes": LARGE, "seeds": (), "settings": {**_BOOKS, "cpu_seconds": 240, "eval_tokens": 131072}},
+    "books": {
+        "sizes": LARGE,
+        "seeds": (),
+        "rates_from": "books-rates",
+        "settings": {**_BOOKS, "cpu_seconds": 1200, "eval_tokens": 524288},
+    },
     "shakespeare-carried": {
         "sizes": {name: SMALL[name] for name in ("gateloop", "lstm", "gru")},
         "settings": {**_SHAKESPEARE, "steps": 2000, "carry_state": True},
@@ -105,12 +134,34 @@ GROUPS: dict[str, dict[str, Any]] = {
 def key(row: dict[str, Any]) -> str:
     """What tells one run from another: the model and what it is given."""
     given = [row.get("cpu_seconds") or row["steps"], row["context"], row["batch"], bool(row.get("carry_state"))]
+    given += [row.get("precision", "float32")]
     return json.dumps([row["model"], row["options"], row["lr"], row["seed"], *given], sort_keys=True)
 
 
 def loss_of(row: dict[str, Any]) -> float:
     """The validation loss, infinite where a run diverged: nothing is less than what is no number."""
     return math.inf if math.isnan(row["val_loss"]) else float(row["val_loss"])
+
+
+def read_rows(group: str) -> list[dict[str, Any]]:
+    """The rows that a group has."""
+    path = RESULTS / f"{group}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def rates(group: dict[str, Any], model: str) -> tuple[float, ...]:
+    """Learning rates that a model is trained at: all of its own, or the best one of another group.
+
+    Raises:
+        SystemExit: that group has no row of the model.
+    """
+    if (other := group.get("rates_from")) is None:
+        return RATES[model]
+    size = group["sizes"][model]
+    rows = [row for row in read_rows(other) if (row["model"], row["options"], row["seed"]) == (model, size, SEEDS[0])]
+    if not rows:
+        raise SystemExit(f"plan: {model} has no row in {other}, whose best learning rate is wanted: run that first")
+    return (min(rows, key=loss_of)["lr"],)
 
 
 def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
@@ -125,12 +176,13 @@ def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]
     found = []
     for model in models:
         base = {**group["settings"], "model": model, "options": group["sizes"][model]}
-        first = [{**base, "lr": lr, "seed": SEEDS[0]} for lr in RATES[model]]
+        first = [{**base, "lr": lr, "seed": SEEDS[0]} for lr in rates(group, model)]
         left = [spec for spec in first if key(spec) not in done]
         if not left:
             keys = {key(spec) for spec in first}
             best = min((row for row in rows if key(row) in keys), key=loss_of)
-            left = [spec for seed in SEEDS[1:] if key(spec := {**base, "lr": best["lr"], "seed": seed}) not in done]
+            seeds = group.get("seeds", SEEDS[1:])
+            left = [spec for seed in seeds if key(spec := {**base, "lr": best["lr"], "seed": seed}) not in done]
         found += left
     return found
 
@@ -170,7 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     group, path = GROUPS[options.group], RESULTS / f"{options.group}.json"
     models = options.models or list(group["sizes"])
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = read_rows(options.group)
     data = {"data": options.data, "valid": options.valid}
     machine = about()
     valid = f" --valid {Path(options.valid).name}" if options.valid else ""

@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "clip": 1.0,
     "seed": 0,
     "threads": 1,
+    "precision": "float32",
     "carry_state": False,
     "characters": True,
     "valid": None,
@@ -109,10 +110,12 @@ def forward(model: nn.Module, ids: Tensor, state: Any, carry: bool, ours: bool) 
 
 @torch.no_grad()
 def validate(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> float:
-    """Nats per token over all validation windows, each from an empty state unless states are carried."""
-    context, rows = spec["context"], 256
-    if spec["eval_tokens"]:
-        tokens = tokens[: spec["eval_tokens"] + 1]
+    """Nats per token over all validation windows, each from an empty state unless states are carried.
+
+    With `eval_tokens` over as many windows as hold them, evenly spread over the text; carried states read all.
+    """
+    context = spec["context"]
+    rows = max(1, 16384 // context)
     model.eval()
     total, count, state = 0.0, 0, None
     if spec["carry_state"]:
@@ -126,6 +129,8 @@ def validate(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> float:
             count += rows * size
     else:
         starts = list(range(0, len(tokens) - context - 1, context))
+        if spec["eval_tokens"]:
+            starts = starts[:: math.ceil(len(starts) * context / spec["eval_tokens"])]
         for first in range(0, len(starts), rows):
             ids = torch.stack([tokens[n : n + context + 1] for n in starts[first : first + rows]])
             logits = logits_of(model(ids[:, :-1]))
@@ -136,7 +141,7 @@ def validate(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> float:
 
 
 def train(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> dict[str, Any]:
-    """Steps until the budget is spent; seconds are the process's own."""
+    """Steps until the budget is spent, weights in float32, products in `precision`; seconds are the process's own."""
     optimizer = torch.optim.AdamW(
         groups(model, spec), lr=spec["lr"], betas=(0.9, spec["beta2"]), eps=1e-8, foreach=True
     )
@@ -155,8 +160,9 @@ def train(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> dict[str, A
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         ids = windows(tokens, spec, generator, step)
-        logits, state = forward(model, ids[:, :-1], state, spec["carry_state"], spec["model"] == "gateloop")
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec["precision"] == "bfloat16"):
+            logits, state = forward(model, ids[:, :-1], state, spec["carry_state"], spec["model"] == "gateloop")
+        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), spec["clip"])
