@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gateloop_transformer.data.tokenizer import Ids
+from gateloop_transformer.data.tokenizer import TOKENIZER, Ids, printed_bytes, write_bytes, write_config
 
-TOKENIZER = "tokenizer.json"
 END = "<|endoftext|>"
 # Texts are encoded in pieces of at least this many bytes, where tokens allow; none is longer than the second.
 PIECE, LONGEST_PIECE = 1 << 14, 1 << 20
@@ -98,15 +97,11 @@ class BPETokenizer:
 
     def save(self, folder: Path) -> None:
         self.save_as(folder / TOKENIZER)
+        write_config(folder, pad=END, end=END)
 
     def save_as(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        aside = path.with_name(path.name + ".partial")
-        with aside.open("wb") as file:
-            file.write(self._content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_bytes(path, self._content)
 
 
 def load_tokenizer_file(path: str | os.PathLike[str]) -> BPETokenizer:
@@ -236,7 +231,7 @@ def _parts(step: Any, name: str) -> list[dict[str, Any]]:
 
 def _pieces(values: dict[str, Any]) -> list[bytes]:
     """The bytes of each token of a tokenizer.json."""
-    printed = _printed_bytes()
+    printed = {name: byte for byte, name in enumerate(printed_bytes())}
     vocabulary: dict[str, int] = values["model"]["vocab"]
     added = values.get("added_tokens") or []
     pieces = [b""] * (1 + max([*vocabulary.values(), *(token["id"] for token in added)]))
@@ -246,10 +241,3 @@ def _pieces(values: dict[str, Any]) -> list[bytes]:
     for token in added:
         pieces[token["id"]] = b"" if token["special"] else token["content"].encode()
     return pieces
-
-
-def _printed_bytes() -> dict[str, int]:
-    """The characters by which byte-level BPE writes bytes: themselves where they print, else those from 256 on."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[Any]
+# The files of a tokenizer in a folder, in the formats of Hugging Face.
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 class Tokenizer(Protocol):
@@ -55,7 +59,7 @@ class Tokenizer(Protocol):
         """The bytes that tokens stand for."""
 
     def save(self, folder: Path) -> None:
-        """Keep it in the folder, where it needs a file."""
+        """Write its files into a folder, each whole or not at all."""
 
 
 class ByteTokenizer:
@@ -80,7 +84,9 @@ class ByteTokenizer:
         return bytes(map(int, ids))
 
     def save(self, folder: Path) -> None:
-        """Nothing to keep."""
+        """Files that tell transformers of it; this class needs none."""
+        write_bytes(folder / TOKENIZER, json.dumps(_bytes_as_bpe(), ensure_ascii=False, indent=1).encode())
+        write_config(folder, pad=printed_bytes()[0])
 
 
 def encode_blocks(tokenizer: Tokenizer, blocks: Iterable[bytes]) -> Iterator[Ids]:
@@ -94,3 +100,64 @@ def encode_document(tokenizer: Tokenizer, blocks: Iterable[bytes]) -> Iterator[I
     yield from encode_blocks(tokenizer, blocks)
     if tokenizer.end is not None:
         yield np.array([tokenizer.end], dtype=tokenizer.dtype)
+
+
+def printed_bytes() -> list[str]:
+    """The characters by which byte-level BPE writes bytes: themselves where they print, else those from 256 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+def holds_bytes(values: Any) -> bool:
+    """Whether a tokenizer.json is that of bytes."""
+    model = values.get("model") if isinstance(values, dict) else None
+    return (
+        isinstance(model, dict) and not model.get("merges") and model.get("vocab") == _bytes_as_bpe()["model"]["vocab"]
+    )
+
+
+def _bytes_as_bpe() -> dict[str, Any]:
+    """A tokenizer.json of byte-level BPE that joins nothing: its tokens are the bytes, with their own numbers."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": {name: byte for byte, name in enumerate(printed_bytes())}, "merges": []},
+    }
+
+
+def write_config(folder: Path, *, pad: str, end: str | None = None) -> None:
+    """Write what transformers needs to know of a tokenizer besides its tokenizer.json.
+
+    What a text says is text: special tokens are not looked for in it. Padding is put on the left, where generation
+    needs it.
+
+    Args:
+        folder: to write to.
+        pad: the token that stands for padding. Padding is masked: a token of the text's can do both.
+        end: the token after each document; None: there is none.
+    """
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "padding_side": "left",
+        "pad_token": pad,
+        **({} if end is None else {"eos_token": end}),
+    }
+    write_bytes(folder / TOKENIZER_CONFIG, json.dumps(values, ensure_ascii=False, indent=1).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file, whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

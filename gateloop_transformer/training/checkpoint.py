@@ -93,7 +93,7 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig) -> None:
 
 
 def _fill(aside: Path, snapshot: Snapshot, config: RunConfig) -> None:
-    write_tensors(aside / MODEL, snapshot.model, {"model": describe(config)})
+    write_tensors(aside / MODEL, snapshot.model, {"model": describe(config.model), "format": "pt"})
     write_tensors(aside / OPTIMIZER, snapshot.optimizer)
     if snapshot.average:
         write_tensors(aside / AVERAGE, snapshot.average)
@@ -217,7 +217,7 @@ def read(path: Path, config: RunConfig) -> Snapshot:
         ValueError: it is of another configuration, or something in it is missing.
     """
     progress = _read_progress(path / PROGRESS)
-    model = read_weights(path / MODEL, config)
+    model = read_weights(path / MODEL, config.model)
     optimizer = read_tensors(path / OPTIMIZER)[0]
     average = read_tensors(path / AVERAGE)[0] if config.training.ema else {}
     carried = _read_carried(path / CARRIED) if config.training.carry_state else None

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
 
 FORMAT = 4
+# What transformers knows a model by, in every config.json.
+IDENTITY = {"model_type": "gateloop", "architectures": ["GateLoopForCausalLM"]}
+# What transformers itself writes into a config.json.
+FOREIGN = frozenset(
+    {
+        *("architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype"),
+        *("eos_token_id", "id2label", "is_encoder_decoder", "label2id", "model_type", "name_or_path", "num_labels"),
+        *("output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "quantization_config"),
+        *("return_dict", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache"),
+        *("_attn_implementation", "_commit_hash", "_name_or_path", "transformers_weights"),
+    }
+)
 # What may change when a run is resumed: how long it goes on, how often it is looked at, and on what it runs.
 RESUMABLE = (
     *("steps", "minutes", "eval_every", "checkpoint_every", "sample_bytes", "keep", "device", "skip_nonfinite"),
@@ -193,8 +205,8 @@ class RunConfig:
             raise ValueError("carry_state with attention layers needs an attn_window: their state grows without end")
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dictionary with the format's number."""
-        return {"format": FORMAT, **dataclasses.asdict(self), "tokenizer": self.tokenizer.to_json()}
+        """A plain dictionary with the format's number, and what transformers knows a model by."""
+        return {**IDENTITY, "format": FORMAT, **dataclasses.asdict(self), "tokenizer": self.tokenizer.to_json()}
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> RunConfig:
@@ -203,14 +215,9 @@ class RunConfig:
         Raises:
             ValueError: a newer format, an unknown or missing entry, or a value of the wrong type.
         """
-        if not isinstance(values, dict) or not isinstance(values.get("format"), int):
-            raise ValueError(f"{where} is not the configuration of a run")
-        if values["format"] > FORMAT:
-            raise ValueError(
-                f"{where} is of format {values['format']}, newer than this version of gateloop-transformer reads "
-                f"({FORMAT}); install a newer one"
-            )
-        version = values["format"]
+        if is_flat(values):
+            raise ValueError(f"{where} describes a model alone, not a run of 'gateloop train'")
+        version = read_format(values, where)
         tokenizer = TokenizerConfig.from_json(values.get("tokenizer"), where)
         data = values.get("data")
         # Earlier formats hashed other splits of the same data.
@@ -222,6 +229,47 @@ class RunConfig:
         model = build(TransformerConfig, values.get("model"), f"{where}, model", version)
         training = build(TrainingConfig, values.get("training"), f"{where}, training", version)
         return cls(model, training, data, digest, name, tokenizer)
+
+
+def read_format(values: Any, where: str) -> int:
+    """The format of a config.json.
+
+    Raises:
+        ValueError: it has none, or a newer one.
+    """
+    version = values.get("format") if isinstance(values, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"{where} is not the configuration of a run")
+    if version > FORMAT:
+        raise ValueError(
+            f"{where} is of format {version}, newer than this version of gateloop-transformer reads "
+            f"({FORMAT}); install a newer one"
+        )
+    return version
+
+
+def is_flat(values: Any) -> bool:
+    """Whether a config.json is of a model alone, its fields on the first level, as transformers writes it."""
+    return isinstance(values, dict) and values.get("model_type") == IDENTITY["model_type"] and "model" not in values
+
+
+def flat(model: TransformerConfig, num_tokens: int) -> dict[str, Any]:
+    """The config.json of a model alone; `read_flat` is the inverse."""
+    return {**IDENTITY, "format": FORMAT, "vocab_size": num_tokens, **dataclasses.asdict(model)}
+
+
+def read_flat(values: dict[str, Any], where: str) -> tuple[TransformerConfig, int]:
+    """A model and the size of its vocabulary.
+
+    Raises:
+        ValueError: a newer format, an unknown entry, or a value of the wrong type.
+    """
+    version, size = read_format(values, where), values.get("vocab_size")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{where}: vocab_size must be an integer of 1 or more, not {size!r}")
+    own = {name: value for name, value in values.items() if name not in FOREIGN | {"format", "vocab_size"}}
+    # What transformers' users leave out means the default.
+    return build(TransformerConfig, {**dataclasses.asdict(TransformerConfig()), **own}, where, version), size
 
 
 Config = typing.TypeVar("Config", TransformerConfig, TrainingConfig)

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.configuration import TransformerConfig
-from gateloop_transformer.data.bpe import TOKENIZER, load_tokenizer_file
-from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
+from gateloop_transformer.data.bpe import load_tokenizer_file
+from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.config import RunConfig, with_later_fields
+from gateloop_transformer.training.config import RunConfig, is_flat, read_flat, with_later_fields
 from gateloop_transformer.training.storage import read_json, read_tensors, remove, write_tensors, write_text
 
-CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS = (
+CONFIG, MODEL, SHARDS, METRICS, CURVE, CHECKPOINTS = (
     "config.json",
     "model.safetensors",
+    "model.safetensors.index.json",
     "metrics.jsonl",
     "loss.png",
     "checkpoints",
@@ -109,7 +110,7 @@ def check_contents(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _check_kinds(folder: Path) -> None:
-    for name in (CONFIG, MODEL, METRICS, CURVE, LOCK, TOKENIZER):
+    for name in (CONFIG, MODEL, METRICS, CURVE, LOCK, TOKENIZER, TOKENIZER_CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{str(folder / name)!r} is a folder, not a file: choose another folder for the run")
     if (folder / CHECKPOINTS).exists() and not (folder / CHECKPOINTS).is_dir():
@@ -128,7 +129,7 @@ def clear_run(folder: Path) -> None:
         if emptied.is_dir() and not any(emptied.iterdir()):
             emptied.rmdir()
     # What tells that this is a run goes last: a kill meanwhile leaves something that can be replaced.
-    for name in (MODEL, METRICS, CURVE, TOKENIZER, CONFIG):
+    for name in (MODEL, METRICS, CURVE, TOKENIZER, TOKENIZER_CONFIG, CONFIG):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -138,33 +139,66 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Read config.json.
+    """Read the config.json of a run.
 
     Raises:
         ValueError: the folder holds no run, or the file is damaged or of a newer format.
     """
+    return RunConfig.from_json(_config(folder), repr(str(folder / CONFIG)))
+
+
+def _config(folder: Path) -> Any:
     if folder.is_file():
         raise ValueError(f"{str(folder)!r} is a file, not the folder of a run")
     if not folder.is_dir():
         raise ValueError(f"no folder {str(folder)!r}")
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{str(folder)!r} holds no run: it has no {CONFIG}")
-    return RunConfig.from_json(read_json(folder / CONFIG), repr(str(folder / CONFIG)))
+    return read_json(folder / CONFIG)
+
+
+def read_model_config(folder: Path) -> tuple[TransformerConfig, int]:
+    """The model of a run, or that of a folder that transformers wrote, and the size of its vocabulary.
+
+    Raises:
+        ValueError: the folder holds neither, or a file is damaged or of a newer format.
+    """
+    values, where = _config(folder), repr(str(folder / CONFIG))
+    if is_flat(values):
+        return read_flat(values, where)
+    run = RunConfig.from_json(values, where)
+    return run.model, run.tokenizer.size
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a run.
+    """The tokenizer of a run, or of a folder that transformers wrote.
 
     Raises:
-        ValueError: the folder holds no run, or its tokenizer.json is missing, damaged or another.
+        ValueError: the folder holds neither, or its tokenizer.json is missing, damaged or another.
     """
     path = Path(folder)
-    config = read_config(path).tokenizer
+    values = _config(path)
+    if is_flat(values):
+        return _tokenizer_of(path, read_flat(values, repr(str(path / CONFIG)))[1])
+    config = RunConfig.from_json(values, repr(str(path / CONFIG))).tokenizer
     if config.kind == "bytes":
         return ByteTokenizer()
     tokenizer = load_tokenizer_file(path / TOKENIZER)
     if (tokenizer.sha256, tokenizer.size) != (config.sha256, config.size):
         raise ValueError(f"{str(path / TOKENIZER)!r} does not fit {CONFIG}: it is not the tokenizer of this run")
+    return tokenizer
+
+
+def _tokenizer_of(folder: Path, size: int) -> Tokenizer:
+    """The tokenizer in a folder of a model alone: bytes, where there is none and they fit."""
+    path = folder / TOKENIZER
+    if size == ByteTokenizer.size and (not path.exists() or holds_bytes(read_json(path))):
+        return ByteTokenizer()
+    if not path.exists():
+        raise ValueError(f"{str(folder)!r} has no {TOKENIZER}: its model's {size} tokens cannot be told from text")
+    tokenizer = load_tokenizer_file(path)
+    if tokenizer.size > size:
+        raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it has {tokenizer.size} tokens, the model {size}")
     return tokenizer
 
 
@@ -192,9 +226,9 @@ def new_model(config: TransformerConfig, source: Path | None = None, num_tokens:
         raise ValueError(f"{str(source)!r}: {error}") from error
 
 
-def describe(config: RunConfig) -> str:
-    """The model's configuration, kept with its weights: other models may have the same shapes."""
-    return json.dumps(vars(config.model), sort_keys=True)
+def describe(config: TransformerConfig) -> str:
+    """A model's configuration, kept with its weights: other models may have the same shapes."""
+    return json.dumps(vars(config), sort_keys=True)
 
 
 def _described(text: str) -> Any:
@@ -204,14 +238,21 @@ def _described(text: str) -> Any:
     return None
 
 
-def read_weights(path: Path, config: RunConfig) -> dict[str, Tensor]:
-    """The tensors of a model's file.
+def read_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
+    """The tensors of a model's file, or of the files that an index names.
 
     Raises:
         ValueError: it is missing or damaged, or was written for another model.
     """
+    if path.name == SHARDS:
+        index = read_json(path)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
+            raise ValueError(f"{str(path)!r} is no index of weights")
+        files = [read_weights(path.with_name(name), config) for name in sorted(set(names.values()))]
+        return {name: tensor for file in files for name, tensor in file.items()}
     tensors, metadata = read_tensors(path)
-    if "model" in metadata and _described(metadata["model"]) != vars(config.model):
+    if "model" in metadata and _described(metadata["model"]) != vars(config):
         raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {metadata['model']}")
     return tensors
 
@@ -222,7 +263,8 @@ def publish(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None
     Raises:
         OSError: it cannot be written.
     """
-    write_tensors(folder / MODEL, weights, {"model": describe(config)})
+    # transformers takes files that say in what framework's layout they are.
+    write_tensors(folder / MODEL, weights, {"model": describe(config.model), "format": "pt"})
 
 
 def steps(folder: Path) -> list[Path]:
@@ -268,22 +310,25 @@ def load_weights(model: Transformer, tensors: dict[str, Tensor], where: Path) ->
 
 
 def load_model(folder: str | os.PathLike[str], weights: Path | None = None) -> Transformer:
-    """The model of a run, in evaluation mode, on the CPU.
+    """The model of a run, or of a folder that transformers wrote, in evaluation mode, on the CPU.
 
     Args:
-        folder: holds config.json and model.safetensors, as `gateloop train` writes them.
+        folder: holds config.json and model.safetensors (or an index of such files), as `gateloop train`, or
+            `save_pretrained` of GateLoopForCausalLM, writes them.
         weights: the file to take them from; None: model.safetensors.
 
     Raises:
-        ValueError: the folder holds no run, has no weights yet, or a file is damaged or does not fit.
+        ValueError: the folder holds no model, has no weights yet, or a file is damaged or does not fit.
     """
     path = Path(folder)
-    config = read_config(path)
-    model = new_model(config.model, path / CONFIG, load_tokenizer(path).size)
-    if not (path / MODEL).is_file():
+    config, size = read_model_config(path)
+    model = new_model(config, path / CONFIG, size)
+    if weights is None:
+        weights = next((path / name for name in (MODEL, SHARDS) if (path / name).is_file()), None)
+    if weights is None:
         raise ValueError(f"{str(path)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
-    weights = path / MODEL if weights is None else weights
-    load_weights(model, read_weights(weights, config), weights)
+    tensors = read_weights(weights, config)
+    load_weights(model, tensors, weights)
     return model.eval()
 
 

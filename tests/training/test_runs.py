@@ -124,6 +124,8 @@ def test_a_run_leaves_model_config_metrics_curve_and_checkpoints(text: Path, tmp
         "loss.png",
         "checkpoints",
         "tensorboard",
+        "tokenizer.json",
+        "tokenizer_config.json",
         ".lock",
     }
     assert steps_of(out) == [6, 8]

@@ -1,0 +1,106 @@
+"""GateLoopConfig: the arguments of the Transformer as transformers wants them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from gateloop_transformer.configuration import TransformerConfig
+from gateloop_transformer.model import parse_pattern
+from gateloop_transformer.training.config import FOREIGN, FORMAT, IDENTITY, RunConfig, read_flat
+
+_OWN = {item.name for item in dataclasses.fields(TransformerConfig)}
+# What a configuration of transformers may hold besides.
+_THEIRS = {item.name for item in dataclasses.fields(PreTrainedConfig)} | FOREIGN
+
+
+class GateLoopConfig(PreTrainedConfig):
+    """Configuration of GateLoop models: the fields of `gateloop_transformer.TransformerConfig` and a vocabulary.
+
+    Also goes by transformers' own names: hidden_size (dim), num_hidden_layers (depth), num_attention_heads (heads),
+    sliding_window (attn_window). A config.json of `gateloop train` is read as well as one that transformers wrote.
+
+    Args:
+        vocab_size: tokens.
+        use_cache: return the state for continuing.
+        pad_token_id: the token of padding, for classification.
+        bos_token_id: the token that generation starts from where it is given no prompt.
+        eos_token_id: the token that ends generation.
+        tie_word_embeddings: must be False: GateLoop's embedding and logits have weights of their own.
+        format: of the configuration.
+        kwargs: fields of TransformerConfig; and of PreTrainedConfig.
+
+    Raises:
+        ValueError: an unknown field, a value of the wrong type, a newer format, or tied embeddings.
+
+    >>> GateLoopConfig(dim=64, depth=2, gate="ring").hidden_size
+    64
+    """
+
+    model_type = IDENTITY["model_type"]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "heads",
+        "sliding_window": "attn_window",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        tie_word_embeddings: bool = False,
+        format: int = FORMAT,
+        **kwargs: Any,
+    ) -> None:
+        kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        if tie_word_embeddings:
+            raise ValueError("GateLoopConfig: tie_word_embeddings must be False: embedding and logits are two matrices")
+        theirs = _THEIRS | set(GenerationConfig().to_dict())
+        own = {name: value for name, value in kwargs.items() if name not in theirs}
+        model, size = read_flat({**own, "format": format, "vocab_size": vocab_size}, "GateLoopConfig")
+        for name, value in dataclasses.asdict(model).items():
+            setattr(self, name, value)
+        self.vocab_size, self.use_cache, self.format = size, use_cache, FORMAT
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        self.tie_word_embeddings = False
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in own})
+
+    @property
+    def transformer_config(self) -> TransformerConfig:
+        """The library's own configuration."""
+        return TransformerConfig(**{name: getattr(self, name) for name in _OWN})
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches keep for each layer."""
+        config = self.transformer_config
+        attention = "full_attention" if config.attn_window is None else "sliding_attention"
+        default = "gate" if config.use_gate_looped_attn else "attention"
+        pattern = parse_pattern(default if config.layer_pattern is None else config.layer_pattern, config.depth)
+        return ["linear_attention" if kind == "gate" else attention for kind in pattern]
+
+    @classmethod
+    def from_transformer_config(cls, config: TransformerConfig, vocab_size: int, **kwargs: Any) -> GateLoopConfig:
+        """The same model in transformers' terms; kwargs: further fields."""
+        return cls(vocab_size=vocab_size, **dataclasses.asdict(config), **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From the contents of a config.json, of a run or flat.
+
+        Raises:
+            ValueError: as the constructor; or the run's entries are missing or of the wrong type.
+        """
+        if isinstance(config_dict.get("model"), dict):
+            own = {name: value for name, value in config_dict.items() if name not in FOREIGN}
+            run = RunConfig.from_json(own, "config.json")
+            flat = {"vocab_size": run.tokenizer.size, **dataclasses.asdict(run.model), **IDENTITY}
+            config_dict = {name: value for name, value in config_dict.items() if name in FOREIGN} | flat
+        return super().from_dict(config_dict, **kwargs)

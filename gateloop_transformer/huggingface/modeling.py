@@ -1,0 +1,345 @@
+"""GateLoop models for transformers: the library's own modules behind transformers' interface."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils.generic import can_return_tuple
+
+from gateloop_transformer.huggingface.cache import check_cache, load, store
+from gateloop_transformer.huggingface.configuration import GateLoopConfig
+from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.model import Transformer
+
+
+class GateLoopPreTrainedModel(PreTrainedModel):
+    """What all GateLoop models share."""
+
+    config_class = GateLoopConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _supports_sdpa = True
+    _no_split_modules = ["PreNorm", "PostNorm"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights that no file gave: those of a new library model."""
+        if isinstance(module, GateLoopModel):
+            fresh = module.split(module.config.transformer_config.build(module.config.vocab_size))[0]
+        elif isinstance(module, GateLoopForCausalLM):
+            fresh = nn.Module()
+            fresh.lm_head = nn.Linear(module.config.dim, module.config.vocab_size, bias=False)
+        elif isinstance(module, GateLoopForSequenceClassification):
+            fresh = nn.Module()
+            fresh.score = nn.Linear(module.config.dim, module.config.num_labels, bias=False)
+        else:
+            return
+        for name, parameter in fresh.named_parameters():
+            # Passes over those that are loaded.
+            init.copy_(module.get_parameter(name), parameter)
+
+
+class _Steps(NamedTuple):
+    """What layers are told of the steps. seen (B,): before these; padding: where there is some."""
+
+    flags: dict[str, Any]
+    seen: Tensor | None
+    padding: Padding | None
+
+
+class GateLoopModel(GateLoopPreTrainedModel):
+    """The Transformer without its logits: ids to hidden states after the last norm."""
+
+    def __init__(self, config: GateLoopConfig) -> None:
+        super().__init__(config)
+        body, _ = self.split(config.transformer_config.build(config.vocab_size))
+        self.token_emb, self.layers, self.norm = body.token_emb, body.layers, body.norm
+        self.gradient_checkpointing = False
+        if self.token_emb.weight.device.type != "meta":
+            for parameter in self.parameters():
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.post_init()
+
+    @staticmethod
+    def split(whole: Transformer) -> tuple[Any, nn.Module]:
+        """A library model's body (token_emb, layers, norm) and its last matrix, the modules themselves."""
+        body: Any = nn.Module()
+        body.token_emb, body.layers = whole.token_emb, whole.layers
+        if isinstance(whole.to_logits, nn.Sequential):
+            body.norm, head = whole.to_logits[0], whole.to_logits[1]
+        else:
+            body.norm, head = nn.Identity(), whole.to_logits
+        return body, head
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.token_emb
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.token_emb = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of all steps.
+
+        Args:
+            input_ids: (B, T) tokens; or
+            inputs_embeds: (B, T, dim) in their place.
+            attention_mask: (B, L) with L ≥ T, of all steps so far, 0 for padding on whatever side: padded steps change
+                no state, and their hidden states are 0.
+            position_ids: (B, T). Where a row has a 0 after its first step and there is no mask, documents are packed
+                in it, and each begins from an empty state. Positions count for nothing else.
+            past_key_values: `DynamicCache(config=model.config)` as the call before left it.
+            use_cache: return it; None: as configured, and not in training.
+            output_hidden_states: return what goes into each block, and the last output.
+            cu_seq_lens_q: (N + 1,) bounds of the documents packed in a batch of one row.
+            kwargs: passed over.
+
+        Raises:
+            ValueError: neither or both of input_ids and inputs_embeds, or a shape or a cache that does not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("GateLoopModel: give either input_ids or inputs_embeds")
+        x = self.token_emb(self._masked_ids(input_ids, attention_mask)) if input_ids is not None else inputs_embeds
+        x = cast(Tensor, x)
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache and self.training and self.gradient_checkpointing:
+            use_cache = False
+        if past_key_values is not None:
+            check_cache(past_key_values, len(self.layers))
+        cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
+        steps = self._steps(x, attention_mask, position_ids, cache, cu_seq_lens_q)
+        length = x.shape[1]
+        x = x if steps.padding is None else steps.padding.pack(x)
+        hidden: list[Tensor] = []
+        for n, block in enumerate(self.layers):
+            hidden.append(x)
+            x = self._block(n, block, x, cache, steps, length)
+        x = self.norm(x)
+        hidden.append(x)
+        if steps.padding is not None:
+            hidden = [steps.padding.unpack(each) for each in (hidden if output_hidden_states else hidden[-1:])]
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden[-1],
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+
+    def _masked_ids(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """The ids, those of padding being anything; others are in the vocabulary.
+
+        Raises:
+            ValueError: one is not.
+        """
+        if mask is not None and mask.ndim == 2 and mask.shape[1] >= ids.shape[1] > 1:
+            ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, 0)
+        if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
+            size = self.token_emb.weight.shape[0]
+            if int(ids.min()) < 0 or int(ids.max()) >= size:
+                raise ValueError(
+                    f"GateLoopModel: input_ids must be in [0, {size}), got {int(ids.min())} to {int(ids.max())}"
+                )
+        return ids
+
+    def _steps(
+        self, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None, bounds: Tensor | None
+    ) -> _Steps:
+        B, T = x.shape[:2]
+        config = self.config
+        flags: dict[str, Any] = {
+            "ablate_complex": config.ablate_complex,
+            "ablate_state_transition": config.ablate_state_transition,
+        }
+        if bounds is not None:
+            flags["cu_seqlens"] = bounds
+            return _Steps(flags, None, None)
+        if mask is None:
+            tracing = torch.compiler.is_compiling()
+            if positions is not None and T > 1 and not tracing and bool((positions[:, 1:] == 0).any()):
+                flags["resets"] = (positions == 0).expand(B, T)
+            return _Steps(flags, None, None)
+        if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] < T:
+            raise ValueError(
+                f"GateLoopModel: attention_mask must have shape ({B}, {T} or more), not {tuple(mask.shape)}"
+            )
+        past, own = mask[:, :-T].sum(1) if T else mask.sum(1), mask[:, mask.shape[1] - T :].bool()
+        seen = past if cache is not None and mask.shape[1] > T else None
+        # A step that is decoded is no padding, and looking would make a GPU wait.
+        if T == 1 or (not torch.compiler.is_compiling() and bool(own.all())):
+            return _Steps(flags, seen, None)
+        padding = Padding("GateLoopModel", x, own, None, None)
+        flags["cu_seqlens"] = padding.cu_seqlens
+        return _Steps(flags, seen, padding)
+
+    def _block(self, n: int, block: nn.Module, x: Tensor, cache: Cache | None, steps: _Steps, length: int) -> Tensor:
+        mixer, feedforward = cast(nn.ModuleList, block)
+        if cache is not None:
+            state = load(cache, n, cast(nn.Module, mixer.fn), steps.seen)
+            x, state = mixer(x, state=state, return_state=True, **steps.flags)
+            store(cache, n, state, length, steps.padding is not None)
+            return cast(Tensor, feedforward(x))
+        if self.gradient_checkpointing and self.training:
+            return cast(Tensor, self._gradient_checkpointing_func(_run, mixer, feedforward, x, steps.flags))
+        return _run(mixer, feedforward, x, steps.flags)
+
+
+def _run(mixer: nn.Module, feedforward: nn.Module, x: Tensor, flags: dict[str, Any]) -> Tensor:
+    return cast(Tensor, feedforward(mixer(x, **flags)))
+
+
+class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
+    """A language model: GateLoopModel and the matrix of its logits."""
+
+    def __init__(self, config: GateLoopConfig) -> None:
+        super().__init__(config)
+        self.model = GateLoopModel(config)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = cast(nn.Linear, new_embeddings)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token at every step; arguments as of `GateLoopModel.forward`, and
+
+        Args:
+            labels: (B, T) the tokens again, -100 where nothing is to be predicted; they are shifted here.
+            logits_to_keep: so many steps from the end, or at these steps; 0: all.
+
+        Raises:
+            ValueError: as `GateLoopModel.forward`.
+        """
+        output = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{**kwargs, "return_dict": True},
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+
+
+class GateLoopForSequenceClassification(GateLoopPreTrainedModel):
+    """GateLoopModel and a matrix on the hidden state of the last token that is no padding."""
+
+    def __init__(self, config: GateLoopConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GateLoopModel(config)
+        self.score = nn.Linear(config.dim, cast(int, config.num_labels), bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits (B, num_labels); arguments as of `GateLoopModel.forward`, and
+
+        Args:
+            labels: (B,) classes, (B,) numbers or (B, num_labels), as config.problem_type says.
+
+        Raises:
+            ValueError: as `GateLoopModel.forward`; or where padding is cannot be told.
+        """
+        output = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{**kwargs, "return_dict": True},
+        )
+        hidden = output.last_hidden_state
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        logits = self.score(hidden[rows, self._last(hidden, input_ids, attention_mask)])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+
+    def _last(self, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        """(B,) the place of each row's last token."""
+        B, T = hidden.shape[:2]
+        pad = self.config.pad_token_id
+        if mask is not None:
+            there = mask[:, -T:] != 0
+        elif ids is not None and pad is not None:
+            there = ids != pad
+        elif B == 1:
+            there = torch.ones(B, T, dtype=torch.bool, device=hidden.device)
+        else:
+            raise ValueError(
+                "GateLoopForSequenceClassification: a batch needs an attention_mask, or a config.pad_token_id to tell "
+                "padding by"
+            )
+        return (there * torch.arange(1, T + 1, device=hidden.device)).argmax(1)
+
+
+__all__ = [
+    "GateLoopForCausalLM",
+    "GateLoopForSequenceClassification",
+    "GateLoopModel",
+    "GateLoopPreTrainedModel",
+]
