@@ -23,13 +23,15 @@ AutoConfig.register(GateLoopConfig.model_type, GateLoopConfig, exist_ok=True)
 AutoModel.register(GateLoopConfig, GateLoopModel, exist_ok=True)
 AutoModelForCausalLM.register(GateLoopConfig, GateLoopForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(GateLoopConfig, GateLoopForSequenceClassification, exist_ok=True)
-# The library's names of the last norm and the last matrix, in files.
+# Files have the library's names.
 register_checkpoint_conversion_mapping(
     GateLoopConfig.model_type,
     [
-        WeightRenaming("to_logits.weight", "lm_head.weight"),
-        WeightRenaming("to_logits.0.gamma", "model.norm.gamma"),
-        WeightRenaming("to_logits.1.weight", "lm_head.weight"),
+        WeightRenaming(r"^token_emb\.", "model.token_emb."),
+        WeightRenaming(r"^layers\.", "model.layers."),
+        WeightRenaming(r"^to_logits\.0\.", "model.norm."),
+        WeightRenaming(r"^to_logits\.weight", "lm_head.weight"),
+        WeightRenaming(r"^to_logits\.1\.", "lm_head."),
     ],
     overwrite=True,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
 
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.layers.state import AttentionState, GateLoopState
@@ -29,7 +29,10 @@ def check_cache(cache: Any, layers: int) -> None:
             f"GateLoopModel: past_key_values has {len(cache.layers)} layers, the model {layers}: make it with "
             "DynamicCache(config=model.config)"
         )
-    if any(isinstance(layer, StaticLayer) for layer in cache.layers):
+    if any(
+        isinstance(layer, StaticLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in cache.layers
+    ):
         raise ValueError(
             "GateLoopModel: a static cache holds gate loop layers, whose state has one size, but no attention layers "
             "of these models: use DynamicCache(config=model.config)"
@@ -74,6 +77,9 @@ def store(cache: Cache, n: int, state: GateLoopState | AttentionState, steps: in
         padded: some of them were padding.
     """
     if isinstance(state, GateLoopState):
+        if isinstance(cache.layers[n], CacheLayerMixin):
+            count = state.inputs.new_empty(state.inputs.shape[0], 1, steps, 0)
+            cache.update(count, count, n)
         # Without taps the tensor is empty, but only this call tells the cache that there is a state.
         cache.update_conv_state(state.inputs.transpose(1, 2), n)
         cache.update_recurrent_state(torch.stack([state.real, state.imaginary], 1), n)

@@ -79,12 +79,17 @@ class GateLoopConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What transformers' caches keep for each layer."""
+        """What transformers' caches keep for each layer.
+
+        They count steps by the keys of an attention layer; in a model without one the first layer, "hybrid", is given
+        keys of size 0 for that.
+        """
         config = self.transformer_config
         attention = "full_attention" if config.attn_window is None else "sliding_attention"
         default = "gate" if config.use_gate_looped_attn else "attention"
         pattern = parse_pattern(default if config.layer_pattern is None else config.layer_pattern, config.depth)
-        return ["linear_attention" if kind == "gate" else attention for kind in pattern]
+        types = ["linear_attention" if kind == "gate" else attention for kind in pattern]
+        return types if attention in types else ["hybrid", *types[1:]]
 
     @classmethod
     def from_transformer_config(cls, config: TransformerConfig, vocab_size: int, **kwargs: Any) -> GateLoopConfig:
