@@ -54,8 +54,11 @@ def load(cache: Cache, n: int, mixer: nn.Module, seen: Tensor | None) -> GateLoo
         if inputs is None or parts is None:
             return None
         taps = 0 if mixer.conv is None else mixer.conv.taps - 1
-        real, imaginary = parts.unbind(1)
-        return GateLoopState(real, imaginary, inputs[..., inputs.shape[-1] - taps :].transpose(1, 2))
+        inputs = inputs[..., inputs.shape[-1] - taps :].transpose(1, 2)
+        if torch.is_grad_enabled():
+            # The cache writes the next state over this one, which the backward pass still needs.
+            parts, inputs = parts.clone(), inputs.clone()
+        return GateLoopState(parts[:, 0], parts[:, 1], inputs)
     if not layer.get_seq_length():
         return None
     keys, values = layer.keys, layer.values

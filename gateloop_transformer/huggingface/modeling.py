@@ -34,20 +34,33 @@ class GateLoopPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights that no file gave: those of a new library model."""
-        if isinstance(module, GateLoopModel):
-            fresh = module.split(module.config.transformer_config.build(module.config.vocab_size))[0]
-        elif isinstance(module, GateLoopForCausalLM):
-            fresh = nn.Module()
-            fresh.lm_head = nn.Linear(module.config.dim, module.config.vocab_size, bias=False)
-        elif isinstance(module, GateLoopForSequenceClassification):
-            fresh = nn.Module()
-            fresh.score = nn.Linear(module.config.dim, module.config.num_labels, bias=False)
+        """Weights that no file gave: those of a new library model, and of a new Linear for the heads."""
+        if isinstance(self, GateLoopModel):
+            name = next(name for name, each in self.named_modules() if each is module)
+            fresh: Any = self.fresh().get_submodule(name)
+        elif isinstance(module, nn.Linear):
+            fresh = nn.Linear(module.in_features, module.out_features, bias=False)
         else:
             return
-        for name, parameter in fresh.named_parameters():
+        for name, parameter in fresh.named_parameters(recurse=False):
             # Passes over those that are loaded.
             init.copy_(module.get_parameter(name), parameter)
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        for module in self.modules():
+            module.__dict__.pop("_fresh", None)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """The mask as it is: every layer takes it so."""
+        return attention_mask
+
+    def mark_initialized(self) -> None:
+        """What a constructor has made needs no further start."""
+        for parameter in self.parameters():
+            if parameter.device.type != "meta":
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 class _Steps(NamedTuple):
@@ -66,10 +79,14 @@ class GateLoopModel(GateLoopPreTrainedModel):
         body, _ = self.split(config.transformer_config.build(config.vocab_size))
         self.token_emb, self.layers, self.norm = body.token_emb, body.layers, body.norm
         self.gradient_checkpointing = False
-        if self.token_emb.weight.device.type != "meta":
-            for parameter in self.parameters():
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.mark_initialized()
         self.post_init()
+
+    def fresh(self) -> nn.Module:
+        """A body as of a new library model; kept until all weights are there."""
+        if "_fresh" not in self.__dict__:
+            self.__dict__["_fresh"] = self.split(self.config.transformer_config.build(self.config.vocab_size))[0]
+        return cast(nn.Module, self.__dict__["_fresh"])
 
     @staticmethod
     def split(whole: Transformer) -> tuple[Any, nn.Module]:
@@ -215,6 +232,7 @@ class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GateLoopModel(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.mark_initialized()
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -275,6 +293,7 @@ class GateLoopForSequenceClassification(GateLoopPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = GateLoopModel(config)
         self.score = nn.Linear(config.dim, cast(int, config.num_labels), bias=False)
+        self.mark_initialized()
         self.post_init()
 
     @can_return_tuple
