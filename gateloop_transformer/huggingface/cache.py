@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.layers.state import AttentionState, GateLoopState
@@ -80,9 +80,7 @@ def store(cache: Cache, n: int, state: GateLoopState | AttentionState, steps: in
         padded: some of them were padding.
     """
     if isinstance(state, GateLoopState):
-        if isinstance(cache.layers[n], CacheLayerMixin):
-            count = state.inputs.new_empty(state.inputs.shape[0], 1, steps, 0)
-            cache.update(count, count, n)
+        _count(cache.layers[n], state.inputs, steps)
         # Without taps the tensor is empty, but only this call tells the cache that there is a state.
         cache.update_conv_state(state.inputs.transpose(1, 2), n)
         cache.update_recurrent_state(torch.stack([state.real, state.imaginary], 1), n)
@@ -95,6 +93,19 @@ def store(cache: Cache, n: int, state: GateLoopState | AttentionState, steps: in
         layer: Any = cache.layers[n]
         width = layer.keys.shape[2]
         layer.keys, layer.values = _latest(keys, width), _latest(state.values, width)
+
+
+def _count(layer: Any, like: Tensor, steps: int) -> None:
+    """Add to the length of a first layer, which a cache without attention layers takes for its own."""
+    if isinstance(layer, StaticLayer):
+        empty = like.new_empty(like.shape[0], 1, steps, 0)
+        layer.update(empty, empty)
+    elif isinstance(layer, DynamicLayer):
+        # One number in memory, whatever the length.
+        marks = like.new_zeros(1, 1, 1, 1).expand(like.shape[0], 1, layer.get_seq_length() + steps, 1)
+        if not layer.is_initialized:
+            layer.lazy_initialization(marks, marks)
+        layer.keys = layer.values = marks
 
 
 def _latest(x: Tensor, count: int) -> Tensor:

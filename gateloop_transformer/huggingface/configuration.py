@@ -82,7 +82,7 @@ class GateLoopConfig(PreTrainedConfig):
         """What transformers' caches keep for each layer.
 
         They count steps by the keys of an attention layer; in a model without one the first layer, "hybrid", is given
-        keys of size 0 for that.
+        keys for that, which take no memory.
         """
         config = self.transformer_config
         attention = "full_attention" if config.attn_window is None else "sliding_attention"
