@@ -65,7 +65,8 @@ def load(cache: Cache, n: int, mixer: nn.Module, seen: Tensor | None) -> GateLoo
     if seen is None:
         seen = torch.full((keys.shape[0],), layer.get_seq_length(), device=keys.device)
     if mixer.data_dependent_rel_pos == "gate_loop":
-        return AttentionState(*keys.chunk(2, -1), values, seen)
+        real, imaginary = keys.chunk(2, -1)
+        return AttentionState(real, imaginary, values, seen)
     return AttentionState(keys, keys[:, :, :0], values, seen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,8 +22,16 @@ from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.model import Transformer
 
 
+class _Steps(NamedTuple):
+    """What layers are told of the steps. seen (B,): before these; padding: where there is some."""
+
+    flags: dict[str, Any]
+    seen: Tensor | None
+    padding: Padding | None
+
+
 class GateLoopPreTrainedModel(PreTrainedModel):
-    """What all GateLoop models share."""
+    """What all GateLoop models share: the library's modules by the library's names, and how they run."""
 
     config_class = GateLoopConfig
     base_model_prefix = "model"
@@ -32,81 +41,62 @@ class GateLoopPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["PreNorm", "PostNorm"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
+    def __init__(self, config: GateLoopConfig) -> None:
+        super().__init__(config)
+        whole = config.transformer_config.build(config.vocab_size)
+        self.token_emb, self.layers, self.to_logits = whole.token_emb, whole.layers, self.keep(whole.to_logits)
+        self.gradient_checkpointing = False
+
+    @staticmethod
+    def keep(to_logits: nn.Module) -> nn.Module:
+        """What of the library's `to_logits` the model has: the norm before the last matrix, where there is one."""
+        return to_logits[:1] if isinstance(to_logits, nn.Sequential) else nn.Identity()
+
+    def finish(self) -> None:
+        """At the end of a constructor: what it has made needs no further start."""
+        for parameter in self.parameters():
+            if parameter.device.type != "meta":
+                parameter._is_hf_initialized = True
+        self.post_init()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights that no file gave: those of a new library model, and of a new Linear for the heads."""
-        if isinstance(self, GateLoopModel):
-            name = next(name for name, each in self.named_modules() if each is module)
-            fresh: Any = self.fresh().get_submodule(name)
-        elif isinstance(module, nn.Linear):
-            fresh = nn.Linear(module.in_features, module.out_features, bias=False)
-        else:
+        """Weights that no file gave: those of a new library model, and of a new matrix for classes."""
+        name = next((name for name, each in self.named_modules() if each is module), None)
+        if name == "":
             return
+        if name is None or name == "score":
+            # A matrix for classes, or one that is to take the place of another.
+            fresh: Any = copy.deepcopy(module)
+            fresh.reset_parameters()
+        else:
+            fresh = self._fresh().get_submodule(name)
         for name, parameter in fresh.named_parameters(recurse=False):
             # Passes over those that are loaded.
             init.copy_(module.get_parameter(name), parameter)
 
+    def _fresh(self) -> Transformer:
+        """A new library model; kept until all weights are there."""
+        if "_new" not in self.__dict__:
+            self.__dict__["_new"] = self.config.transformer_config.build(self.config.vocab_size)
+        return cast(Transformer, self.__dict__["_new"])
+
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        for module in self.modules():
-            module.__dict__.pop("_fresh", None)
+        self.__dict__.pop("_new", None)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
         """The mask as it is: every layer takes it so."""
         return attention_mask
 
-    def mark_initialized(self) -> None:
-        """What a constructor has made needs no further start."""
-        for parameter in self.parameters():
-            if parameter.device.type != "meta":
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-
-
-class _Steps(NamedTuple):
-    """What layers are told of the steps. seen (B,): before these; padding: where there is some."""
-
-    flags: dict[str, Any]
-    seen: Tensor | None
-    padding: Padding | None
-
-
-class GateLoopModel(GateLoopPreTrainedModel):
-    """The Transformer without its logits: ids to hidden states after the last norm."""
-
-    def __init__(self, config: GateLoopConfig) -> None:
-        super().__init__(config)
-        body, _ = self.split(config.transformer_config.build(config.vocab_size))
-        self.token_emb, self.layers, self.norm = body.token_emb, body.layers, body.norm
-        self.gradient_checkpointing = False
-        self.mark_initialized()
-        self.post_init()
-
-    def fresh(self) -> nn.Module:
-        """A body as of a new library model; kept until all weights are there."""
-        if "_fresh" not in self.__dict__:
-            self.__dict__["_fresh"] = self.split(self.config.transformer_config.build(self.config.vocab_size))[0]
-        return cast(nn.Module, self.__dict__["_fresh"])
-
-    @staticmethod
-    def split(whole: Transformer) -> tuple[Any, nn.Module]:
-        """A library model's body (token_emb, layers, norm) and its last matrix, the modules themselves."""
-        body: Any = nn.Module()
-        body.token_emb, body.layers = whole.token_emb, whole.layers
-        if isinstance(whole.to_logits, nn.Sequential):
-            body.norm, head = whole.to_logits[0], whole.to_logits[1]
-        else:
-            body.norm, head = nn.Identity(), whole.to_logits
-        return body, head
-
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.token_emb
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.token_emb = value
+        self.token_emb = cast(nn.Embedding, value)
 
-    @can_return_tuple
-    def forward(
+    def run(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -118,7 +108,7 @@ class GateLoopModel(GateLoopPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of all steps.
+        """Hidden states after the last norm, of all steps.
 
         Args:
             input_ids: (B, T) tokens; or
@@ -137,7 +127,7 @@ class GateLoopModel(GateLoopPreTrainedModel):
             ValueError: neither or both of input_ids and inputs_embeds, or a shape or a cache that does not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("GateLoopModel: give either input_ids or inputs_embeds")
+            raise ValueError(f"{type(self).__name__}: give either input_ids or inputs_embeds")
         x = self.token_emb(self._masked_ids(input_ids, attention_mask)) if input_ids is not None else inputs_embeds
         x = cast(Tensor, x)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -153,7 +143,7 @@ class GateLoopModel(GateLoopPreTrainedModel):
         for n, block in enumerate(self.layers):
             hidden.append(x)
             x = self._block(n, block, x, cache, steps, length)
-        x = self.norm(x)
+        x = self.to_logits[0](x) if isinstance(self.to_logits, nn.Sequential) else x
         hidden.append(x)
         if steps.padding is not None:
             hidden = [steps.padding.unpack(each) for each in (hidden if output_hidden_states else hidden[-1:])]
@@ -175,7 +165,7 @@ class GateLoopModel(GateLoopPreTrainedModel):
             size = self.token_emb.weight.shape[0]
             if int(ids.min()) < 0 or int(ids.max()) >= size:
                 raise ValueError(
-                    f"GateLoopModel: input_ids must be in [0, {size}), got {int(ids.min())} to {int(ids.max())}"
+                    f"{type(self).__name__}: input_ids must be in [0, {size}), got {int(ids.min())} to {int(ids.max())}"
                 )
         return ids
 
@@ -198,14 +188,14 @@ class GateLoopModel(GateLoopPreTrainedModel):
             return _Steps(flags, None, None)
         if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] < T:
             raise ValueError(
-                f"GateLoopModel: attention_mask must have shape ({B}, {T} or more), not {tuple(mask.shape)}"
+                f"{type(self).__name__}: attention_mask must have shape ({B}, {T} or more), not {tuple(mask.shape)}"
             )
         past, own = mask[:, :-T].sum(1) if T else mask.sum(1), mask[:, mask.shape[1] - T :].bool()
         seen = past if cache is not None and mask.shape[1] > T else None
         # A step that is decoded is no padding, and looking would make a GPU wait.
         if T == 1 or (not torch.compiler.is_compiling() and bool(own.all())):
             return _Steps(flags, seen, None)
-        padding = Padding("GateLoopModel", x, own, None, None)
+        padding = Padding(type(self).__name__, x, own, None, None)
         flags["cu_seqlens"] = padding.cu_seqlens
         return _Steps(flags, seen, padding)
 
@@ -225,21 +215,37 @@ def _run(mixer: nn.Module, feedforward: nn.Module, x: Tensor, flags: dict[str, A
     return cast(Tensor, feedforward(mixer(x, **flags)))
 
 
-class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
-    """A language model: GateLoopModel and the matrix of its logits."""
+class GateLoopModel(GateLoopPreTrainedModel):
+    """The Transformer without its last matrix: ids to hidden states."""
 
     def __init__(self, config: GateLoopConfig) -> None:
         super().__init__(config)
-        self.model = GateLoopModel(config)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.mark_initialized()
-        self.post_init()
+        self.finish()
+
+    @can_return_tuple
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return self.run(*args, **kwargs)
+
+
+class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
+    """A language model: the whole Transformer of the library."""
+
+    def __init__(self, config: GateLoopConfig) -> None:
+        super().__init__(config)
+        self.finish()
+
+    @staticmethod
+    def keep(to_logits: nn.Module) -> nn.Module:
+        return to_logits
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        return self.to_logits[1] if isinstance(self.to_logits, nn.Sequential) else self.to_logits
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = cast(nn.Linear, new_embeddings)
+        if isinstance(self.to_logits, nn.Sequential):
+            self.to_logits[1] = new_embeddings
+        else:
+            self.to_logits = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -254,26 +260,26 @@ class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token at every step; arguments as of `GateLoopModel.forward`, and
+        """Logits of the next token at every step; arguments as of `run`, and
 
         Args:
             labels: (B, T) the tokens again, -100 where nothing is to be predicted; they are shifted here.
             logits_to_keep: so many steps from the end, or at these steps; 0: all.
 
         Raises:
-            ValueError: as `GateLoopModel.forward`.
+            ValueError: as `run`.
         """
-        output = self.model(
+        output = self.run(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **{**kwargs, "return_dict": True},
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = self.get_output_embeddings()(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -291,10 +297,8 @@ class GateLoopForSequenceClassification(GateLoopPreTrainedModel):
     def __init__(self, config: GateLoopConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = GateLoopModel(config)
-        self.score = nn.Linear(config.dim, cast(int, config.num_labels), bias=False)
-        self.mark_initialized()
-        self.post_init()
+        self.score = nn.Linear(config.dim, config.num_labels, bias=False)
+        self.finish()
 
     @can_return_tuple
     def forward(
@@ -308,22 +312,22 @@ class GateLoopForSequenceClassification(GateLoopPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Logits (B, num_labels); arguments as of `GateLoopModel.forward`, and
+        """Logits (B, num_labels); arguments as of `run`, and
 
         Args:
             labels: (B,) classes, (B,) numbers or (B, num_labels), as config.problem_type says.
 
         Raises:
-            ValueError: as `GateLoopModel.forward`; or where padding is cannot be told.
+            ValueError: as `run`; or where padding is cannot be told.
         """
-        output = self.model(
+        output = self.run(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **{**kwargs, "return_dict": True},
+            **kwargs,
         )
         hidden = output.last_hidden_state
         rows = torch.arange(hidden.shape[0], device=hidden.device)

@@ -328,9 +328,6 @@ def load_model(folder: str | os.PathLike[str], weights: Path | None = None) -> T
     if weights is None:
         raise ValueError(f"{str(path)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
     tensors = read_weights(weights, config)
-    if config.post_ln_norm and "to_logits.1.weight" in tensors:
-        # transformers writes it so whatever stands before it.
-        tensors["to_logits.weight"] = tensors.pop("to_logits.1.weight")
     load_weights(model, tensors, weights)
     return model.eval()
 

@@ -1,0 +1,146 @@
+"""What others need of a run: a folder that transformers loads, with a model card that says what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gateloop_transformer.huggingface.configuration import GateLoopConfig
+from gateloop_transformer.huggingface.modeling import GateLoopForCausalLM
+from gateloop_transformer.training.config import RunConfig
+from gateloop_transformer.training.curves import read_records
+from gateloop_transformer.training.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
+from gateloop_transformer.training.storage import write_text
+
+CARD = "README.md"
+
+
+def convert(run: str | os.PathLike[str], **options: Any) -> GateLoopForCausalLM:
+    """The model of a run (or of any folder that `load_model` reads) as transformers has it, in evaluation mode.
+
+    Args:
+        run: the folder.
+        options: further fields of GateLoopConfig.
+
+    Raises:
+        ValueError: the folder holds no model.
+    """
+    whole, tokenizer_end = load_model(run), None
+    path = Path(run)
+    config = GateLoopConfig.from_pretrained(path)
+    if (path / "tokenizer.json").exists():
+        tokenizer_end = load_tokenizer(run).end
+    config.eos_token_id = config.eos_token_id if tokenizer_end is None else tokenizer_end
+    for name, value in options.items():
+        setattr(config, name, value)
+    model = GateLoopForCausalLM(config)
+    model.load_state_dict(whole.state_dict())
+    model.eval()
+    return model
+
+
+def export(run: str | os.PathLike[str], out: str | os.PathLike[str], max_shard_size: str | int = "50GB") -> None:
+    """Write a run as a folder for others: weights, configuration, tokenizer, model card and curve.
+
+    `AutoModelForCausalLM`, `AutoTokenizer` and `load_model` read it, and it can be pushed to a hub as it is.
+
+    Args:
+        run: the folder of a run.
+        out: the folder to write; made where it is not there.
+        max_shard_size: of a file of weights, as transformers takes it.
+
+    Raises:
+        ValueError: the folder holds no run with weights, or `out` is not empty.
+    """
+    source, target = Path(run), Path(out)
+    config = read_config(source)
+    model = convert(source)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{str(target)!r} is there already and not empty: choose another folder")
+    target.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(target, max_shard_size=max_shard_size)
+    load_tokenizer(source).save(target)
+    if (source / CURVE).is_file():
+        shutil.copyfile(source / CURVE, target / CURVE)
+    write_text(target / CARD, model_card(source, config, sum(each.numel() for each in model.parameters())))
+
+
+def model_card(run: Path, config: RunConfig, parameters: int) -> str:
+    """The card of a run, from its configuration and its metrics."""
+    records = read_records(run / METRICS) if (run / METRICS).is_file() else []
+    valid = [record for record in records if "bits_per_byte" in record]
+    trained = [record for record in records if "tokens" in record]
+    settings, data = config.training, Path(config.data).name if config.data else "the Python standard library's sources"
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gateloop", "linear-recurrence"],
+    }
+    figures = [f"- Parameters: {parameters:,}", f"- Tokens: {_tokens(config)}"]
+    if valid:
+        best = min(valid, key=lambda record: record["bits_per_byte"])
+        figures.append(
+            f"- Validation: {valid[-1]['bits_per_byte']:.4f} bits per byte after {valid[-1]['step']:,} steps "
+            f"(best: {best['bits_per_byte']:.4f} at step {best['step']:,})"
+        )
+    if trained:
+        last = trained[-1]
+        figures.append(
+            f"- Training: {last['tokens']:,} tokens in {last['step']:,} steps, {last['seconds']:,.0f} seconds"
+        )
+    figures.append(
+        f"- Windows of {settings.context:,} tokens, {settings.windows} in a step; learning rate {settings.lr:g}"
+    )
+    source = f"- Data: {data}" + (f", SHA-256 of the corpus {config.data_sha256}" if config.data_sha256 else "")
+    curve = [f"![Loss by step]({CURVE})", ""] if (run / CURVE).is_file() else []
+    return "\n".join(
+        [
+            "---",
+            *(f"{name}: {json.dumps(value)}" for name, value in front.items()),
+            "---",
+            "",
+            f"# {run.resolve().name}",
+            "",
+            "A GateLoop language model: a linear recurrence with data-controlled gates, whose state has one size",
+            "however long the text is. Trained with `gateloop train`; the numbers below are of that run.",
+            "",
+            *figures,
+            source,
+            "",
+            *curve,
+            "## Use",
+            "",
+            "`pip install gateloop-transformer[hf]`, then",
+            "",
+            "```python",
+            "import gateloop_transformer.huggingface  # makes transformers know the model",
+            "from transformers import pipeline",
+            "",
+            'generator = pipeline("text-generation", model="path/to/this/folder")',
+            'print(generator("Once", max_new_tokens=100)[0]["generated_text"])',
+            "```",
+            "",
+            "or `gateloop generate path/to/this/folder --prompt Once`.",
+            "",
+            "## Limits",
+            "",
+            "It has seen nothing but the data above: what it writes may be wrong, and as that data is. It has not been",
+            "tuned to follow instructions.",
+            "",
+            "## Configuration",
+            "",
+            "```json",
+            json.dumps({"model": vars(config.model), "training": vars(settings)}, indent=1),
+            "```",
+            "",
+        ]
+    )
+
+
+def _tokens(config: RunConfig) -> str:
+    return (
+        "bytes" if config.tokenizer.kind == "bytes" else f"byte-level BPE, {config.tokenizer.size:,} in the vocabulary"
+    )
