@@ -8,7 +8,19 @@ import sys
 from typing import NoReturn
 
 import gateloop_transformer
-from gateloop_transformer.cli import bench, evaluate, generate, inspect, plot, read, sweep, tasks, tokenizer, train
+from gateloop_transformer.cli import (
+    bench,
+    convert,
+    evaluate,
+    generate,
+    inspect,
+    plot,
+    read,
+    sweep,
+    tasks,
+    tokenizer,
+    train,
+)
 from gateloop_transformer.cli.errors import let_main_speak, message
 
 _COMMANDS = {
@@ -17,6 +29,7 @@ _COMMANDS = {
     "generate": generate,
     "read": read,
     "eval": evaluate,
+    "convert": convert,
     "inspect": inspect,
     "plot": plot,
     "sweep": sweep,
