@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +11,16 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.configuration import TransformerConfig
-from gateloop_transformer.data.bpe import TOKENIZER, load_tokenizer_file
-from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
+from gateloop_transformer.data.bpe import load_tokenizer_file
+from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.config import FORMAT
-from gateloop_transformer.training.folder import CONFIG, MODEL
+from gateloop_transformer.training.config import flat, is_flat
+from gateloop_transformer.training.folder import CONFIG, MODEL, describe
 from gateloop_transformer.training.original import Arguments, infer
 from gateloop_transformer.training.state_dicts import find_model, read_file
 from gateloop_transformer.training.storage import read_json, remove, sync, write_tensors, write_text
 
-_FILES = (CONFIG, TOKENIZER, MODEL)
+_FILES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, MODEL)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,6 +65,8 @@ def convert(
     reads = _tokenizer(tokenizer, size)
     if reads is None:
         notes.append(f"no --tokenizer: the model has {size:,} tokens, and text cannot be encoded for it")
+    elif reads.size < size:
+        notes.append(f"the tokenizer has {reads.size:,} tokens, the model {size:,}: the others are never read")
     _write(out, arguments.config(), size, reads, tensors)
     return {
         "source": str(source),
@@ -107,9 +108,8 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
     if not present:
         return
     config = read_json(out / CONFIG) if CONFIG in present else None
-    converted = isinstance(config, dict) and config.get("model_type") == "gateloop"
     others = sorted(present - {name for file in _FILES for name in (file, f"{file}.partial")})
-    if others or not converted:
+    if others or not is_flat(config):
         raise ValueError(f"{where} holds {(others or sorted(present))[0]}: choose a folder that is new or empty")
     if not overwrite:
         raise ValueError(f"{where} already holds a model: replace it with --overwrite")
@@ -179,11 +179,14 @@ def _exact_rotation(tensors: dict[str, Tensor], arguments: Arguments) -> list[st
 
 
 def _tokenizer(choice: str | None, size: int) -> Tokenizer | None:
-    """That of a vocabulary of `size` tokens; None: there is none."""
-    if choice is None and size != 256:
+    """That of a vocabulary of `size` tokens, or of the first of these; None: there is none."""
+    if choice is None and size != ByteTokenizer.size:
         return None
-    tokenizer: Tokenizer = ByteTokenizer() if choice in (None, "bytes") else load_tokenizer_file(str(choice))
-    if tokenizer.size != size:
+    tokenizer: Tokenizer = ByteTokenizer()
+    if choice not in (None, "bytes") and not (Path(choice).is_file() and holds_bytes(read_json(Path(choice)))):
+        tokenizer = load_tokenizer_file(choice)
+    # In a folder without a tokenizer of more, bytes are told by their number.
+    if tokenizer.size > size or (tokenizer.kind == "bytes" and tokenizer.size != size):
         raise ValueError(f"--tokenizer: {choice} has {tokenizer.size:,} tokens, the model {size:,}")
     return tokenizer
 
@@ -191,19 +194,12 @@ def _tokenizer(choice: str | None, size: int) -> Tokenizer | None:
 def _write(
     out: Path, config: TransformerConfig, size: int, tokenizer: Tokenizer | None, tensors: dict[str, Tensor]
 ) -> None:
-    flat = {
-        "model_type": "gateloop",
-        "architectures": ["GateLoopForCausalLM"],
-        "format": FORMAT,
-        "vocab_size": size,
-        **dataclasses.asdict(config),
-    }
     out.mkdir(parents=True, exist_ok=True)
     # What tells that this is a conversion comes first: a kill meanwhile leaves something that can be replaced.
-    write_text(out / CONFIG, json.dumps(flat, indent=2) + "\n")
-    remove(out / TOKENIZER)
+    write_text(out / CONFIG, json.dumps(flat(config, size), indent=2) + "\n")
+    for name in (TOKENIZER, TOKENIZER_CONFIG):
+        remove(out / name)
     if tokenizer is not None:
         tokenizer.save(out)
-    described = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    write_tensors(out / MODEL, tensors, {"format": "pt", "model": described})
+    write_tensors(out / MODEL, tensors, {"model": describe(config), "format": "pt"})
     sync(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
 import struct
@@ -78,6 +79,11 @@ def _load(path: Path, where: str) -> Any:
             # Of the layout of damaged files, which are refused below.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # So torch says that a file ends too soon.
+        raise ValueError(f"{where} is damaged") from error
     except _UNREADABLE as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and name is not None:
@@ -104,7 +110,7 @@ def find_model(content: Mapping[Any, Any], where: str, entry: str | None = None)
     Raises:
         ValueError: there is none, or there are several and `entry` is none of them.
     """
-    leaves = [(_plain(name), value) for name, value in _leaves(content)]
+    leaves = list(_leaves(content))
     if not any(isinstance(value, Tensor) for _, value in leaves):
         raise ValueError(f"{where} holds no tensors")
     roots = sorted({name.removesuffix("token_emb.weight") for name, _ in leaves if _ends(name, "token_emb.weight")})
@@ -130,13 +136,12 @@ def find_model(content: Mapping[Any, Any], where: str, entry: str | None = None)
 
 
 def _leaves(content: Mapping[Any, Any], before: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:
-    """Whatever is no mapping, by all names that lead to it."""
+    """Whatever is no mapping, by all names that lead to it, without wrappers in its own."""
     for key, value in content.items():
-        name = f"{before}{key}"
         if isinstance(value, Mapping) and depth < _DEEPEST:
-            yield from _leaves(value, f"{name}.", depth + 1)
+            yield from _leaves(value, f"{before}{key}.", depth + 1)
         else:
-            yield name, value
+            yield before + ".".join(part for part in str(key).split(".") if part not in _WRAPPERS), value
 
 
 def _beside(name: str, root: str) -> str:
@@ -144,10 +149,6 @@ def _beside(name: str, root: str) -> str:
     parts, way = name.split("."), root.split(".")
     same = next((n for n, (one, other) in enumerate(zip(parts, way, strict=False)) if one != other), len(way))
     return ".".join(parts[: same + 1])
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _ends(name: str, end: str) -> bool:
