@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gateloop_transformer.cli import figures
 from gateloop_transformer.cli.flags import add_checkpoint, add_dtype, add_field, bytes_bar, folder
 
 if TYPE_CHECKING:
@@ -32,7 +33,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
     add_dtype(parser)
     add_checkpoint(parser)
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--suite",
+        action="store_true",
+        help="all figures at once: perplexity per token and per byte, bits per byte, tokens, bytes, and the loss by "
+        "position up to 16 times the training context",
+    )
+    what.add_argument(
         "--by-position",
         action="store_true",
         help="instead: losses in windows read from an empty state, by position and by how long ago the same tokens "
@@ -44,27 +52,31 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="with --by-position: windows of N times the training context (default: 64, less if DATA is short)",
     )
+    both = "with --by-position or --suite"
     parser.add_argument(
-        "--windows", type=int, metavar="N", help="with --by-position: N windows, evenly through DATA (default: all)"
+        "--windows", type=int, metavar="N", help=f"{both}: N windows, evenly through DATA (default: all)"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"{both}: draw the loss against the position")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="with --by-position: draw the loss against the position"
+        "--context",
+        type=int,
+        metavar="T",
+        help=f"{both}: tokens in a training window (default: the run's; a converted model does not know)",
     )
     parser.add_argument(
         "--json",
         action="store_true",
         help='print {"bits_per_byte": ..., "bytes": ...}; with --by-position {"by_position": [{"from": ..., "to": '
-        '..., "tokens": ..., "loss": (nats per token), "bits_per_byte": ...}], "by_distance": [...], "context": ...}',
+        '..., "tokens": ..., "loss": (nats per token), "bits_per_byte": ...}], "by_distance": [...], "context": ...}; '
+        'with --suite {"perplexity_per_token": ..., "perplexity_per_byte": ..., "bits_per_byte": ..., "tokens": ..., '
+        '"bytes": ..., "length_generalisation": {"context": ..., "reached": (times it), "by_position": [...]}, ...}',
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gateloop_transformer.data.documents import count
     from gateloop_transformer.data.sources import open_source
-    from gateloop_transformer.data.tokenizer import encode_document
     from gateloop_transformer.layers.quantized import quantize
     from gateloop_transformer.training.checkpoint import weights_file
-    from gateloop_transformer.training.evaluation import Score, score
     from gateloop_transformer.training.folder import load_model, load_tokenizer, pick_device
 
     _check_flags(arguments)
@@ -74,12 +86,33 @@ def run(arguments: argparse.Namespace) -> None:
     # Data that cannot be read is refused before the model is looked at.
     documents = itertools.chain([next(texts)], texts)
     tokenizer = load_tokenizer(arguments.dir)
+    if arguments.by_position or arguments.suite:
+        arguments.context = _context(arguments)
     weights = weights_file(arguments.dir, arguments.checkpoint)
     model = quantize(load_model(arguments.dir, weights), arguments.dtype).to(pick_device(arguments.device))
     if arguments.by_position:
         _by_position(arguments, model, documents, tokenizer)
         _say_left_out(source, counts)
-        return
+    elif arguments.suite:
+        _suite(arguments, model, documents, tokenizer, counts)
+        _say_left_out(source, counts)
+    else:
+        _bits_per_byte(arguments, model, source, documents, tokenizer, counts)
+
+
+def _bits_per_byte(
+    arguments: argparse.Namespace,
+    model: Transformer,
+    source: Source,
+    documents: Iterator[Iterator[bytes]],
+    tokenizer: Tokenizer,
+    counts: _Counts,
+) -> None:
+    """Say bits per byte."""
+    from gateloop_transformer.data.documents import count
+    from gateloop_transformer.data.tokenizer import encode_document
+    from gateloop_transformer.training.evaluation import Score, score
+
     total = Score(0.0, 0)
     with bytes_bar(source.size()) as bar:
         for document in documents:
@@ -115,25 +148,70 @@ def _say_left_out(source: Source, counts: _Counts) -> bool:
 def _check_flags(arguments: argparse.Namespace) -> None:
     from gateloop_transformer.training.plot import check_png
 
-    for flag, value in (("--up-to", arguments.up_to), ("--windows", arguments.windows), ("--plot", arguments.plot)):
-        if value is not None and not arguments.by_position:
-            raise ValueError(f"{flag} goes with --by-position")
+    for flag, value in (
+        ("--up-to", arguments.up_to),
+        ("--windows", arguments.windows),
+        ("--plot", arguments.plot),
+        ("--context", arguments.context),
+    ):
+        fits = arguments.by_position or (arguments.suite and flag != "--up-to")
+        if value is not None and not fits:
+            raise ValueError(f"{flag} goes with --by-position{'' if flag == '--up-to' else ' or --suite'}")
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
     if arguments.plot is not None:
         check_png(arguments.plot)
 
 
+def _context(arguments: argparse.Namespace) -> int:
+    """Tokens that a window of the model's training predicts."""
+    from gateloop_transformer.training.config import is_flat
+    from gateloop_transformer.training.folder import CONFIG, read_config
+    from gateloop_transformer.training.storage import read_json
+
+    if arguments.context is not None:
+        return int(arguments.context)
+    if (arguments.dir / CONFIG).is_file() and is_flat(read_json(arguments.dir / CONFIG)):
+        raise ValueError(
+            f"{str(arguments.dir)!r} does not say what context it was trained with: pass it as --context T"
+        )
+    return read_config(arguments.dir).training.context
+
+
+def _suite(
+    arguments: argparse.Namespace,
+    model: Transformer,
+    documents: Iterator[Iterator[bytes]],
+    tokenizer: Tokenizer,
+    counts: _Counts,
+) -> None:
+    """Say all figures."""
+    from gateloop_transformer.training.plot import draw_positions
+    from gateloop_transformer.training.positions import tokens_on_disk
+    from gateloop_transformer.training.suite import generalisation, perplexities, windows
+
+    with tokens_on_disk(documents, tokenizer) as tokens:
+        chosen = windows(tokens, arguments.context, arguments.windows)
+        with bytes_bar(counts.size) as bar:
+            result: dict[str, Any] = perplexities(model, tokens, tokenizer, bar.update)
+        with bytes_bar(chosen.length * len(chosen.starts), unit="token") as bar:
+            found = generalisation(model, tokens, chosen, arguments.context, tokenizer, bar.update)
+        size = len(tokens)
+    result |= {"tokens": size, "bytes": counts.size, "documents": counts.documents, "length_generalisation": found}
+    if arguments.plot is not None:
+        draw_positions(found["by_position"], arguments.context, arguments.plot)
+    print(json.dumps(result) if arguments.json else figures.suite(result))
+
+
 def _by_position(
     arguments: argparse.Namespace, model: Transformer, documents: Iterator[Iterator[bytes]], tokenizer: Tokenizer
 ) -> None:
     """Say, and draw on request, losses by position and distance."""
-    from gateloop_transformer.training.folder import read_config
     from gateloop_transformer.training.plot import draw_positions
     from gateloop_transformer.training.positions import evenly, spread, tokens_on_disk, windows_up_to
     from gateloop_transformer.training.spans import doubling_spans
 
-    context = read_config(arguments.dir).training.context
+    context = arguments.context
     with tokens_on_disk(documents, tokenizer) as tokens:
         starts, times = windows_up_to(tokens, context, arguments.up_to)
         starts = starts if arguments.windows is None else evenly(starts, arguments.windows)
@@ -153,30 +231,7 @@ def _by_position(
         print(f"gateloop eval: DATA is too short for 64 times the training context: up to {times}", file=sys.stderr)
     if arguments.plot is not None:
         draw_positions(result["by_position"], context, arguments.plot)
-    print(json.dumps(result) if arguments.json else _table(result))
-
-
-def _table(result: dict[str, Any]) -> str:
-    """Losses by position and by distance, to be read."""
-    head = f"{'tokens':>12} {'nats/token':>11} {'bits/byte':>10} {'right':>7}"
-    windows = f"{result['windows']:,} windows, each from an empty state, of {result['up_to']} x {result['context']:,}"
-    lines = [f"{windows} tokens", "", f"{'tokens read before':>22} {head}"]
-    lines += [f"{_span(row):>22} {_figures(row)}" for row in result["by_position"]]
-    same = f"the same {result['same_tokens']} tokens, ago"
-    lines += ["", f"{same:>22} {head} {'again':>7}"]
-    lines += [f"{_span(row):>22} {_figures(row)} {row['again']:>7.1%}" for row in result["by_distance"]]
-    return "\n".join(lines)
-
-
-def _span(row: dict[str, Any]) -> str:
-    if row["from"] is None:
-        return "never"
-    return f"{row['from']:,}" if row["from"] == row["to"] else f"{row['from']:,} to {row['to']:,}"
-
-
-def _figures(row: dict[str, Any]) -> str:
-    bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-    return f"{row['tokens']:>12,} {row['loss']:>11.4f} {bits:>10} {row['accuracy']:>7.1%}"
+    print(json.dumps(result) if arguments.json else figures.positions(result))
 
 
 class _Counts:

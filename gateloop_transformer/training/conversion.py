@@ -196,7 +196,10 @@ def _write(
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # What tells that this is a conversion comes first: a kill meanwhile leaves something that can be replaced.
-    write_text(out / CONFIG, json.dumps(flat(config, size), indent=2) + "\n")
+    dtype = str(tensors["token_emb.weight"].dtype).removeprefix("torch.")
+    # transformers loads into what a configuration says, or else into what it first finds.
+    values = flat(config, size) | ({} if dtype == "float32" else {"dtype": dtype})
+    write_text(out / CONFIG, json.dumps(values, indent=2) + "\n")
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         remove(out / name)
     if tokenizer is not None:

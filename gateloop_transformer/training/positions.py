@@ -135,10 +135,9 @@ def windows_up_to(tokens: Tokens, context: int, up_to: int | None) -> tuple[npt.
         starts = full_windows(tokens, times * context)
         if len(starts) >= (_SOME if times != tried[-1] else 1):
             return starts, times
-    borders = np.unique(np.concatenate([[0], tokens.starts(0, len(tokens)), [len(tokens)]]))
     raise ValueError(
         f"losses up to {tried[-1]} times the training context need a document of more than {tried[-1] * context:,} "
-        f"tokens; the longest has {np.diff(borders).max():,}"
+        f"tokens; the longest has {np.diff(borders(tokens)).max():,}"
     )
 
 
@@ -154,11 +153,17 @@ def evenly(starts: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     return some
 
 
+def borders(tokens: Tokens) -> npt.NDArray[np.int64]:
+    """Where documents begin, and where the last one ends, ascending."""
+    ends: npt.NDArray[np.int64] = np.unique(np.concatenate([[0], tokens.starts(0, len(tokens)), [len(tokens)]]))
+    return ends
+
+
 def full_windows(tokens: Tokens, length: int) -> npt.NDArray[np.int64]:
     """Where windows of `length` predicted tokens begin, as many as fit into each document one after the other."""
-    borders = np.unique(np.concatenate([[0], tokens.starts(0, len(tokens)), [len(tokens)]]))
+    ends = borders(tokens)
     starts = [
-        np.arange(start, stop - length, length) for start, stop in itertools.pairwise(borders) if stop - start > length
+        np.arange(start, stop - length, length) for start, stop in itertools.pairwise(ends) if stop - start > length
     ]
     return np.concatenate(starts) if starts else np.empty(0, dtype=np.int64)
 

@@ -18,8 +18,11 @@ from gateloop_transformer.data.bpe import train_tokenizer
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.data.tokenizer import ByteTokenizer
 from gateloop_transformer.training import positions
+from gateloop_transformer.training.config import flat
+from gateloop_transformer.training.folder import read_config
 from gateloop_transformer.training.positions import full_windows, spread, tokens_on_disk, windows_up_to
 from gateloop_transformer.training.spans import distances_to_same, doubling_spans, spans_of
+from gateloop_transformer.training.suite import perplexities, windows
 
 TEXT = "".join(f"{n} times {n} is {n * n}, ünd so.\n" for n in range(60)).encode()
 MODEL = ["--dim", "8", "--depth", "1", "--gate-loop-heads", "2", "--context", "16", "--batch", "2", "--steps", "2"]
@@ -157,6 +160,9 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, capsys: pytest.
         ([data, "--windows", "2"], "--windows goes with --by-position"),
         ([data, "--by-position", "--windows", "0"], "--windows must be at least 1"),
         ([data, "--plot", "x.png"], "--plot goes with --by-position"),
+        ([data, "--suite", "--up-to", "2"], "--up-to goes with --by-position"),
+        ([data, "--context", "2"], "--context goes with --by-position or --suite"),
+        ([data, "--suite", "--context", "0"], "--context must be at least 1"),
         ([data, "--by-position", "--up-to", "0"], "--up-to must be at least 1"),
         ([data, "--by-position", "--up-to", "999"], "need a document of more than 15,984 tokens"),
         ([data, "--by-position", "--plot", tmp_path / "x.txt"], "must end in .png"),
@@ -165,3 +171,81 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, capsys: pytest.
         _, err = said(capsys, run, *command, code=2)
         assert problem in err
         assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_perplexities_are_those_of_whole_documents(kind: str) -> None:
+    tokenizer = ByteTokenizer() if kind == "bytes" else train_tokenizer([[TEXT]], 280)
+    model = Transformer(8, num_tokens=tokenizer.size, depth=1).double()
+    texts = [tokenizer.encode(TEXT[:300]), tokenizer.encode(b"a"), tokenizer.encode(TEXT[300:400])]
+    lengths = [len(ids) for ids in texts]
+    tokens = Tokens.of(np.concatenate(texts), np.cumsum([0, *lengths[:-1]]))
+    found = perplexities(model, tokens, tokenizer)
+    nats = sum(
+        F.cross_entropy(model(torch.from_numpy(ids[None, :-1].astype(np.int64)))[0], row, reduction="sum").item()
+        for ids in texts
+        if len(row := torch.from_numpy(ids[1:].astype(np.int64)))
+    )
+    size = sum(int(tokenizer.lengths[ids[1:]].sum()) for ids in texts)
+    assert (found["predicted_tokens"], found["predicted_bytes"]) == (sum(lengths) - 3, size)
+    assert found["loss"] == pytest.approx(nats / (sum(lengths) - 3), rel=1e-9)
+    assert found["perplexity_per_token"] == pytest.approx(math.exp(nats / (sum(lengths) - 3)), rel=1e-9)
+    assert found["perplexity_per_byte"] == pytest.approx(2 ** found["bits_per_byte"], rel=1e-9)
+    assert found["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-9)
+
+
+def test_a_perplexity_beyond_all_numbers_is_null() -> None:
+    model = Transformer(8, num_tokens=256, depth=1)
+    model.to_logits = torch.nn.Linear(8, 256)
+    torch.nn.init.zeros_(model.to_logits.weight)
+    with torch.no_grad():
+        model.to_logits.bias.zero_()[7] = -1e4
+    found = perplexities(model, Tokens.of(np.full(9, 7)), ByteTokenizer())
+    assert found["loss"] == pytest.approx(1e4 + math.log(255))
+    assert found["perplexity_per_token"] is None
+
+
+def test_windows_of_a_suite_are_as_long_as_documents_allow() -> None:
+    tokens = Tokens.of(np.arange(60), [0, 20])
+    assert (windows(tokens, 2).starts.tolist(), windows(tokens, 2).length) == ([20], 32)
+    assert (windows(tokens, 1).starts.tolist(), windows(tokens, 1).length) == ([0, 20, 36], 16)
+    assert (windows(tokens, 4).starts.tolist(), windows(tokens, 4).length) == ([20], 39)
+    assert (windows(tokens, 1, 2).starts.tolist(), windows(tokens, 99).length) == ([0, 36], 39)
+
+
+def test_a_suite_says_all_figures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, png = run.parent / "data.txt", tmp_path / "out.png"
+    out, err = said(capsys, run, data, "--suite", "--json", "--plot", png)
+    result, found = json.loads(out), json.loads(out)["length_generalisation"]
+    assert err == ""
+    assert result["bits_per_byte"] == json.loads(said(capsys, run, data, "--json")[0])["bits_per_byte"]
+    assert (result["tokens"], result["bytes"], result["documents"]) == (len(TEXT), len(TEXT), 1)
+    assert (found["context"], found["reached"], found["length"], found["windows"]) == (16, 16, 256, len(TEXT) // 256)
+    by_position = json.loads(said(capsys, run, data, "--by-position", "--up-to", "16", "--json")[0])["by_position"]
+    assert found["by_position"] == by_position
+    assert png.read_bytes().startswith(b"\x89PNG")
+    out, _ = said(capsys, run, data, "--suite", "--windows", "2")
+    assert f"{result['perplexity_per_token']:,.4f} per token" in out
+    assert "2 windows, from an empty state, of 256 tokens, 16 x the training context of 16" in out
+    assert "too short" not in out
+    (tmp_path / "short.txt").write_bytes(TEXT[:101])
+    out, _ = said(capsys, run, tmp_path / "short.txt", "--suite")
+    assert "DATA is too short for 16 x: its longest document has 101 tokens, 257 would do" in out
+    assert "1 window, from an empty state, of 100 tokens, 6.25 x the training context of 16" in out
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", str(run), str(data), "--suite", "--by-position"])
+
+
+def test_a_model_without_its_training_is_told_the_context(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = run.parent / "data.txt"
+    (tmp_path / "config.json").write_text(json.dumps(flat(read_config(run).model, 256)))
+    (tmp_path / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    for mode in ("--suite", "--by-position"):
+        _, err = said(capsys, tmp_path, data, mode, code=2)
+        assert "does not say what context it was trained with: pass it as --context T" in err
+    out, _ = said(capsys, tmp_path, data, "--suite", "--context", "16", "--json")
+    assert json.loads(out) == json.loads(said(capsys, run, data, "--suite", "--json")[0])
+    out, _ = said(capsys, run, data, "--suite", "--context", "8", "--json")
+    assert json.loads(out)["length_generalisation"]["length"] == 128
