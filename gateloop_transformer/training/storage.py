@@ -66,10 +66,25 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         if number is None:
             raise OSError(f"cannot write {str(path)!r}: {error}") from error
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    _sort_metadata(aside)
     # safetensors makes files that only their owner may read; this one is to be as readable as the others.
     aside.chmod(mode)
     sync(aside)
     os.replace(aside, path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: safetensors writes it in another each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if len(metadata := header.get("__metadata__", {})) < 2:
+            return
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        file.seek(8)
+        file.write(text)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
