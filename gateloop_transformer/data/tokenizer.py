@@ -86,7 +86,8 @@ class ByteTokenizer:
     def save(self, folder: Path) -> None:
         """Files that tell transformers of it; this class needs none."""
         write_bytes(folder / TOKENIZER, json.dumps(_bytes_as_bpe(), ensure_ascii=False, indent=1).encode())
-        write_config(folder, pad=printed_bytes()[0])
+        # No text has the byte 0, and much of what works with tokenizers wants such tokens.
+        write_config(folder, pad=printed_bytes()[0], end=printed_bytes()[0])
 
 
 def encode_blocks(tokenizer: Tokenizer, blocks: Iterable[bytes]) -> Iterator[Ids]:
@@ -131,7 +132,7 @@ def _bytes_as_bpe() -> dict[str, Any]:
     }
 
 
-def write_config(folder: Path, *, pad: str, end: str | None = None) -> None:
+def write_config(folder: Path, *, pad: str, end: str) -> None:
     """Write what transformers needs to know of a tokenizer besides its tokenizer.json.
 
     What a text says is text: special tokens are not looked for in it. Padding is put on the left, where generation
@@ -140,7 +141,7 @@ def write_config(folder: Path, *, pad: str, end: str | None = None) -> None:
     Args:
         folder: to write to.
         pad: the token that stands for padding. Padding is masked: a token of the text's can do both.
-        end: the token after each document; None: there is none.
+        end: the token after each document.
     """
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -148,7 +149,7 @@ def write_config(folder: Path, *, pad: str, end: str | None = None) -> None:
         "split_special_tokens": True,
         "padding_side": "left",
         "pad_token": pad,
-        **({} if end is None else {"eos_token": end}),
+        "eos_token": end,
     }
     write_bytes(folder / TOKENIZER_CONFIG, json.dumps(values, ensure_ascii=False, indent=1).encode())
 

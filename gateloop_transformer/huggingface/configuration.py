@@ -108,4 +108,7 @@ class GateLoopConfig(PreTrainedConfig):
             run = RunConfig.from_json(own, "config.json")
             flat = {"vocab_size": run.tokenizer.size, **dataclasses.asdict(run.model), **IDENTITY}
             config_dict = {name: value for name, value in config_dict.items() if name in FOREIGN} | flat
-        return super().from_dict(config_dict, **kwargs)
+        # To `from_pretrained` this is the memory of devices.
+        devices = {"max_memory": kwargs.pop("max_memory")} if "max_memory" in kwargs else {}
+        result = super().from_dict(config_dict, **kwargs)
+        return (result[0], {**result[1], **devices}) if kwargs.get("return_unused_kwargs") else result

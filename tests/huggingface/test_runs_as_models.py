@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from gateloop_transformer import load_model, load_tokenizer
 from gateloop_transformer.cli import main
 from gateloop_transformer.huggingface import GateLoopForCausalLM, export
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +73,33 @@ def test_an_exported_run(run: Path, tmp_path: Path) -> None:
 def test_importing_the_library_imports_no_transformers() -> None:
     code = "import sys, gateloop_transformer.training.folder; assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
+def test_the_fine_tuning_example(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: bool) -> None:
+    if lora:
+        pytest.importorskip("peft")
+    (tmp_path / "text.txt").write_text("a first document\n\na second one\n\nand a third\n")
+    arguments = ["x", str(run), str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"), "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", arguments + ["--lora"] * lora)
+    with warnings.catch_warnings():
+        # peft asks for what transformers deprecates.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        runpy.run_path(str(EXAMPLES / "finetune_with_trainer.py"), run_name="__main__")
+    changed, weights = load_model(tmp_path / "out").state_dict(), load_model(run).state_dict()
+    assert changed.keys() == weights.keys()
+    name = "layers.0.0.fn.to_qkv.weight"
+    assert lora or not torch.equal(changed[name], weights[name])
+    assert load_tokenizer(tmp_path / "out").kind == "bytes"
+
+
+def test_the_conversation_example(run: Path) -> None:
+    answer = runpy.run_path(str(EXAMPLES / "talk_in_a_pipeline.py"))["talker"](str(run), tokens=8)
+    turns = [answer("the gates"), answer("decide")]
+    said = b""
+    for text, found in zip(["the gates\n", "decide\n"], turns, strict=True):
+        said += text.encode()
+        ids = torch.tensor([list(said)])
+        whole = bytes(load_model(run).generate(ids, 8, temperature=0)[0].tolist())
+        assert whole[len(said) :].decode(errors="replace") == found
+        said = whole
