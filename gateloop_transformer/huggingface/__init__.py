@@ -7,6 +7,18 @@
 
 from __future__ import annotations
 
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "gateloop_transformer.huggingface needs transformers 5 or newer: pip install gateloop-transformer[hf]"
+    ) from error
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"gateloop_transformer.huggingface needs transformers 5 or newer, not {transformers.__version__}: "
+        "pip install gateloop-transformer[hf]"
+    )
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gateloop_transformer.huggingface.card import convert, export, model_card
