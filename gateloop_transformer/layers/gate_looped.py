@@ -152,7 +152,7 @@ class GateLoopedAttention(nn.Module):
         self.dim_head, self.reverse = dim_inner // heads, reverse
         self.checkpoint_gate_looped_attn = checkpoint_gate_looped_attn
         self.frac_gradient_state_transition = frac_gradient_state_transition
-        self.conv = ShortConv(dim, conv_size, silu=conv_silu) if conv_size else None
+        self.conv = ShortConv(dim, conv_size, silu=conv_silu, backend=backend) if conv_size else None
         self.to_qkv = nn.Linear(dim, 3 * dim_inner, bias=qkv_bias)
         if qkv_bias:
             with torch.no_grad():

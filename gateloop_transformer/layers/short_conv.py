@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gateloop_transformer.ops.context_parallel import Ranks, current, nothing
 from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.short_convolution import short_convolution
 
 
 class ShortConv(nn.Module):
@@ -17,11 +18,12 @@ class ShortConv(nn.Module):
         dim: channels.
         taps: length of the filter, at least 1.
         silu: y goes through a SiLU, and the weights start uniform in ±1/√taps; otherwise y starts near x.
+        backend: "auto", or a backend's name.
     """
 
-    def __init__(self, dim: int, taps: int, *, silu: bool = False) -> None:
+    def __init__(self, dim: int, taps: int, *, silu: bool = False, backend: str = "auto") -> None:
         super().__init__()
-        self.taps, self.silu = taps, silu
+        self.taps, self.silu, self.backend = taps, silu, backend
         if silu:
             weight = (2 * torch.rand(dim, 1, taps) - 1) / taps**0.5
         else:
@@ -90,15 +92,14 @@ class ShortConv(nn.Module):
 
     def _filter(self, inputs: Tensor, segment: Tensor | None) -> Tensor:
         """Outputs from the taps-th input on; with `segment` (B, L), of inputs of one segment each."""
+        if segment is None:
+            return short_convolution(inputs, self.weight[:, 0], self.silu, self.backend)
         T = inputs.shape[1] - self.taps + 1
-        y = None
-        for tap in range(self.taps):
+        y = inputs[:, self.taps - 1 :] * self.weight[:, 0, -1]
+        for tap in range(self.taps - 1):
             part = inputs[:, tap : tap + T] * self.weight[:, 0, tap]
-            if segment is not None and tap < self.taps - 1:
-                same = segment[:, tap : tap + T] == segment[:, self.taps - 1 :]
-                part = part.masked_fill(~same.unsqueeze(-1), 0)
-            y = part if y is None else y + part
-        assert y is not None
+            same = segment[:, tap : tap + T] == segment[:, self.taps - 1 :]
+            y = y + part.masked_fill(~same.unsqueeze(-1), 0)
         return F.silu(y) if self.silu else y
 
     def _documents(self, x: Tensor, past: Tensor, resets: Tensor | None, bounds: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,12 @@ class FusedBackend(Protocol):
     def norm_backward(self, grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x and gamma."""
 
+    def conv_forward(self, inputs: Tensor, weight: Tensor, silu: bool) -> Tensor:
+        """The convolution of inputs (B, L, D) by weight (D, taps), through a SiLU if asked for."""
+
+    def conv_backward(self, grad: Tensor, inputs: Tensor, weight: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of inputs and weight."""
+
     def gates_forward(self, projections: Tensor, gate: str, bias: Pair | None, real: bool) -> list[Tensor]:
         """Gates (..., H), real and, unless `real`, imaginary part, and for "ring" the scale of the inputs."""
 

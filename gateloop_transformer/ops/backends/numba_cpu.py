@@ -498,6 +498,58 @@ def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tenso
     return dx.to(own[0]), sums.sum(0).reshape(gamma.shape).to(own[1])
 
 
+# ---- short convolution --------------------------------------------------------------------------------------
+
+
+def _conv_kinds(inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype, int]:
+    """Inputs with their channels in order, weights (taps, D) in the width of the arithmetic, y's dtype, the lanes."""
+    dtype = torch.promote_types(inputs.dtype, weight.dtype)
+    double = dtype == torch.float64
+    x = (inputs.to(dtype) if double else inputs).contiguous()
+    return x, weight.t().to(compute_dtype(dtype)).contiguous(), dtype, 8 if double else 16
+
+
+def conv_forward(inputs: Tensor, weight: Tensor, silu: bool) -> Tensor:
+    """The convolution of inputs (B, L, D) by weight (D, taps), through a SiLU if asked for."""
+    from gateloop_transformer.ops.backends.numba_conv import STEPS
+    from gateloop_transformer.ops.backends.numba_conv import conv_forward as build
+    from gateloop_transformer.ops.backends.numba_launch import launch
+
+    x, w, dtype, lanes = _conv_kinds(inputs, weight)
+    (B, L, D), taps = x.shape, len(w)
+    T = L - taps + 1
+    y = new_memory(x, B, T, D, dtype=dtype)
+    blocks = -(-T // STEPS)
+    kernel = build(kind_of(x.dtype), kind_of(dtype), silu, lanes)
+    launch(kernel, B * blocks, [T, D, taps, blocks, x.data_ptr(), w.data_ptr(), y.data_ptr()], y.numel())
+    return y
+
+
+def conv_backward(grad: Tensor, inputs: Tensor, weight: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of inputs and weight."""
+    from gateloop_transformer.ops.backends.numba_conv import STEPS, conv_inputs, conv_slopes
+    from gateloop_transformer.ops.backends.numba_launch import launch
+
+    x, w, dtype, lanes = _conv_kinds(inputs, weight)
+    (B, L, D), taps = x.shape, len(w)
+    T = L - taps + 1
+    dy, dx = grad.to(dtype).contiguous(), new_memory(x, B, L, D)
+    slopes = new_memory(x, B, T, D, dtype=w.dtype) if silu else dy
+    blocks = -(-T // STEPS)
+    sums = torch.zeros(B * blocks, taps, D, dtype=w.dtype)
+    places = [t.data_ptr() for t in (x, w, dy, dy, slopes, sums, dx)]
+    kernel = conv_slopes(kind_of(x.dtype), kind_of(dtype), silu, lanes)
+    launch(kernel, B * blocks, [T, D, taps, blocks, *places], dy.numel())
+    blocks = -(-L // STEPS)
+    launch(
+        conv_inputs(kind_of(x.dtype), kind_of(slopes.dtype), lanes),
+        B * blocks,
+        [T, D, taps, blocks, *places],
+        dy.numel(),
+    )
+    return dx.to(inputs.dtype), sums.sum(0).t().to(weight.dtype).contiguous()
+
+
 # ---- gates of several heads -------------------------------------------------------------------------------
 
 

@@ -55,6 +55,13 @@ def sigmoid(x: Any) -> Any:
 
 
 @njit
+def silu(s: Any) -> Any:
+    """SiLU and its derivative."""
+    m, rest = sigmoid(s)
+    return s * m, fma(s * m, rest, m)
+
+
+@njit
 def _polar(re: Any, im: Any, double: bool) -> Any:
     """Of z = re + i·im: z/|z| (1 at 0), σ(|z|), σ(|z|)/|z| (0 at 0)."""
     square = fma(re, re, im * im)

@@ -22,7 +22,7 @@ from gateloop_transformer.ops.backends.numba_gates import (
     input_scale,
     input_scale_slope,
     projection_gradient,
-    sigmoid,
+    silu,
 )
 from gateloop_transformer.ops.backends.numba_launch import Kernel, compiled
 from gateloop_transformer.ops.backends.numba_scans import (
@@ -64,13 +64,6 @@ Q, K, V, P, P_IM, S, BIAS, BIAS_IM, CARRY, CARRY_IM, BEFORE, BEFORE_IM = range(O
 Y = OPERANDS + 48
 DY, DQ, DK, DV, DP, DP_IM, DS, DBIAS, DBIAS_IM = range(OPERANDS + 48, OPERANDS + 84, 4)
 FRACTION = OPERANDS + 84
-
-
-@njit
-def _silu(s: Any) -> Any:
-    """SiLU and its derivative."""
-    m, rest = sigmoid(s)
-    return s * m, fma(s * m, rest, m)
 
 
 @njit
@@ -195,7 +188,7 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
                     store(carry, n * LANES, new, WIDE)
                     y = fetch(q_row, c, p[Q + 3], X, LANES, STRIDED) * new
                     if SWISH:
-                        gain, _ = _silu(fetch(s_row, c, p[S + 3], X, LANES, STRIDED))
+                        gain, _ = silu(fetch(s_row, c, p[S + 3], X, LANES, STRIDED))
                         y = y * gain
                     store(y_row, c, y, X)
 
@@ -299,7 +292,7 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                     dq = now * dy
                     pulled = q * dy
                     if SWISH:
-                        gain, slope = _silu(fetch(s_row, c, p[S + 3], X, LANES, STRIDED))
+                        gain, slope = silu(fetch(s_row, c, p[S + 3], X, LANES, STRIDED))
                         store(ds_row, c, (dq * q) * slope, X)
                         dq = dq * gain
                         pulled = pulled * gain
