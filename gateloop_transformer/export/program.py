@@ -1,0 +1,57 @@
+"""A model as a program of `torch.export`: to save, load, compile or lower elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from gateloop_transformer.decoding.decoder import evaluating
+from gateloop_transformer.export.plain import PlainOperators
+from gateloop_transformer.export.states import check_model, start_state, window
+from gateloop_transformer.model import Transformer
+
+
+def export_program(model: Transformer, *, portable: bool = False, max_length: int = 65536) -> ExportedProgram:
+    """A program that maps ids (B, T) to logits (B, T, vocabulary), for every B ≥ 1 and T ≥ 1, in evaluation mode.
+
+    By default the program names this library's operators, with the backend that computes them: it is as fast and as
+    exact as the model, and whoever loads it says `import gateloop_transformer.model` before `torch.export.load`. A
+    portable program is of torch's own operators alone, and runs where this library is not installed, on every device.
+
+    Args:
+        model: a `Transformer`; it stays as it is. The program is of its device, and has copies of no weights.
+        portable: only torch's own operators. No loop runs over time: chunks of 64 steps are matrix products, and states
+            are carried over chunks in log₂(chunks) rounds, so some memory is spent.
+        max_length: the longest T of a portable program.
+
+    Returns:
+        The program: `program.module()(ids)`, `torch.export.save(program, "model.pt2")`.
+
+    Raises:
+        ValueError: the model is no `Transformer` or is quantized, or max_length is below 2.
+    """
+    check_model("export_program", model)
+    if max_length < 2:
+        raise ValueError(f"export_program: max_length must be at least 2 steps, not {max_length}")
+    limits: dict[str, Any] = {"max": max_length} if portable else {}
+    dims = {0: Dim("batch", min=1), 1: Dim("length", min=1, **limits)}
+    # Two sizes, and not 0 or 1: these would be taken for constants.
+    example = torch.zeros(3, 2, dtype=torch.int64, device=model.token_emb.weight.device)
+    with evaluating(model), PlainOperators(max_length) if portable else contextlib.nullcontext():
+        return torch.export.export(_Whole(model), (example,), dynamic_shapes={"ids": dims})
+
+
+class _Whole(nn.Module):
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # A window that may be longer or shorter than T makes two programs, but not after keys that are never seen.
+        windowed = window(self.model) is not None
+        logits: Tensor = self.model(ids, start_state(self.model, ids, 1) if windowed else None)
+        return logits

@@ -1,0 +1,62 @@
+"""The operators in plain torch give what the library's give, under every option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_equal, make_loop
+from options import EVERY, VOCABULARY, build
+from torch import Tensor
+
+from gateloop_transformer.export.plain import PlainOperators, plain_gate_loop
+from gateloop_transformer.ops.backends import eager
+from gateloop_transformer.ops.pairs import Pair
+
+
+class Watched(PlainOperators):
+    """Knows which of the library's operators were called, and which of them were not replaced."""
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__(max_length)
+        self.replaced: set[str] = set()
+        self.missed: set[str] = set()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(function, torch._ops.OpOverload) and function.namespace == "gateloop":
+            (self.replaced if function in self.table else self.missed).add(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def leaves(state: Any) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else [x for item in state for x in leaves(item)]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_gives_the_same_in_plain_torch(name: str) -> None:
+    model = build(name).double()
+    for T in (1, 7, 70):
+        ids = torch.randint(VOCABULARY, (2, T))
+        with Watched(T) as mode:
+            plain = model(ids, return_state=True)
+        assert mode.replaced
+        assert not mode.missed
+        expected = model(ids, return_state=True)
+        assert_equal(leaves(plain), leaves(expected))
+        state = expected[1].detach()
+        with Watched(T) as mode:
+            plain = model(ids, state, return_state=True)
+        assert not mode.missed
+        assert_equal(leaves(plain), leaves(model(ids, state, return_state=True)))
+
+
+@pytest.mark.parametrize("T", [1, 2, 64, 65, 200])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_extreme_gates_are_exact(T: int, per_channel: bool) -> None:
+    loop = make_loop(2, T, 3, 3, 5, per_channel=per_channel)
+    gates, start = (Pair(x.real.clone(), x.imag.clone()) for x in (loop.gates, loop.initial))
+    for a, initial in ((gates, start), (gates, None), (Pair(gates.re), None)):
+        y, final = plain_gate_loop(*loop[:3], a, initial, T)
+        expected, last = eager.gate_loop_forward(*loop[:3], a, initial, False)
+        assert_equal([y, *final.parts()], [expected, *last.parts()])
