@@ -1,0 +1,96 @@
+"""gateloop export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gateloop_transformer.cli.flags import add_checkpoint, folder
+
+_PROGRAM = "model.pt2"
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a model for onnxruntime or torch.export",
+        description="Write a trained model for other runtimes. onnx: step.onnx reads a token, prompt.onnx a block of "
+        "tokens, and model.json says what they need. torch: model.pt2, a program of torch.export.",
+    )
+    parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
+    parser.add_argument("--format", required=True, choices=("onnx", "torch"), help="of what is written")
+    parser.add_argument("--out", required=True, type=folder, metavar="OUT", help="folder for the files")
+    parser.add_argument(
+        "--block", type=int, metavar="N", help="onnx: tokens of a prompt that are read at a time (default: 64)"
+    )
+    parser.add_argument(
+        "--portable", action="store_true", help="torch: of torch's own operators alone, to run without this package"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier export")
+    add_checkpoint(parser)
+    parser.add_argument("--json", action="store_true", help='print {"out": ..., "files": {NAME: bytes, ...}, ...}')
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from gateloop_transformer.training.checkpoint import weights_file
+    from gateloop_transformer.training.folder import load_model, load_tokenizer
+
+    _check_flags(arguments)
+    out: Path = arguments.out
+    tokenizer = load_tokenizer(arguments.dir)
+    model = load_model(arguments.dir, weights_file(arguments.dir, arguments.checkpoint))
+    result: dict[str, Any] = {"out": str(out), "format": arguments.format, "tokenizer": tokenizer.kind}
+    if arguments.format == "onnx":
+        from gateloop_transformer.export.onnx import check_free, export_onnx
+        from gateloop_transformer.export.onnx_runtime import DESCRIPTION
+
+        check_free(out, arguments.overwrite, "--overwrite")
+        block = 64 if arguments.block is None else arguments.block
+        description = export_onnx(model, out, block=block, tokenizer=tokenizer.kind, overwrite=True)
+        result["block"], names = block, [*description["files"], DESCRIPTION]
+    else:
+        _write_program(model, out, arguments.portable, arguments.overwrite)
+        result["portable"], names = arguments.portable, [_PROGRAM]
+    result["files"] = {name: (out / name).stat().st_size for name in names}
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for name, size in result["files"].items():
+        print(f"{out / name}: {size:,} bytes")
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Flags go with the format.
+
+    Raises:
+        ValueError: one does not.
+    """
+    if arguments.format == "torch" and arguments.block is not None:
+        raise ValueError("--block is for --format onnx: a program of torch reads any length")
+    if arguments.format == "onnx" and arguments.portable:
+        raise ValueError("--portable is for --format torch: ONNX files need nothing of this package")
+
+
+def _write_program(model: Any, out: Path, portable: bool, overwrite: bool) -> None:
+    import torch
+
+    from gateloop_transformer.export.program import export_program
+
+    path = out / _PROGRAM
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {str(out)!r} is a file, not a folder")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder, not a file: choose another folder")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
+    program = export_program(model, portable=portable)
+    out.mkdir(parents=True, exist_ok=True)
+    aside = out / f".partial-{_PROGRAM}"
+    try:
+        torch.export.save(program, aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
