@@ -23,6 +23,7 @@ check: .venv/dev
 	$(BIN)/lint-imports
 
 slow: .venv/dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[harness]'
 	$(BIN)/pytest -m slow
 
 # The examples that train for minutes, in full; the tests run them with few steps.
@@ -54,7 +55,7 @@ $(BIN)/python:
 	@touch $@
 
 .venv/dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,data,watch,jax,examples,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,data,watch,jax,hf,export,examples,dev]'
 	@touch $@
 
 .venv-peers/ready: constraints.txt Makefile

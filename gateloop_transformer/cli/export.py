@@ -16,12 +16,13 @@ _PROGRAM = "model.pt2"
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
-        help="write a model for onnxruntime or torch.export",
-        description="Write a trained model for other runtimes. onnx: step.onnx reads a token, prompt.onnx a block of "
-        "tokens, and model.json says what they need. torch: model.pt2, a program of torch.export.",
+        help="write a model for Hugging Face, onnxruntime or torch.export",
+        description="Write a trained model for others. hf: a folder for transformers with a model card, to publish. "
+        "onnx: step.onnx reads a token, prompt.onnx a block of tokens, and model.json says what they need. torch: "
+        "model.pt2, a program of torch.export.",
     )
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
-    parser.add_argument("--format", required=True, choices=("onnx", "torch"), help="of what is written")
+    parser.add_argument("--format", required=True, choices=("hf", "onnx", "torch"), help="of what is written")
     parser.add_argument("--out", required=True, type=folder, metavar="OUT", help="folder for the files")
     parser.add_argument(
         "--block", type=int, metavar="N", help="onnx: tokens of a prompt that are read at a time (default: 64)"
@@ -40,6 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     _check_flags(arguments)
     out: Path = arguments.out
+    if arguments.format == "hf":
+        _publish(arguments.dir, out, arguments.json)
+        return
     tokenizer = load_tokenizer(arguments.dir)
     model = load_model(arguments.dir, weights_file(arguments.dir, arguments.checkpoint))
     result: dict[str, Any] = {"out": str(out), "format": arguments.format, "tokenizer": tokenizer.kind}
@@ -68,10 +72,26 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: one does not.
     """
-    if arguments.format == "torch" and arguments.block is not None:
-        raise ValueError("--block is for --format onnx: a program of torch reads any length")
-    if arguments.format == "onnx" and arguments.portable:
-        raise ValueError("--portable is for --format torch: ONNX files need nothing of this package")
+    if arguments.format != "onnx" and arguments.block is not None:
+        raise ValueError("--block is for --format onnx: the others read any length")
+    if arguments.format != "torch" and arguments.portable:
+        raise ValueError("--portable is for --format torch: the others need nothing of this package, or all of it")
+    if arguments.format == "hf" and (arguments.overwrite or arguments.checkpoint is not None):
+        raise ValueError("--format hf writes the run's model into a new folder: without --overwrite and --checkpoint")
+
+
+def _publish(run: Path, out: Path, as_json: bool) -> None:
+    try:
+        from gateloop_transformer.huggingface import export
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    export(run, out)
+    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    if as_json:
+        print(json.dumps({"out": str(out), "format": "hf", "files": files}))
+        return
+    for name, size in files.items():
+        print(f"{out / name}: {size:,} bytes")
 
 
 def _write_program(model: Any, out: Path, portable: bool, overwrite: bool) -> None:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from gateloop_transformer.ops import channel_loop, gate_loop, head_gates, rms_norm  # noqa: F401
 from gateloop_transformer.ops.gates import gates_of
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.short_convolution import short_convolution
 
 # Steps of a chunk; fewer where each channel has its own gates, whose products take C·C·K numbers.
 _CHUNK, _CHUNK_PER_CHANNEL = 64, 16
@@ -39,6 +40,9 @@ class PlainOperators(TorchFunctionMode):
             library.channel_loop.default: lambda *arguments: _channel_loop(max_length, *arguments),
             library.head_gates.default: _head_gates,
             library.rms_norm.default: lambda x, gamma, _backend: plain_rms_norm(x, gamma),
+            library.short_convolution.default: lambda x, weight, silu, _backend: short_convolution(
+                x, weight, silu, "chunkwise"
+            ),
             # ONNX has none. Of gate projections, where squares overflow or vanish, the gate is rounded to the same.
             torch.hypot: lambda x, y: torch.sqrt(x * x + y * y),
             # It would become three operators of ONNX.
