@@ -27,10 +27,12 @@ def run(code: str | Path, cwd: Path, *arguments: str) -> str:
 
 
 def test_the_readme_has_its_snippets() -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["operator", "layer", "model", "documents", "processes"])
+@pytest.mark.parametrize(
+    "snippet", SNIPPETS, ids=["operator", "layer", "model", "documents", "processes", "huggingface"]
+)
 def test_snippets_run(snippet: str, tmp_path: Path) -> None:
     run(snippet, tmp_path)
 

@@ -142,9 +142,7 @@ def validate(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> float:
 
 def train(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> dict[str, Any]:
     """Steps until the budget is spent, weights in float32, products in `precision`; seconds are the process's own."""
-    optimizer = torch.optim.AdamW(
-        groups(model, spec), lr=spec["lr"], betas=(0.9, spec["beta2"]), eps=1e-8, foreach=True
-    )
+    optimizer = torch.optim.AdamW(groups(model, spec), lr=spec["lr"], betas=(0.9, spec["beta2"]), eps=1e-8, fused=True)
     generator = torch.Generator().manual_seed(spec["seed"])
     budget, step, state, losses = spec["cpu_seconds"], 0, None, []
     start = time.process_time()

@@ -76,7 +76,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise ValueError("--block is for --format onnx: the others read any length")
     if arguments.format != "torch" and arguments.portable:
         raise ValueError("--portable is for --format torch: the others need nothing of this package, or all of it")
-    if arguments.format == "hf" and (arguments.overwrite or arguments.checkpoint is not None):
+    if arguments.format == "hf" and (arguments.overwrite or arguments.checkpoint != "last"):
         raise ValueError("--format hf writes the run's model into a new folder: without --overwrite and --checkpoint")
 
 
