@@ -43,7 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "lstm": {"dim": 308, "depth": 1},
     "gru": {"dim": 252, "depth": 2},
 }
-# Where time is the budget: fewer and wider layers learn less from a token, but see more tokens. Rates are those of SMALL.
+# Where time is the budget: fewer and wider layers learn less from a token, but see more tokens. The rates are SMALL's.
 FAST: dict[str, dict[str, Any]] = {**SMALL, "gateloop": {**RECIPE, "depth": 2, "dim": 232, "dim_gate_looped_attn": 240}}
 # Learning rates that each is trained at.
 RATES: dict[str, tuple[float, ...]] = {
