@@ -6,6 +6,7 @@ import copy
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -43,7 +44,8 @@ class GateLoopPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: GateLoopConfig) -> None:
         super().__init__(config)
-        whole = config.transformer_config.build(config.vocab_size)
+        # All in one precision, that which transformers has set.
+        whole = config.transformer_config.build(config.vocab_size).to(torch.get_default_dtype())
         self.token_emb, self.layers, self.to_logits = whole.token_emb, whole.layers, self.keep(whole.to_logits)
         self.gradient_checkpointing = False
 
@@ -51,6 +53,18 @@ class GateLoopPreTrainedModel(PreTrainedModel):
     def keep(to_logits: nn.Module) -> nn.Module:
         """What of the library's `to_logits` the model has: the norm before the last matrix, where there is one."""
         return to_logits[:1] if isinstance(to_logits, nn.Sequential) else nn.Identity()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, from safetensors alone.
+
+        Raises:
+            ValueError: use_safetensors is False: files of another kind are pickles, which could hold anything.
+        """
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError(f"{cls.__name__}: weights are read from safetensors alone, use_safetensors must be True")
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(*args, **kwargs)
 
     def finish(self) -> None:
         """At the end of a constructor: what it has made needs no further start."""
@@ -106,6 +120,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm, of all steps.
@@ -115,12 +130,13 @@ class GateLoopPreTrainedModel(PreTrainedModel):
             inputs_embeds: (B, T, dim) in their place.
             attention_mask: (B, L) with L ≥ T, of all steps so far, 0 for padding on whatever side: padded steps change
                 no state, and their hidden states are 0.
-            position_ids: (B, T). Where a row has a 0 after its first step and there is no mask, documents are packed
-                in it, and each begins from an empty state. Positions count for nothing else.
+            position_ids: (B, T). Where they do not go on by 1 and there is no mask, documents are packed in a row, and
+                each begins from an empty state. Positions count for nothing else.
             past_key_values: `DynamicCache(config=model.config)` as the call before left it.
             use_cache: return it; None: as configured, and not in training.
-            output_hidden_states: return what goes into each block, and the last output.
+            output_hidden_states: return what goes into each block, and the last output; None: as configured.
             cu_seq_lens_q: (N + 1,) bounds of the documents packed in a batch of one row.
+            seq_idx: (B, T) the number of each step's document, where there is neither a mask nor bounds.
             kwargs: passed over.
 
         Raises:
@@ -131,22 +147,25 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         x = self.token_emb(self._masked_ids(input_ids, attention_mask)) if input_ids is not None else inputs_embeds
         x = cast(Tensor, x)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache and self.training and self.gradient_checkpointing:
             use_cache = False
         if past_key_values is not None:
             check_cache(past_key_values, len(self.layers))
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
-        steps = self._steps(x, attention_mask, position_ids, cache, cu_seq_lens_q)
+        steps = self._steps(x, attention_mask, (position_ids, seq_idx), cache, cu_seq_lens_q)
         length = x.shape[1]
         x = x if steps.padding is None else steps.padding.pack(x)
         hidden: list[Tensor] = []
         for n, block in enumerate(self.layers):
-            hidden.append(x)
+            if output_hidden_states:
+                hidden.append(x)
             x = self._block(n, block, x, cache, steps, length)
         x = self.to_logits[0](x) if isinstance(self.to_logits, nn.Sequential) else x
         hidden.append(x)
         if steps.padding is not None:
-            hidden = [steps.padding.unpack(each) for each in (hidden if output_hidden_states else hidden[-1:])]
+            hidden = [steps.padding.unpack(each) for each in hidden]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden[-1],
             past_key_values=cache if use_cache else None,
@@ -170,8 +189,14 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         return ids
 
     def _steps(
-        self, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None, bounds: Tensor | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        numbers: tuple[Tensor | None, Tensor | None],
+        cache: Cache | None,
+        bounds: Tensor | None,
     ) -> _Steps:
+        """What layers are told; `numbers`: position_ids and seq_idx."""
         B, T = x.shape[:2]
         config = self.config
         flags: dict[str, Any] = {
@@ -182,18 +207,22 @@ class GateLoopPreTrainedModel(PreTrainedModel):
             flags["cu_seqlens"] = bounds
             return _Steps(flags, None, None)
         if mask is None:
-            tracing = torch.compiler.is_compiling()
-            if positions is not None and T > 1 and not tracing and bool((positions[:, 1:] == 0).any()):
-                flags["resets"] = (positions == 0).expand(B, T)
+            begins = _begins(*numbers, B, T)
+            if begins is not None and T > 1:
+                packed = begins[:, 1:].any()
+                # A compiler cannot look.
+                if torch.compiler.is_compiling() or bool(packed):
+                    flags["resets"] = (begins & packed).expand(B, T)
             return _Steps(flags, None, None)
         if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] < T:
             raise ValueError(
                 f"{type(self).__name__}: attention_mask must have shape ({B}, {T} or more), not {tuple(mask.shape)}"
             )
-        past, own = mask[:, :-T].sum(1) if T else mask.sum(1), mask[:, mask.shape[1] - T :].bool()
+        mask = mask.bool()
+        past, own = mask[:, :-T].sum(1) if T else mask.sum(1), mask[:, mask.shape[1] - T :]
         seen = past if cache is not None and mask.shape[1] > T else None
-        # A step that is decoded is no padding, and looking would make a GPU wait.
-        if T == 1 or (not torch.compiler.is_compiling() and bool(own.all())):
+        # A compiler cannot look, and a single step that is decoded is no padding.
+        if T == 1 if torch.compiler.is_compiling() else bool(own.all()):
             return _Steps(flags, seen, None)
         padding = Padding(type(self).__name__, x, own, None, None)
         flags["cu_seqlens"] = padding.cu_seqlens
@@ -211,6 +240,24 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         return _run(mixer, feedforward, x, steps.flags)
 
 
+def _begins(positions: Tensor | None, documents: Tensor | None, B: int, T: int) -> Tensor | None:
+    """(B or 1, T) booleans: documents begin at these steps; None: nothing says so.
+
+    A first step begins one only where it is at position 0: else it may go on with what a cache holds.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    for name, numbers in (("position_ids", positions), ("seq_idx", documents)):
+        if numbers is not None and tuple(numbers.shape) not in ((B, T), (1, T)):
+            raise ValueError(f"GateLoopModel: {name} must have shape ({B}, {T}), not {tuple(numbers.shape)}")
+    if documents is not None:
+        return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+    if positions is None:
+        return None
+    return torch.cat([positions[:, :1] == 0, positions.diff(dim=1) != 1], 1)
+
+
 def _run(mixer: nn.Module, feedforward: nn.Module, x: Tensor, flags: dict[str, Any]) -> Tensor:
     return cast(Tensor, feedforward(mixer(x, **flags)))
 
@@ -222,9 +269,8 @@ class GateLoopModel(GateLoopPreTrainedModel):
         super().__init__(config)
         self.finish()
 
-    @can_return_tuple
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return self.run(*args, **kwargs)
+    # With its own signature: there are tools that look what a model takes.
+    forward = can_return_tuple(GateLoopPreTrainedModel.run)
 
 
 class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
