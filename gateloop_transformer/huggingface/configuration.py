@@ -14,6 +14,8 @@ from gateloop_transformer.training.config import FOREIGN, FORMAT, IDENTITY, RunC
 _OWN = {item.name for item in dataclasses.fields(TransformerConfig)}
 # What a configuration of transformers may hold besides.
 _THEIRS = {item.name for item in dataclasses.fields(PreTrainedConfig)} | FOREIGN
+# Where it was read and what wrote it.
+_ORIGIN = {"_name_or_path", "_commit_hash", "transformers_version"}
 
 
 class GateLoopConfig(PreTrainedConfig):
@@ -33,7 +35,8 @@ class GateLoopConfig(PreTrainedConfig):
         kwargs: fields of TransformerConfig; and of PreTrainedConfig.
 
     Raises:
-        ValueError: an unknown field, a value of the wrong type, a newer format, or tied embeddings.
+        ValueError: an unknown field, one given by two names, a value of the wrong type, a newer format, or tied
+            embeddings.
 
     >>> GateLoopConfig(dim=64, depth=2, gate="ring").hidden_size
     64
@@ -59,6 +62,9 @@ class GateLoopConfig(PreTrainedConfig):
         format: int = FORMAT,
         **kwargs: Any,
     ) -> None:
+        for name, own_name in self.attribute_map.items():
+            if name in kwargs and own_name in kwargs:
+                raise ValueError(f"GateLoopConfig: {name} is another name of {own_name}: give one of them")
         kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
         if tie_word_embeddings:
             raise ValueError("GateLoopConfig: tie_word_embeddings must be False: embedding and logits are two matrices")
@@ -71,6 +77,22 @@ class GateLoopConfig(PreTrainedConfig):
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         self.tie_word_embeddings = False
         super().__init__(**{name: value for name, value in kwargs.items() if name not in own})
+
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        """Keep what transformers would replace in a class of a user's own: the constructor, and what is equal."""
+        own = set(vars(cls))
+        super().__init_subclass__(*args, **kwargs)
+        for name in {"__init__", "__eq__"} - own:
+            delattr(cls, name)
+
+    def __eq__(self, other: object) -> bool:
+        """The same kind with all fields equal, wherever it was read."""
+        if type(self) is not type(other):
+            return NotImplemented
+        one, two = self.to_dict(), other.to_dict()
+        return all(one.get(name) == two.get(name) for name in one.keys() | two.keys() if name not in _ORIGIN)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def transformer_config(self) -> TransformerConfig:
