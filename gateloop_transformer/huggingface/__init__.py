@@ -20,6 +20,7 @@ if int(transformers.__version__.split(".")[0]) < 5:
     )
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gateloop_transformer.huggingface.card import convert, export, model_card
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
@@ -34,6 +35,8 @@ AutoConfig.register(GateLoopConfig.model_type, GateLoopConfig, exist_ok=True)
 AutoModel.register(GateLoopConfig, GateLoopModel, exist_ok=True)
 AutoModelForCausalLM.register(GateLoopConfig, GateLoopForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(GateLoopConfig, GateLoopForSequenceClassification, exist_ok=True)
+# Where Trainer looks whether smoothed labels are to be shifted.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GateLoopConfig.model_type] = GateLoopForCausalLM.__name__
 
 __all__ = [
     "GateLoopConfig",

@@ -117,3 +117,51 @@ def test_lora_on_the_projections(tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "adapter")
     torch.testing.assert_close(again(input_ids=ids).logits, after)
     torch.testing.assert_close(again.merge_and_unload()(ids).logits, after, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_position_ids": False, "return_seq_idx": True},
+        {"position_ids_start": 2},
+        {"return_position_ids": False, "return_flash_attn_kwargs": True},
+    ],
+    ids=["documents", "positions from 2", "bounds"],
+)
+def test_flattened_rows_are_apart_however_marked(options: dict[str, Any]) -> None:
+    model = build("recipe", vocab_size=256)
+    with torch.no_grad():
+        one, other = (model(**DataCollatorWithFlattening(**each)(ROWS[:4])).loss for each in ({}, options))
+    torch.testing.assert_close(other, one)
+
+
+def test_smoothed_labels_are_shifted(tmp_path: Path, tokenizer: Any) -> None:
+    model = build("recipe", vocab_size=256)
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(ROWS[:4])
+    arguments = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=1e-7, use_cpu=True, report_to=[])
+    smoothed = Trainer(model=model, args=arguments).compute_loss(model, dict(batch))
+    torch.testing.assert_close(smoothed, model(**batch).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_returns_logits_alone(tmp_path: Path, tokenizer: Any) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = Trainer(model=build("hybrid", vocab_size=256), args=arguments, data_collator=collator)
+    found = trainer.predict(ROWS[:3])
+    assert found.predictions.shape == (3, 26, 256)
+    assert math.isfinite(found.metrics["test_loss"])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["recipe", "heads", "hybrid"])
+def test_lora_on_all_linear_layers_learns_everywhere(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    model, ids = build(kind, vocab_size=256), torch.randint(256, (2, 12))
+    options = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options)).train()
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    silent = [name for name, p in adapted.named_parameters() if p.requires_grad and not (p.grad != 0).any()]
+    assert silent == []
+    adapted.eval()
+    found = [adapted.generate(input_ids=ids, max_new_tokens=4, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*found)
