@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gateloop_transformer.data.tokenizer import TOKENIZER
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import GateLoopForCausalLM
-from gateloop_transformer.training.config import RunConfig
+from gateloop_transformer.training.config import RunConfig, is_flat
 from gateloop_transformer.training.curves import read_records
-from gateloop_transformer.training.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
-from gateloop_transformer.training.storage import write_text
+from gateloop_transformer.training.folder import CONFIG, CURVE, METRICS, load_model, load_tokenizer, read_config
+from gateloop_transformer.training.storage import read_json, write_text
 
 CARD = "README.md"
 
@@ -26,15 +27,16 @@ def convert(run: str | os.PathLike[str], **options: Any) -> GateLoopForCausalLM:
         options: further fields of GateLoopConfig.
 
     Raises:
-        ValueError: the folder holds no model.
+        ValueError: the folder holds no model, or there is no such field.
     """
-    whole, tokenizer_end = load_model(run), None
-    path = Path(run)
+    whole, path = load_model(run), Path(run)
     config = GateLoopConfig.from_pretrained(path)
-    if (path / "tokenizer.json").exists():
-        tokenizer_end = load_tokenizer(run).end
-    config.eos_token_id = config.eos_token_id if tokenizer_end is None else tokenizer_end
+    if config.eos_token_id is None and not is_flat(read_json(path / CONFIG)) and (path / TOKENIZER).exists():
+        # Earlier runs did not write it down.
+        config.eos_token_id = load_tokenizer(run).end
     for name, value in options.items():
+        if not hasattr(config, name):
+            raise ValueError(f"convert: GateLoopConfig has no field {name!r}")
         setattr(config, name, value)
     model = GateLoopForCausalLM(config)
     model.load_state_dict(whole.state_dict())
@@ -56,13 +58,13 @@ def export(run: str | os.PathLike[str], out: str | os.PathLike[str], max_shard_s
         ValueError: the folder holds no run with weights, or `out` is not empty.
     """
     source, target = Path(run), Path(out)
-    config = read_config(source)
+    config, tokenizer = read_config(source), load_tokenizer(source)
     model = convert(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{str(target)!r} is there already and not empty: choose another folder")
     target.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(target, max_shard_size=max_shard_size)
-    load_tokenizer(source).save(target)
+    tokenizer.save(target)
     if (source / CURVE).is_file():
         shutil.copyfile(source / CURVE, target / CURVE)
     write_text(target / CARD, model_card(source, config, sum(each.numel() for each in model.parameters())))

@@ -148,20 +148,26 @@ class TokenizerConfig:
     """Which tokens a model reads: bytes, or those of a BPE tokenizer.
 
     kind: "bytes" or "bpe". size: of the vocabulary. sha256: of the tokenizer.json in the run's folder; None: bytes.
+    end: the token after each document; None: there is none, or it was not written down.
     """
 
     kind: str = "bytes"
     size: int = 256
     sha256: str | None = None
+    end: int | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerConfig:
         """What tells this tokenizer."""
-        return cls() if tokenizer.kind == "bytes" else cls(tokenizer.kind, tokenizer.size, tokenizer.sha256)
+        if tokenizer.kind == "bytes":
+            return cls()
+        return cls(tokenizer.kind, tokenizer.size, tokenizer.sha256, tokenizer.end)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dictionary."""
-        return {"kind": "bytes"} if self.kind == "bytes" else dataclasses.asdict(self)
+        """A plain dictionary; `end` stands elsewhere, under transformers' name."""
+        if self.kind == "bytes":
+            return {"kind": "bytes"}
+        return {"kind": self.kind, "size": self.size, "sha256": self.sha256}
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> TokenizerConfig:
@@ -206,7 +212,9 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary with the format's number, and what transformers knows a model by."""
-        return {**IDENTITY, "format": FORMAT, **dataclasses.asdict(self), "tokenizer": self.tokenizer.to_json()}
+        end = {} if self.tokenizer.end is None else {"eos_token_id": self.tokenizer.end}
+        own = {**dataclasses.asdict(self), "tokenizer": self.tokenizer.to_json()}
+        return {**IDENTITY, **end, "format": FORMAT, **own}
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> RunConfig:
@@ -219,6 +227,9 @@ class RunConfig:
             raise ValueError(f"{where} describes a model alone, not a run of 'gateloop train'")
         version = read_format(values, where)
         tokenizer = TokenizerConfig.from_json(values.get("tokenizer"), where)
+        end = values.get("eos_token_id")
+        if type(end) is int:
+            tokenizer = dataclasses.replace(tokenizer, end=end)
         data = values.get("data")
         # Earlier formats hashed other splits of the same data.
         digest = values.get("data_sha256") if version >= 3 else None

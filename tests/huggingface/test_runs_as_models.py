@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from kinds import build
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from gateloop_transformer import load_model, load_tokenizer
 from gateloop_transformer.cli import main
-from gateloop_transformer.huggingface import GateLoopForCausalLM, export
+from gateloop_transformer.huggingface import GateLoopForCausalLM, convert, export
+from gateloop_transformer.training.config import RunConfig
+from gateloop_transformer.training.folder import read_config
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -68,6 +73,84 @@ def test_an_exported_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run"):
         export(tmp_path, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def bpe_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on short documents, of tokens of BPE."""
+    folder = tmp_path_factory.mktemp("bpe")
+    rows = [json.dumps({"text": f"the gates {word}."}) for word in ("decide", "remember", "forget") * 100]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    data, tokens = str(folder / "text.jsonl"), str(folder / "tokens.json")
+    assert main(["tokenizer", "train", data, "--vocab-size", "290", "--out", tokens]) == 0
+    sizes = ["--dim", "16", "--depth", "1", "--context", "32", "--batch", "8", "--steps", "40", "--lr", "2e-2"]
+    assert main(["train", data, "--tokenizer", tokens, "--out", str(folder / "run"), "--preset", "tiny", *sizes]) == 0
+    return folder / "run"
+
+
+def test_a_generation_ends_with_its_document(bpe_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert AutoConfig.from_pretrained(bpe_run).eos_token_id == load_tokenizer(bpe_run).end
+    generator = pipeline("text-generation", model=str(bpe_run))
+    found = generator("the gates", max_new_tokens=40, do_sample=False)[0]["generated_text"]
+    capsys.readouterr()
+    assert main(["generate", str(bpe_run), "--prompt", "the gates", "--tokens", "40", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == found
+    assert found.count("the gates") == 1
+    # Runs of before it was written down.
+    values = json.loads((bpe_run / "config.json").read_text())
+    assert values.pop("eos_token_id") == 0
+    assert RunConfig.from_json(values, "here") == read_config(bpe_run)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "<|endoftext|>", "a<|endoftext|>b <|endoftext|>", " the ", "\n\n\t  x  \n", "\ufeff \u200b\u00a0ﬁ"),
+        *("don't I'LL ...", "🙂👩‍👩‍👧 é 日本", "a\0b\r\n", "x" * 3000, "the gates decide " * 500),
+    ],
+)
+def test_transformers_finds_the_same_tokens(bpe_run: Path, text: str, tmp_path: Path) -> None:
+    tokenizer, own = AutoTokenizer.from_pretrained(bpe_run), load_tokenizer(bpe_run)
+    expected = own.encode(text.encode()).tolist()
+    assert tokenizer(text)["input_ids"] == expected
+    assert tokenizer.decode(expected) == text
+    tokenizer([text, "a"], padding=True, truncation=True, max_length=2)
+    tokenizer.save_pretrained(tmp_path)
+    AutoConfig.from_pretrained(bpe_run).save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == expected
+    assert load_tokenizer(tmp_path).encode(text.encode()).tolist() == expected
+
+
+def test_an_earlier_run_is_converted(bpe_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(bpe_run, run)
+    values = json.loads((run / "config.json").read_text())
+    for name in ("model_type", "architectures", "eos_token_id"):
+        del values[name]
+    (run / "config.json").write_text(json.dumps({**values, "format": 3}))
+    save_file(load_file(run / "model.safetensors"), run / "model.safetensors")
+    export(run, tmp_path / "out")
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.randint(290, (1, 9))
+    assert model.generation_config.eos_token_id == 0
+    assert torch.equal(model(ids).logits, load_model(run)(ids))
+    assert torch.equal(GateLoopForCausalLM.from_pretrained(run)(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="has no field 'foo'"):
+        convert(run, foo=1)
+    (run / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="cannot read the tokenizer"):
+        export(run, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_pickles_are_never_read(tmp_path: Path) -> None:
+    model = build("polar")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_safetensors must be True"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
 
 
 def test_importing_the_library_imports_no_transformers() -> None:
