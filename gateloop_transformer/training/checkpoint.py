@@ -14,7 +14,16 @@ from torch import Tensor
 
 from gateloop_transformer.layers.state import TransformerState, load_state, save_state
 from gateloop_transformer.training.config import RunConfig
-from gateloop_transformer.training.folder import CHECKPOINTS, MODEL, describe, load_model, publish, read_weights, steps
+from gateloop_transformer.training.folder import (
+    CHECKPOINTS,
+    MODEL,
+    describe,
+    load_model,
+    publish,
+    published,
+    read_weights,
+    steps,
+)
 from gateloop_transformer.training.storage import (
     DamageError,
     digest,
@@ -128,13 +137,14 @@ def weights_file(folder: Path, which: str) -> Path:
 
     Args:
         folder: of the run.
-        which: "last", what the run has published; "best" on validation data; or the number of a step.
+        which: "last", what the folder has published, which may be an index of files; "best" on validation data; or the
+            number of a step.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: there is no such checkpoint, or nothing is published.
     """
     if which == "last":
-        return folder / MODEL
+        return published(folder)
     found = {str(int(path.name.removeprefix("step-"))): path for path in steps(folder)}
     path = best_checkpoint(folder) if which == "best" else found.get(which)
     if path is None:

@@ -238,6 +238,34 @@ def _described(text: str) -> Any:
     return None
 
 
+def published(folder: Path) -> Path:
+    """The file of a folder's weights, or the index of several.
+
+    Raises:
+        ValueError: there is neither, or no model at all.
+    """
+    found = next((folder / name for name in (MODEL, SHARDS) if (folder / name).is_file()), None)
+    if found is None:
+        _config(folder)
+        raise ValueError(f"{str(folder)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
+    return found
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights: those that an index names, or the file itself.
+
+    Raises:
+        ValueError: it is no index, or names files elsewhere.
+    """
+    if path.name != SHARDS:
+        return [path]
+    index = read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
+        raise ValueError(f"{str(path)!r} is no index of weights")
+    return [path.with_name(name) for name in sorted(set(names.values()))]
+
+
 def read_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
     """The tensors of a model's file, or of the files that an index names.
 
@@ -245,11 +273,7 @@ def read_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
         ValueError: it is missing or damaged, or was written for another model.
     """
     if path.name == SHARDS:
-        index = read_json(path)
-        names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
-            raise ValueError(f"{str(path)!r} is no index of weights")
-        files = [read_weights(path.with_name(name), config) for name in sorted(set(names.values()))]
+        files = [read_weights(part, config) for part in weight_files(path)]
         return {name: tensor for file in files for name, tensor in file.items()}
     tensors, metadata = read_tensors(path)
     if "model" in metadata and _described(metadata["model"]) != vars(config):
@@ -323,10 +347,7 @@ def load_model(folder: str | os.PathLike[str], weights: Path | None = None) -> T
     path = Path(folder)
     config, size = read_model_config(path)
     model = new_model(config, path / CONFIG, size)
-    if weights is None:
-        weights = next((path / name for name in (MODEL, SHARDS) if (path / name).is_file()), None)
-    if weights is None:
-        raise ValueError(f"{str(path)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
+    weights = published(path) if weights is None else weights
     tensors = read_weights(weights, config)
     load_weights(model, tensors, weights)
     return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from gateloop_transformer.generation import evaluating
 from gateloop_transformer.layers.state import TransformerState, describe_state, load_state, save_state
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.training.evaluation import in_blocks
+from gateloop_transformer.training.folder import weight_files
 from gateloop_transformer.training.storage import digest
 
 # Tokens for which activations exist at a time.
@@ -87,8 +89,14 @@ def read(
 
 
 def model_digest(weights: Path, dtype: str) -> str:
-    """What tells a model from others: SHA-256 of its weights' file, and the type they are used in."""
-    return f"{digest(weights)} {dtype}"
+    """What tells a model from others: SHA-256 of its weights' file, or of those of all, and the type they are used in.
+
+    Raises:
+        ValueError: what is given for an index is none.
+    """
+    found = [digest(file) for file in weight_files(weights)]
+    whole = found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+    return f"{whole} {dtype}"
 
 
 def save_reading(reading: Reading, path: Path, digest: str) -> None:

@@ -113,7 +113,7 @@ def test_a_file_gives_the_tokenizer_back(tokenizer: BPETokenizer, tmp_path: Path
     again = load_tokenizer_file(tmp_path / "tokenizer.json")
     assert (again.sha256, again.size, again.end) == (tokenizer.sha256, tokenizer.size, tokenizer.end)
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
-    assert os.listdir(tmp_path) == ["tokenizer.json"]
+    assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_a_file_that_shortens_or_fills_up_texts_does_neither(tokenizer: BPETokenizer) -> None:

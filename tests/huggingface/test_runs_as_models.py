@@ -153,6 +153,34 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
 
 
+def test_commands_read_shards(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, state = tmp_path / "out", str(tmp_path / "state")
+    export(run, out, max_shard_size="2KB")
+    greedy = ["--prompt", "the", "--tokens", "5", "--temperature", "0"]
+    for command, *options in (["generate", *greedy], ["eval", str(run / "config.json")]):
+        found = []
+        for folder in (run, out):
+            capsys.readouterr()
+            assert main([command, str(folder), *options]) == 0
+            found.append(capsys.readouterr().out)
+        assert found[0] == found[1]
+    # A state belongs to the weights, not to the index, which does not change with them.
+    assert main(["read", str(out), str(run / "config.json"), "--state", state]) == 0
+    assert main(["generate", str(out), "--state", state, "--tokens", "3"]) == 0
+    part = next(out.glob("model-00001*"))
+    save_file({name: tensor + 1 for name, tensor in load_file(part).items()}, part, {"format": "pt"})
+    assert main(["generate", str(out), "--state", state, "--tokens", "3"]) == 2
+    part.unlink()
+    capsys.readouterr()
+    assert main(["generate", str(out), "--prompt", "a"]) == 2
+    assert "is missing" in capsys.readouterr().err
+    (out / "model.safetensors.index.json").unlink()
+    assert main(["read", str(out), str(run / "config.json"), "--state", state, "--overwrite"]) == 2
+    assert "has no model.safetensors" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none"), "--text", "a"]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
 def test_importing_the_library_imports_no_transformers() -> None:
     code = "import sys, gateloop_transformer.training.folder; assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
