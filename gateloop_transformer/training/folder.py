@@ -192,13 +192,20 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 def _tokenizer_of(folder: Path, size: int) -> Tokenizer:
     """The tokenizer in a folder of a model alone: bytes, where there is none and they fit."""
     path = folder / TOKENIZER
-    if size == ByteTokenizer.size and (not path.exists() or holds_bytes(read_json(path))):
+    bytes_there = path.exists() and holds_bytes(read_json(path))
+    if size == ByteTokenizer.size and (bytes_there or not path.exists()):
         return ByteTokenizer()
     if not path.exists():
         raise ValueError(f"{str(folder)!r} has no {TOKENIZER}: its model's {size} tokens cannot be told from text")
+    if bytes_there:
+        raise ValueError(
+            f"{str(path)!r} is one of bytes, but the model has {size} tokens: tokens beside bytes need BPE"
+        )
     tokenizer = load_tokenizer_file(path)
     if tokenizer.size > size:
         raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it has {tokenizer.size} tokens, the model {size}")
+    # A vocabulary that was padded: the tokens beyond stand for nothing, but a model may write them.
+    tokenizer.pieces.extend([b""] * (size - tokenizer.size))
     return tokenizer
 
 

@@ -121,6 +121,19 @@ def test_transformers_finds_the_same_tokens(bpe_run: Path, text: str, tmp_path: 
     assert load_tokenizer(tmp_path).encode(text.encode()).tolist() == expected
 
 
+def test_vocabularies_that_were_enlarged(bpe_run: Path, run: Path, tmp_path: Path) -> None:
+    for source, name in ((bpe_run, "bpe"), (run, "bytes")):
+        model = AutoModelForCausalLM.from_pretrained(source)
+        model.resize_token_embeddings(300, mean_resizing=False)
+        model.save_pretrained(tmp_path / name)
+        load_tokenizer(source).save(tmp_path / name)
+    tokenizer = load_tokenizer(tmp_path / "bpe")
+    assert tokenizer.decode([299, *tokenizer.encode(b"the"), 295]) == b"the"
+    assert tokenizer.lengths.shape == (300,)
+    with pytest.raises(ValueError, match="is one of bytes, but the model has 300 tokens"):
+        load_tokenizer(tmp_path / "bytes")
+
+
 def test_an_earlier_run_is_converted(bpe_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(bpe_run, run)
