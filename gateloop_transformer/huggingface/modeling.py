@@ -178,7 +178,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: one is not.
         """
-        if mask is not None and mask.ndim == 2 and mask.shape[1] >= ids.shape[1] > 1:
+        if mask is not None and mask.ndim == 2 and mask.shape[1] >= ids.shape[1] > 0:
             ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, 0)
         if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
             size = self.token_emb.weight.shape[0]

@@ -25,7 +25,7 @@ def tokens(B: int = 3, T: int = 12) -> Tensor:
 
 @torch.no_grad()
 def test_padding_counts_for_nothing_step_by_step(model: Any) -> None:
-    ids, cache = tokens(), DynamicCache(config=model.config)
+    ids, cache = tokens().masked_fill(MASK == 0, 10**6), DynamicCache(config=model.config)
     steps = [model(ids[:, t : t + 1], attention_mask=MASK[:, : t + 1], past_key_values=cache) for t in range(12)]
     found = torch.cat([step.logits for step in steps], 1)[0, 5:]
     torch.testing.assert_close(found, model(ids[:1, 5:]).logits[0], rtol=1e-4, atol=5e-5)
