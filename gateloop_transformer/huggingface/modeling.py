@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -19,16 +18,8 @@ from transformers.utils.generic import can_return_tuple
 
 from gateloop_transformer.huggingface.cache import check_cache, load, store
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
-from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.huggingface.steps import Marks, Steps, read_marks
 from gateloop_transformer.model import Transformer
-
-
-class _Steps(NamedTuple):
-    """What layers are told of the steps. seen (B,): before these; padding: where there is some."""
-
-    flags: dict[str, Any]
-    seen: Tensor | None
-    padding: Padding | None
 
 
 class GateLoopPreTrainedModel(PreTrainedModel):
@@ -154,7 +145,8 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         if past_key_values is not None:
             check_cache(past_key_values, len(self.layers))
         cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
-        steps = self._steps(x, attention_mask, (position_ids, seq_idx), cache, cu_seq_lens_q)
+        marks = Marks(attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        steps = read_marks(type(self).__name__, x, marks, cached=cache is not None)
         length = x.shape[1]
         x = x if steps.padding is None else steps.padding.pack(x)
         hidden: list[Tensor] = []
@@ -188,74 +180,21 @@ class GateLoopPreTrainedModel(PreTrainedModel):
                 )
         return ids
 
-    def _steps(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        numbers: tuple[Tensor | None, Tensor | None],
-        cache: Cache | None,
-        bounds: Tensor | None,
-    ) -> _Steps:
-        """What layers are told; `numbers`: position_ids and seq_idx."""
-        B, T = x.shape[:2]
-        config = self.config
-        flags: dict[str, Any] = {
-            "ablate_complex": config.ablate_complex,
-            "ablate_state_transition": config.ablate_state_transition,
-        }
-        if bounds is not None:
-            flags["cu_seqlens"] = bounds
-            return _Steps(flags, None, None)
-        if mask is None:
-            begins = _begins(*numbers, B, T)
-            if begins is not None and T > 1:
-                packed = begins[:, 1:].any()
-                # A compiler cannot look.
-                if torch.compiler.is_compiling() or bool(packed):
-                    flags["resets"] = (begins & packed).expand(B, T)
-            return _Steps(flags, None, None)
-        if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] < T:
-            raise ValueError(
-                f"{type(self).__name__}: attention_mask must have shape ({B}, {T} or more), not {tuple(mask.shape)}"
-            )
-        mask = mask.bool()
-        past, own = mask[:, :-T].sum(1) if T else mask.sum(1), mask[:, mask.shape[1] - T :]
-        seen = past if cache is not None and mask.shape[1] > T else None
-        # A compiler cannot look, and a single step that is decoded is no padding.
-        if T == 1 if torch.compiler.is_compiling() else bool(own.all()):
-            return _Steps(flags, seen, None)
-        padding = Padding(type(self).__name__, x, own, None, None)
-        flags["cu_seqlens"] = padding.cu_seqlens
-        return _Steps(flags, seen, padding)
-
-    def _block(self, n: int, block: nn.Module, x: Tensor, cache: Cache | None, steps: _Steps, length: int) -> Tensor:
+    def _block(self, n: int, block: nn.Module, x: Tensor, cache: Cache | None, steps: Steps, length: int) -> Tensor:
         mixer, feedforward = cast(nn.ModuleList, block)
+        flags = {
+            "ablate_complex": self.config.ablate_complex,
+            "ablate_state_transition": self.config.ablate_state_transition,
+            **steps.layout,
+        }
         if cache is not None:
             state = load(cache, n, cast(nn.Module, mixer.fn), steps.seen)
-            x, state = mixer(x, state=state, return_state=True, **steps.flags)
+            x, state = mixer(x, state=state, return_state=True, **flags)
             store(cache, n, state, length, steps.padding is not None)
             return cast(Tensor, feedforward(x))
         if self.gradient_checkpointing and self.training:
-            return cast(Tensor, self._gradient_checkpointing_func(_run, mixer, feedforward, x, steps.flags))
-        return _run(mixer, feedforward, x, steps.flags)
-
-
-def _begins(positions: Tensor | None, documents: Tensor | None, B: int, T: int) -> Tensor | None:
-    """(B or 1, T) booleans: documents begin at these steps; None: nothing says so.
-
-    A first step begins one only where it is at position 0: else it may go on with what a cache holds.
-
-    Raises:
-        ValueError: a shape that does not fit.
-    """
-    for name, numbers in (("position_ids", positions), ("seq_idx", documents)):
-        if numbers is not None and tuple(numbers.shape) not in ((B, T), (1, T)):
-            raise ValueError(f"GateLoopModel: {name} must have shape ({B}, {T}), not {tuple(numbers.shape)}")
-    if documents is not None:
-        return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
-    if positions is None:
-        return None
-    return torch.cat([positions[:, :1] == 0, positions.diff(dim=1) != 1], 1)
+            return cast(Tensor, self._gradient_checkpointing_func(_run, mixer, feedforward, x, flags))
+        return _run(mixer, feedforward, x, flags)
 
 
 def _run(mixer: nn.Module, feedforward: nn.Module, x: Tensor, flags: dict[str, Any]) -> Tensor:
