@@ -36,7 +36,7 @@ NEWEST_FORMAT = 4
 def read_config(folder: Path) -> tuple[dict[str, Any], bool]:
     """`FIELDS` of config.json, and whether tokens are bytes. It is a run's, or transformers' with all at its top."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "model" not in values:
+    if values.get("model_type") == "gateloop" and "model" not in values:
         fields, is_bytes = values, values["vocab_size"] == 256
     elif "model" in values and 1 <= values.get("format", 0) <= NEWEST_FORMAT:
         fields, is_bytes = values["model"], values["tokenizer"] in ("bytes", {"kind": "bytes"})
