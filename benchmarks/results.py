@@ -75,7 +75,12 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
             f"{middle['tokens']:,.0f} | {middle['seconds']:.0f} | {middle['tokens_per_second']:,.0f} | "
             f"{middle['memory_mib']:,.0f} | {middle['decoding_tokens_per_second']:,.0f} |"
         )
-    lines += ["", "All runs with the first seed, validation loss by learning rate:", ""]
+    widths = sorted({row.get("precision", "float32") for row in rows})
+    lines += [
+        "",
+        f"Matrix products in training: {', '.join(widths)}. All runs with the first seed, by learning rate:",
+        "",
+    ]
     for model in order:
         tried = sorted((row["lr"], row["val_loss"]) for row in rows if row["model"] == model and row["seed"] == 0)
         lines.append(f"- {NAMES[model]}: " + ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in tried))
