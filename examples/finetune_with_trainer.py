@@ -1,44 +1,39 @@
-"""Go on training a run with transformers' Trainer, documents packed without padding.
+"""Train a GateLoop model with transformers' Trainer: documents packed without padding, LoRA (peft) on request.
 
-python examples/finetune_with_trainer.py RUN TEXT --out DIR [--steps 100] [--lora]
+python examples/finetune_with_trainer.py [--run DIR --text FILE --out DIR --steps 100 --lora]
 """
-
-from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, Trainer, TrainingArguments
 
-import gateloop_transformer.huggingface  # noqa: F401 (transformers learns of the models)
+from gateloop_transformer.data.tokenizer import ByteTokenizer
+from gateloop_transformer.huggingface import GateLoopConfig
 
+parser = argparse.ArgumentParser()
+parser.add_argument("--run", help="a folder of `gateloop train` or of save_pretrained (default: a small new model)")
+parser.add_argument("--text", type=Path, default=Path(__file__), help="documents, with an empty line between two")
+parser.add_argument("--out", type=Path, default=Path("runs/finetuned"))
+parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--lora", action="store_true")
+options = parser.parse_args()
+if options.run is None:
+    options.run = options.out / "new"
+    recipe = {"gate": "ring", "ff_mult": 0, "conv_size": 4, "conv_silu": True, "qkv_bias": True}
+    AutoModelForCausalLM.from_config(GateLoopConfig(dim=64, depth=2, **recipe)).save_pretrained(options.run)
+    ByteTokenizer().save(options.run)
+tokenizer, model = AutoTokenizer.from_pretrained(options.run), AutoModelForCausalLM.from_pretrained(options.run)
+if options.lora:
+    from peft import LoraConfig, get_peft_model
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a folder of `gateloop train`, or of save_pretrained")
-    parser.add_argument("text", type=Path, help="documents, with an empty line between two")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--lora", action="store_true", help="train low-rank changes of the projections (needs peft)")
-    options = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(options.run)
-    model = AutoModelForCausalLM.from_pretrained(options.run)
-    if options.lora:
-        from peft import LoraConfig, get_peft_model
-
-        targets = ["to_qkv", "to_a.0", "to_gates.0", "to_out"]
-        model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
-    documents = [part.strip() for part in options.text.read_text().split("\n\n") if len(part.strip()) > 1]
-    arguments = TrainingArguments(
-        options.out, max_steps=options.steps, learning_rate=1e-3, report_to=[], dataloader_pin_memory=False
-    )
-    rows = [{"input_ids": tokenizer(document)["input_ids"]} for document in documents]
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithFlattening())
-    trainer.train()
-    model = model.merge_and_unload() if options.lora else model
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
-
-
-if __name__ == "__main__":
-    main()
+    targets = ["to_qkv", "to_a.0", "to_gates.0", "to_out"]
+    model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
+documents = [text.strip() for text in options.text.read_text().split("\n\n") if len(text.strip()) > 1]
+rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in documents]
+settings = {"max_steps": options.steps, "learning_rate": 3e-3, "report_to": [], "dataloader_pin_memory": False}
+arguments = TrainingArguments(str(options.out), **settings)
+Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithFlattening()).train()
+model = model.merge_and_unload() if options.lora else model
+model.save_pretrained(options.out)
+tokenizer.save_pretrained(options.out)

@@ -1,9 +1,7 @@
 """A conversation whose state is carried: each turn reads only what is new, however long the conversation is.
 
-python examples/talk_in_a_pipeline.py RUN
+python examples/talk_in_a_pipeline.py RUN    (a folder of `gateloop train`; turns are lines of standard input)
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Callable
@@ -31,6 +29,8 @@ def talker(run: str, tokens: int = 80) -> Callable[[str], str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(print(__doc__))
     answer = talker(sys.argv[1])
     for line in sys.stdin:
         print(answer(line.rstrip("\n")))

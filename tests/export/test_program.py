@@ -45,6 +45,7 @@ def inputs() -> list[Tensor]:
     return [torch.randint(VOCABULARY, shape) for shape in SHAPES]
 
 
+@pytest.mark.slow
 def test_programs_give_the_logits_of_the_model_in_another_process(tmp_path: Path) -> None:
     model = make(depth=1, gate="ring", gate_loop_heads=2, head_norm=True, conv_size=3, dropout=0.5)
     for name in ("native", "portable"):

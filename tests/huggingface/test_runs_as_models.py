@@ -204,8 +204,8 @@ def test_the_fine_tuning_example(run: Path, tmp_path: Path, monkeypatch: pytest.
     if lora:
         pytest.importorskip("peft")
     (tmp_path / "text.txt").write_text("a first document\n\na second one\n\nand a third\n")
-    arguments = ["x", str(run), str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"), "--steps", "2"]
-    monkeypatch.setattr(sys, "argv", arguments + ["--lora"] * lora)
+    arguments = ["x", "--run", str(run), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "2", *["--lora"] * lora])
     with warnings.catch_warnings():
         # peft asks for what transformers deprecates.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
