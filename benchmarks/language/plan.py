@@ -43,7 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "lstm": {"dim": 308, "depth": 1},
     "gru": {"dim": 252, "depth": 2},
 }
-# Where time is the budget: fewer and wider layers learn less from a token, but see more tokens. The rates are SMALL's.
+# Where time is the budget: fewer and wider layers learn less from a token, but see more tokens.
 FAST: dict[str, dict[str, Any]] = {**SMALL, "gateloop": {**RECIPE, "depth": 2, "dim": 232, "dim_gate_looped_attn": 240}}
 # Learning rates that each is trained at.
 RATES: dict[str, tuple[float, ...]] = {
@@ -112,7 +112,6 @@ GROUPS: dict[str, dict[str, Any]] = {
     "shakespeare": {"sizes": SMALL, "settings": {**_SHAKESPEARE, "steps": 2000}},
     "shakespeare-seconds": {
         "sizes": FAST,
-        "rates_from": "shakespeare",
         "settings": {**_SHAKESPEARE, "steps": None, "cpu_seconds": 180, "precision": "bfloat16"},
     },
     "books-rates": {"sizes": LARGE, "seeds": (), "settings": {**_BOOKS, "cpu_seconds": 240, "eval_tokens": 131072}},
