@@ -50,9 +50,9 @@ def load(cache: Cache, n: int, mixer: nn.Module, seen: Tensor | None) -> GateLoo
     """
     layer = cache.layers[n]
     if isinstance(mixer, GateLoopedAttention):
-        inputs, parts = cache.get_conv_state(n), cache.get_recurrent_state(n)
-        if inputs is None or parts is None:
+        if not layer.has_previous_state[0]:
             return None
+        inputs, parts = layer.conv_states[0], layer.recurrent_states[0]
         taps = 0 if mixer.conv is None else mixer.conv.taps - 1
         inputs = inputs[..., inputs.shape[-1] - taps :].transpose(1, 2)
         if torch.is_grad_enabled():
