@@ -116,7 +116,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "sizes": FAST,
         "settings": {**_SHAKESPEARE, "steps": None, "cpu_seconds": 180, "precision": "bfloat16"},
     },
-    "books-rates": {"sizes": LARGE, "seeds": (), "settings": {**_BOOKS, "cpu_seconds": 240, "eval_tokens": 131072}},
+    "books-rates": {"sizes": LARGE, "seeds": (), "settings": {**_BOOKS, "cpu_seconds": 180, "eval_tokens": 131072}},
     "books": {
         "sizes": LARGE,
         "seeds": (),
