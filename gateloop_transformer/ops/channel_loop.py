@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.carry import Recurrence, over_ranks, product_over_time
+from gateloop_transformer.ops.channels import ChannelLoop
 from gateloop_transformer.ops.context_parallel import Ranks, context_parallel, current
 from gateloop_transformer.ops.dispatch import FUSED, choose, direct
 from gateloop_transformer.ops.gate_loop import gate_loop
@@ -18,7 +19,7 @@ from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.linear_scan import gradient_before as scan_before
 from gateloop_transformer.ops.linear_scan import last_states, linear_scan
 from gateloop_transformer.ops.packing import cleared
-from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype, take
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
 
 RealPair = tuple[Tensor, Tensor]
 # What the custom operator takes before and after the initial state: packed inputs, projections, SiLU gate and bias;

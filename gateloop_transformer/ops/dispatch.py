@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gateloop_transformer.ops.backends import chunkwise, eager, jax_xla, numba_cpu
+from gateloop_transformer.ops.backends import chunkwise, eager, jax_xla, numba_cpu, triton_gpu
+from gateloop_transformer.ops.channels import ChannelLoop
 from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.pairs import ChannelLoop, Pair
+from gateloop_transformer.ops.pairs import Pair
 
 
 class Backend(Protocol):
@@ -129,9 +130,9 @@ class FusedBackend(Protocol):
 
 
 # In order of preference: "auto" takes the first that has no reason against.
-TABLE: dict[str, Backend] = {"numba": numba_cpu, "chunkwise": chunkwise, "jax": jax_xla, "eager": eager}
+TABLE: dict[str, Backend] = {"numba": numba_cpu, "triton": triton_gpu, "chunkwise": chunkwise, "jax": jax_xla, "eager": eager}
 
-FUSED: dict[str, FusedBackend] = {"numba": numba_cpu}
+FUSED: dict[str, FusedBackend] = {"numba": numba_cpu, "triton": triton_gpu}
 
 
 def reasons_against(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gateloop_transformer.ops.layout import PLAIN, Layout
 
 
 class Pair(NamedTuple):
@@ -72,25 +71,6 @@ class Pair(NamedTuple):
     def complex(self) -> Tensor:
         """One tensor: complex where there is an imaginary part, real otherwise."""
         return self.re if self.im is None else torch.complex(self.re, self.im)
-
-
-class ChannelLoop(NamedTuple):
-    """What the gate loop at head size 1 is given: all (B, T, D), but projections that are pairs (B, T, 2·D).
-
-    `gate` names what becomes of the projections in `gates`; "given": they are gates. With "sigmoid" there are no keys.
-    `bias` (D,) is added to the projections of "ring"; the projections' gradient is multiplied by `fraction`.
-    """
-
-    queries: Tensor
-    keys: Tensor | None
-    values: Tensor
-    gates: Pair
-    swish: Tensor | None
-    bias: Pair | None
-    gate: str
-    fraction: float
-    reverse: bool
-    layout: Layout = PLAIN
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:

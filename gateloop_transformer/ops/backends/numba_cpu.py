@@ -16,8 +16,9 @@ from torch import Tensor
 
 from gateloop_transformer.ops.backends import chunkwise, numba_matrix
 from gateloop_transformer.ops.backends.numba_memory import in_huge_pages, kind_of, new_memory, start_of
+from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given
 from gateloop_transformer.ops.layout import PLAIN, Layout
-from gateloop_transformer.ops.pairs import ChannelLoop, Pair, compute_dtype
+from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 if TYPE_CHECKING:
     from gateloop_transformer.ops.backends.numba_launch import Kernel
@@ -240,18 +241,8 @@ def linear_scan_backward(
 # ---- the gate loop at head size 1 -------------------------------------------------------------------------
 
 
-def _wide(loop: ChannelLoop) -> torch.dtype:
-    """The precision of the arithmetic."""
-    return compute_dtype(loop.queries.dtype, loop.gates.re.dtype)
-
-
-def _parts(loop: ChannelLoop) -> int:
-    """1: real states, 2: complex ones."""
-    return 1 if loop.gate == "sigmoid" or (loop.gate == "given" and loop.gates.im is None) else 2
-
-
 def _shares(loop: ChannelLoop) -> _Channels:
-    return _channels(loop.queries.shape, _wide(loop) == torch.float64, loop.layout)
+    return _channels(loop.queries.shape, loop.wide == torch.float64, loop.layout)
 
 
 def _gate_code(loop: ChannelLoop) -> int:
@@ -278,7 +269,7 @@ def _operands(loop: ChannelLoop, biases: list[Tensor], carry: list[Tensor], kept
 def _biases(loop: ChannelLoop) -> list[Tensor]:
     """Each vector's own bias."""
     one = _shares(loop)._replace(B=1)
-    return [] if loop.bias is None else [one.spread(part, _wide(loop)) for part in loop.bias.parts()]
+    return [] if loop.bias is None else [one.spread(part, loop.wide) for part in loop.bias.parts()]
 
 
 def loop_kept(loop: ChannelLoop) -> Tensor:
@@ -286,27 +277,27 @@ def loop_kept(loop: ChannelLoop) -> Tensor:
     from gateloop_transformer.ops.backends.numba_scans import CHUNK
 
     B, T, D = loop.queries.shape
-    lanes = _lanes(D, _wide(loop) == torch.float64)
+    lanes = _lanes(D, loop.wide == torch.float64)
     # Flat: a dimension that may be 1 would tie a traced program to it.
     chunks = B * ((T + CHUNK - 1) // CHUNK)
     if loop.layout.cu_seqlens is not None:
         # Enough for documents of whatever lengths.
         chunks = T // CHUNK + loop.layout.states(B)
-    size = _parts(loop) * chunks * (-(-D // lanes) * lanes)
-    return loop.queries.new_empty(size, dtype=_wide(loop))
+    size = loop.parts * chunks * (-(-D // lanes) * lanes)
+    return loop.queries.new_empty(size, dtype=loop.wide)
 
 
 def _states(loop: ChannelLoop, kept: Tensor) -> Tensor:
     """What is kept as (parts, chunks of all sequences, lanes of all vectors)."""
     c = _shares(loop)
-    return kept.view(_parts(loop), -1, c.vectors * c.lanes)
+    return kept.view(loop.parts, -1, c.vectors * c.lanes)
 
 
 def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair, Tensor]:
     """y (B, T, D), the last state (B, D), and the states before each chunk, for `loop_backward`."""
     from gateloop_transformer.ops.backends.numba_loops import loop_forward as build
 
-    c, wide, parts = _shares(loop), _wide(loop), _parts(loop)
+    c, wide, parts = _shares(loop), loop.wide, loop.parts
     carry = c.spread_state(initial, parts, wide)
     kept, y = in_huge_pages(loop_kept(loop)), new_memory(loop.queries, *loop.queries.shape)
     biases = _biases(loop)
@@ -329,7 +320,7 @@ def _loop_backward(
     """Fills `results` with the gradients of `_inputs(loop)`; returns those of the bias and the initial state."""
     from gateloop_transformer.ops.backends.numba_loops import loop_backward as build
 
-    c, wide, parts = _shares(loop), _wide(loop), _parts(loop)
+    c, wide, parts = _shares(loop), loop.wide, loop.parts
     carry = c.spread_state(grad_final, parts, wide)
     sums = [] if loop.bias is None else [torch.zeros_like(_states(loop, kept)[0]) for _ in range(2)]
     biases, grad = _biases(loop), _materialized(grad)
@@ -364,30 +355,6 @@ def loop_backward(
     return (d_packed, d_gates, d_swish), d_bias, d_initial
 
 
-def _flat(x: Tensor) -> Tensor:
-    """(B, T, H[, 1]) → (B, T, H), as a view."""
-    return x.squeeze(-1) if x.ndim == 4 else x
-
-
-def _given(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool, layout: Layout
-) -> ChannelLoop:
-    gates = gates.map(_flat)
-    if torch.float64 in (queries.dtype, gates.re.dtype):
-        queries, keys, values, gates = (*(x.double() for x in (queries, keys, values)), gates.to(torch.float64))
-    if initial is not None and initial.im is not None:
-        gates = gates.as_complex()
-    return ChannelLoop(_flat(queries), _flat(keys), _flat(values), gates, None, None, "given", 1.0, reverse, layout)
-
-
-def _flat_state(state: Pair) -> Pair:
-    return state.map(lambda x: x.reshape(x.shape[:2]))
-
-
-def _elementwise(keys: Tensor, values: Tensor) -> bool:
-    return keys.shape[-1] == values.shape[-1] == 1
-
-
 def gate_loop_forward(
     queries: Tensor,
     keys: Tensor,
@@ -398,9 +365,9 @@ def gate_loop_forward(
     layout: Layout = PLAIN,
 ) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
-    if _elementwise(keys, values):
-        loop = _given(queries, keys, values, gates, initial, reverse, layout)
-        y, final, _ = loop_forward(loop, None if initial is None else _flat_state(initial))
+    if elementwise(keys, values):
+        loop = given(queries, keys, values, gates, initial, reverse, layout)
+        y, final, _ = loop_forward(loop, None if initial is None else flat_state(initial))
         return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
     if gates.re.ndim == 4:
         assert layout.plain, "see reads_layout"
@@ -421,7 +388,7 @@ def gate_loop_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """Gradients; states before each chunk are computed again."""
     arguments = grad, grad_final, queries, keys, values, gates, initial, reverse
-    if _elementwise(keys, values):
+    if elementwise(keys, values):
         return _channels_backward(*arguments, layout)
     if gates.re.ndim == 4:
         assert layout.plain, "see reads_layout"
@@ -440,13 +407,13 @@ def _channels_backward(
     reverse: bool,
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
-    loop = _given(queries, keys, values, gates, initial, reverse, layout)
+    loop = given(queries, keys, values, gates, initial, reverse, layout)
     grad = grad.to(loop.queries.dtype)
-    _, _, kept = loop_forward(loop, None if initial is None else _flat_state(initial))
+    _, _, kept = loop_forward(loop, None if initial is None else flat_state(initial))
     dq, dk, dv = (new_memory(loop.queries, *x.shape[:3]) for x in (queries, keys, values))
     d_gates = loop.gates.map(lambda x: new_memory(x, *x.shape))
     _, first = _loop_backward(
-        loop, _flat(grad), _flat_state(grad_final), kept, [dq, dk, dv, d_gates.re, d_gates.im, None]
+        loop, flat(grad), flat_state(grad_final), kept, [dq, dk, dv, d_gates.re, d_gates.im, None]
     )
     d_inputs = [x.unsqueeze(-1) for x in (dq, dk, dv)]
     shaped = d_gates.map(lambda x: x.reshape(gates.re.shape))

@@ -1,0 +1,411 @@
+"""Triton on GPUs: fills in the kernels' arguments. Elementwise recurrences here, matrix states in `triton_matrix.py`.
+
+B batch, T time, H heads, K key size, V value size, D channels; N documents. Results are the same bits in every run: no
+sum depends on the order in which programs happen to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given
+from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.pairs import Pair, compute_dtype
+
+INSTALL_HINT = "needs Triton, which PyTorch for CUDA and ROCm brings along: pip install triton"
+_INSTALLED = importlib.util.find_spec("triton") is not None
+# Steps of a tile. What is kept for the backward pass has one state for each, whatever the tuning.
+_STEPS = 128
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Real and complex floating point on CUDA and ROCm devices, which torch calls "cuda" both."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return "runs on CUDA and ROCm GPUs; on the CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
+    if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
+        return "needs floating point of 16, 32 or 64 bits, or complex tensors"
+    return None if _INSTALLED else INSTALL_HINT
+
+
+def on(x: Tensor) -> Any:
+    """Kernels are launched on the device of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def precision(dtype: torch.dtype) -> Any:
+    """Triton's name of the precision of the arithmetic."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def operand(x: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """x (B, T, D), its strides of rows and steps; channels are made neighbours where they are not."""
+    if x is None:
+        return None, 0, 0
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    return x, x.stride(0), x.stride(1)
+
+
+def _part(pair: Pair | None, n: int) -> Tensor | None:
+    return None if pair is None else (pair.re, pair.im)[n]
+
+
+class _Tiles(NamedTuple):
+    """How a recurrence over (rows, T, D) is cut up."""
+
+    rows: int
+    T: int
+    D: int
+    steps: int
+    channels: int
+    warps: int
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.T // self.steps)
+
+    @property
+    def programs(self) -> int:
+        """Of one tile."""
+        return self.rows * -(-self.D // self.channels)
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.programs * self.tiles,)
+
+    def handed_on(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What tiles publish, and flags that say they have."""
+        from gateloop_transformer.ops.backends.triton_scans import SLOTS
+
+        size = self.programs * self.tiles if self.tiles > 1 else 0
+        room = x.new_empty(max(size * SLOTS.value * self.channels, 1), dtype=dtype)
+        return room, torch.zeros(max(2 * size, 1), dtype=torch.int32, device=x.device)
+
+    def options(self, dtype: torch.dtype, reverse: bool) -> dict[str, Any]:
+        return {
+            "W": precision(dtype),
+            "REVERSE": reverse,
+            "TT": self.steps,
+            "DD": self.channels,
+            "num_warps": self.warps,
+        }
+
+
+def _power(n: int) -> int:
+    """The next power of two."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _tiles(shape: torch.Size) -> _Tiles:
+    rows, T, D = shape
+    steps, channels = min(_STEPS, _power(T)), min(16, _power(D))
+    return _Tiles(rows, T, D, steps, channels, max(1, min(8, steps * channels // 256)))
+
+
+class _Marks(NamedTuple):
+    """Where states are cleared (B, T), and of which document a step in memory is the first and the last (T,)."""
+
+    resets: Tensor | None
+    begins: Tensor | None
+    ends: Tensor | None
+
+
+def _marks(layout: Layout, T: int, reverse: bool) -> _Marks:
+    """No number is read back from the device for it."""
+    resets = None if layout.resets is None else layout.resets.contiguous().view(torch.uint8)
+    if layout.cu_seqlens is None:
+        return _Marks(resets, None, None)
+    bounds = layout.cu_seqlens.long()
+    empty = bounds[1:] == bounds[:-1]
+    numbers = torch.arange(len(empty), dtype=torch.int32, device=bounds.device)
+    places = bounds[:-1], bounds[1:] - 1
+    marks = []
+    for place in places[::-1] if reverse else places:
+        # Documents without steps are marked past the end.
+        mark = torch.full((T + 1,), -1, dtype=torch.int32, device=bounds.device)
+        marks.append(mark.scatter_(0, place.masked_fill(empty, T), numbers)[:T])
+    return _Marks(resets, *marks)
+
+
+def _states(given: Pair | None, parts: int, shape: tuple[int, int], dtype: torch.dtype, like: Tensor) -> list[Tensor]:
+    """Fresh states that hold those given, or 0: what documents without steps begin and end with."""
+    states = [torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(parts)]
+    for state, part in zip(states, [] if given is None else given.parts(), strict=False):
+        state.copy_(part)
+    return states
+
+
+# ---- h[t] = a[t] h[t-1] + x[t] ----------------------------------------------------------------------------
+
+
+def _one_width(*pairs: Pair) -> tuple[Pair, ...]:
+    """All in float64 if one is: a kernel computes in one precision."""
+    if not any(pair.re.dtype == torch.float64 for pair in pairs):
+        return pairs
+    return tuple(pair.to(torch.float64) for pair in pairs)
+
+
+def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
+    """h[t] = a[t] h[t-1] + x[t]."""
+    from gateloop_transformer.ops.backends.triton_scans import scan_forward
+
+    gates, inputs = _one_width(gates, inputs)
+    parts = max(len(pair.parts()) for pair in (gates, inputs, initial) if pair is not None)
+    dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
+    wide = compute_dtype(dtype)
+    x, tiles = inputs.re, _tiles(inputs.re.shape)
+    states = [x.new_empty(x.shape, dtype=wide if parts == 2 else dtype) for _ in range(parts)]
+    start = None if initial is None else initial.map(lambda part: part.contiguous())
+    marks = _marks(layout, tiles.T, reverse)
+    operands = [operand(part) for part in (gates.re, gates.im, x, inputs.im, *Pair(*states))]
+    with on(x):
+        scan_forward[tiles.grid](
+            *operands,
+            *(_part(start, n) for n in (0, 1)),
+            marks.resets,
+            marks.begins,
+            *tiles.handed_on(x, wide),
+            tiles.T,
+            tiles.D,
+            tiles.rows,
+            COMPLEX=parts == 2,
+            **tiles.options(wide, reverse),
+        )
+    return Pair(*states)
+
+
+def linear_scan_backward(
+    grad: Pair,
+    gates: Pair,
+    inputs: Pair,
+    states: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
+) -> tuple[Pair, Pair, Pair]:
+    """One pass against the order of the first."""
+    from gateloop_transformer.ops.backends.triton_scans import scan_backward
+
+    gates, inputs, grad, states = _one_width(gates, inputs, grad, states)
+    wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
+    x, parts, tiles = inputs.re, len(states.parts()), _tiles(inputs.re.shape)
+    d_gates, d_inputs = (pair.map(lambda part: part.new_empty(part.shape)) for pair in (gates, inputs))
+    start = None if initial is None else initial.map(lambda part: part.contiguous())
+    d_initial = _states(None, parts, (layout.states(tiles.rows), tiles.D), wide, x)
+    marks = _marks(layout, tiles.T, reverse)
+    read = [operand(part) for pair in (grad, gates, states) for part in pair]
+    written = [operand(part) for pair in (d_gates, d_inputs) for part in pair]
+    with on(x):
+        scan_backward[tiles.grid](
+            *read,
+            *(_part(start, n) for n in (0, 1)),
+            *written,
+            *Pair(*d_initial),
+            marks.resets,
+            marks.begins,
+            *tiles.handed_on(x, wide),
+            tiles.T,
+            tiles.D,
+            tiles.rows,
+            COMPLEX=parts == 2,
+            **tiles.options(wide, reverse),
+        )
+    return d_gates, d_inputs, Pair(*d_initial)
+
+
+# ---- the gate loop at head size 1 -------------------------------------------------------------------------
+
+
+def _gate_code(loop: ChannelLoop) -> int:
+    """The kernels' number of the gate."""
+    from gateloop_transformer.ops.backends import triton_gates as gates
+
+    if loop.gate == "given":
+        return int((gates.GIVEN_REAL if loop.gates.im is None else gates.GIVEN_COMPLEX).value)
+    return gates.CODES[loop.gate]
+
+
+def _projections(gates: Pair, gate: str) -> tuple[list[tuple[Tensor | None, int, int]], bool]:
+    """Operands, and whether the first has pairs, neighbours in memory."""
+    re, im = gates
+    if gate == "sigmoid" or (gate == "given" and im is None):
+        return [operand(re), operand(None)], False
+    if im is None:
+        return [operand(re), operand(None)], True
+    interleaved = re.stride() == im.stride() and re.stride(-1) == 2 and im.data_ptr() - re.data_ptr() == re.itemsize
+    if interleaved:
+        return [(re, re.stride(0), re.stride(1)), operand(None)], True
+    return [operand(re), operand(im)], False
+
+
+def loop_kept(loop: ChannelLoop) -> Tensor:
+    """Room for the state before each tile and for the initial states.
+
+    Its size may be symbolic: no decision here may depend on B or T.
+    """
+    B, T, D = loop.queries.shape
+    states = B * ((T + _STEPS - 1) // _STEPS) + loop.layout.states(B)
+    # Flat: a dimension that may be 1 would tie a traced program to it.
+    return loop.queries.new_empty(loop.parts * states * D, dtype=loop.wide)
+
+
+def _kept_states(loop: ChannelLoop, kept: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Those before tiles (parts, rows · tiles, D), and parts of the initial ones (N, D)."""
+    B, T, D = loop.queries.shape
+    before = loop.parts * B * -(-T // _STEPS)
+    states = kept.view(-1, D)
+    return states[:before], list(states[before:].view(loop.parts, -1, D))
+
+
+def _biases(loop: ChannelLoop) -> list[Tensor | None]:
+    if loop.bias is None:
+        return [None, None]
+    return [part.to(loop.wide).contiguous() for part in loop.bias.parts()]
+
+
+def _pointers(states: list[Tensor]) -> list[Tensor | None]:
+    """Two parts, None for the imaginary one of real states."""
+    return [states[0], states[1] if len(states) == 2 else None]
+
+
+def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair, Tensor]:
+    """y (B, T, D), the last states (N, D), and what is kept."""
+    from gateloop_transformer.ops.backends.triton_loops import loop_forward as kernel
+
+    tiles, wide, x = _tiles(loop.queries.shape), loop.wide, loop.queries
+    kept, y = loop_kept(loop), x.new_empty(x.shape)
+    before, starts = _kept_states(loop, kept)
+    final = _states(initial, loop.parts, (loop.layout.states(tiles.rows), tiles.D), wide, x)
+    for start, state in zip(starts, final, strict=True):
+        start.copy_(state)
+    gates, pairs = _projections(loop.gates, loop.gate)
+    marks = _marks(loop.layout, tiles.T, loop.reverse)
+    with on(x):
+        kernel[tiles.grid](
+            *(operand(part) for part in (x, loop.keys, loop.values)),
+            *gates,
+            operand(loop.swish),
+            operand(y),
+            *_biases(loop),
+            *([None, None] if initial is None else _pointers(starts)),
+            *_pointers(final),
+            before,
+            *marks,
+            *tiles.handed_on(x, wide),
+            tiles.T,
+            tiles.D,
+            tiles.rows,
+            GATE=_gate_code(loop),
+            PAIRS=pairs,
+            **tiles.options(wide, loop.reverse),
+        )
+    return y, Pair(*final), kept
+
+
+def _loop_backward(
+    loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, results: list[Tensor | None]
+) -> tuple[Pair | None, Pair]:
+    """Fills gradients of queries, keys, values, gates (two parts) and SiLU gate; returns those of bias and states."""
+    from gateloop_transformer.ops.backends.triton_loops import loop_backward as kernel
+
+    tiles, wide, x = _tiles(loop.queries.shape), loop.wide, loop.queries
+    before, starts = _kept_states(loop, kept)
+    N = loop.layout.states(tiles.rows)
+    d_final = _states(grad_final, loop.parts, (N, tiles.D), wide, x)
+    d_initial = [state.clone() for state in d_final]
+    gates, pairs = _projections(loop.gates, loop.gate)
+    sums = None if loop.bias is None else x.new_empty(tiles.rows * tiles.tiles, 2, tiles.D, dtype=wide)
+    marks = _marks(loop.layout, tiles.T, loop.reverse)
+    with on(x):
+        kernel[tiles.grid](
+            *(operand(part) for part in (x, loop.keys, loop.values)),
+            *gates,
+            *(operand(part) for part in (loop.swish, grad, *results)),
+            *_biases(loop),
+            sums,
+            *_pointers(starts),
+            *_pointers(d_final),
+            *_pointers(d_initial),
+            before,
+            *marks,
+            *tiles.handed_on(x, wide),
+            tiles.T,
+            tiles.D,
+            tiles.rows,
+            FRACTION=loop.fraction,
+            GATE=_gate_code(loop),
+            PAIRS=pairs,
+            **tiles.options(wide, loop.reverse),
+        )
+    return None if sums is None else Pair(sums[:, 0].sum(0), sums[:, 1].sum(0)), Pair(*d_initial)
+
+
+def loop_backward(
+    loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, packed: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
+    """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of the bias and the initial state."""
+    d_packed = packed.new_empty(packed.shape)
+    first, second, third = d_packed.chunk(3, -1)
+    d_swish = None if loop.swish is None else loop.swish.new_empty(loop.swish.shape)
+    if loop.gate == "sigmoid":
+        d_gates, results = third, [first, None, second, third, None, d_swish]
+    else:
+        d_gates = loop.gates.re.new_empty(loop.gates.re.shape)
+        results = [first, second, third, d_gates, None, d_swish]
+    d_bias, d_initial = _loop_backward(loop, grad, grad_final, kept, results)
+    return (d_packed, d_gates, d_swish), d_bias, d_initial
+
+
+def gate_loop_forward(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
+) -> tuple[Tensor, Pair]:
+    """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
+    if elementwise(keys, values):
+        loop = given(queries, keys, values, gates, initial, reverse, layout)
+        y, final, _ = loop_forward(loop, None if initial is None else flat_state(initial))
+        return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
+    raise NotImplementedError
+
+
+def gate_loop_backward(
+    grad: Tensor,
+    grad_final: Pair,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
+) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    """Gradients; states before each chunk are computed again."""
+    if not elementwise(keys, values):
+        raise NotImplementedError
+    loop = given(queries, keys, values, gates, initial, reverse, layout)
+    _, _, kept = loop_forward(loop, None if initial is None else flat_state(initial))
+    dq, dk, dv = (loop.queries.new_empty(x.shape[:3]) for x in (queries, keys, values))
+    d_gates = loop.gates.map(lambda x: x.new_empty(x.shape))
+    results: list[Tensor | None] = [dq, dk, dv, d_gates.re, d_gates.im, None]
+    _, first = _loop_backward(loop, flat(grad.to(dq.dtype)), flat_state(grad_final), kept, results)
+    shaped = d_gates.map(lambda x: x.reshape(gates.re.shape))
+    states = first.map(lambda x: x[..., None, None])
+    return dq.unsqueeze(-1), dk.unsqueeze(-1), dv.unsqueeze(-1), shaped, states
