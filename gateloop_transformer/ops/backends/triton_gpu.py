@@ -20,8 +20,11 @@ from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 INSTALL_HINT = "needs Triton, which PyTorch for CUDA and ROCm brings along: pip install triton"
 _INSTALLED = importlib.util.find_spec("triton") is not None
-# Steps of a tile. What is kept for the backward pass has one state for each, whatever the tuning.
-_STEPS = 128
+# Steps of a tile, forwards and, where more is held in registers, backwards; channels and warps of both.
+_FORWARD = 128
+_BACKWARD = 64
+_CHANNELS = 16
+_WARPS = 8
 
 
 def interpreted() -> bool:
@@ -98,6 +101,7 @@ class _Tiles(NamedTuple):
         return {
             "W": precision(dtype),
             "REVERSE": reverse,
+            "MANY": self.tiles > 1,
             "TT": self.steps,
             "DD": self.channels,
             "num_warps": self.warps,
@@ -109,10 +113,11 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _tiles(shape: torch.Size) -> _Tiles:
+def _tiles(shape: torch.Size, most: int) -> _Tiles:
     rows, T, D = shape
-    steps, channels = min(_STEPS, _power(T)), min(16, _power(D))
-    return _Tiles(rows, T, D, steps, channels, max(1, min(8, steps * channels // 256)))
+    steps, channels = min(most, _power(T)), min(_CHANNELS, _power(D))
+    warps = max(1, _WARPS * steps * channels // (most * _CHANNELS))
+    return _Tiles(rows, T, D, steps, channels, warps)
 
 
 class _Marks(NamedTuple):
@@ -166,7 +171,7 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     parts = max(len(pair.parts()) for pair in (gates, inputs, initial) if pair is not None)
     dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
     wide = compute_dtype(dtype)
-    x, tiles = inputs.re, _tiles(inputs.re.shape)
+    x, tiles = inputs.re, _tiles(inputs.re.shape, _FORWARD)
     states = [x.new_empty(x.shape, dtype=wide if parts == 2 else dtype) for _ in range(parts)]
     start = None if initial is None else initial.map(lambda part: part.contiguous())
     marks = _marks(layout, tiles.T, reverse)
@@ -201,7 +206,7 @@ def linear_scan_backward(
 
     gates, inputs, grad, states = _one_width(gates, inputs, grad, states)
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
-    x, parts, tiles = inputs.re, len(states.parts()), _tiles(inputs.re.shape)
+    x, parts, tiles = inputs.re, len(states.parts()), _tiles(inputs.re.shape, _BACKWARD)
     d_gates, d_inputs = (pair.map(lambda part: part.new_empty(part.shape)) for pair in (gates, inputs))
     start = None if initial is None else initial.map(lambda part: part.contiguous())
     d_initial = _states(None, parts, (layout.states(tiles.rows), tiles.D), wide, x)
@@ -257,7 +262,7 @@ def loop_kept(loop: ChannelLoop) -> Tensor:
     Its size may be symbolic: no decision here may depend on B or T.
     """
     B, T, D = loop.queries.shape
-    states = B * ((T + _STEPS - 1) // _STEPS) + loop.layout.states(B)
+    states = B * ((T + _BACKWARD - 1) // _BACKWARD) + loop.layout.states(B)
     # Flat: a dimension that may be 1 would tie a traced program to it.
     return loop.queries.new_empty(loop.parts * states * D, dtype=loop.wide)
 
@@ -265,7 +270,7 @@ def loop_kept(loop: ChannelLoop) -> Tensor:
 def _kept_states(loop: ChannelLoop, kept: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Those before tiles (parts, rows · tiles, D), and parts of the initial ones (N, D)."""
     B, T, D = loop.queries.shape
-    before = loop.parts * B * -(-T // _STEPS)
+    before = loop.parts * B * -(-T // _BACKWARD)
     states = kept.view(-1, D)
     return states[:before], list(states[before:].view(loop.parts, -1, D))
 
@@ -285,7 +290,7 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
     """y (B, T, D), the last states (N, D), and what is kept."""
     from gateloop_transformer.ops.backends.triton_loops import loop_forward as kernel
 
-    tiles, wide, x = _tiles(loop.queries.shape), loop.wide, loop.queries
+    tiles, wide, x = _tiles(loop.queries.shape, _FORWARD), loop.wide, loop.queries
     kept, y = loop_kept(loop), x.new_empty(x.shape)
     before, starts = _kept_states(loop, kept)
     final = _states(initial, loop.parts, (loop.layout.states(tiles.rows), tiles.D), wide, x)
@@ -308,6 +313,7 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
             tiles.T,
             tiles.D,
             tiles.rows,
+            KEPT=_BACKWARD,
             GATE=_gate_code(loop),
             PAIRS=pairs,
             **tiles.options(wide, loop.reverse),
@@ -321,7 +327,7 @@ def _loop_backward(
     """Fills gradients of queries, keys, values, gates (two parts) and SiLU gate; returns those of bias and states."""
     from gateloop_transformer.ops.backends.triton_loops import loop_backward as kernel
 
-    tiles, wide, x = _tiles(loop.queries.shape), loop.wide, loop.queries
+    tiles, wide, x = _tiles(loop.queries.shape, _BACKWARD), loop.wide, loop.queries
     before, starts = _kept_states(loop, kept)
     N = loop.layout.states(tiles.rows)
     d_final = _states(grad_final, loop.parts, (N, tiles.D), wide, x)

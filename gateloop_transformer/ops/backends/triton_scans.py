@@ -71,7 +71,8 @@ def neighbour(x, edge, STEP: tl.constexpr, TT: tl.constexpr, DD: tl.constexpr):
 
 @triton.jit
 def place(T, D, rows, REVERSE: tl.constexpr, AGAINST: tl.constexpr, TT: tl.constexpr, DD: tl.constexpr):
-    """What a program works on: row, tile, which tile in the order of work, block; steps (TT, 1), positions, channels.
+    """What a program works on: row, tile, which tile in the order of work, block; steps (TT, 1), the position of the
+    tile's first step and others relative to it (TT, 1), channels (1, DD).
 
     Programs are numbered tile by tile, so that those waited for are started first. AGAINST: from the last tile on.
     """
@@ -81,28 +82,31 @@ def place(T, D, rows, REVERSE: tl.constexpr, AGAINST: tl.constexpr, TT: tl.const
     order = program // (rows * blocks)
     tile = tiles - 1 - order if AGAINST else order
     part = program % (rows * blocks)
-    t = tile * TT + tl.arange(0, TT)[:, None]
-    p = T - 1 - t if REVERSE else t
+    steps = tl.arange(0, TT)[:, None]
+    start = tile * TT
     d = (part % blocks) * DD + tl.arange(0, DD)[None, :]
-    return part // blocks, tile, order, part, t, p, d
+    if REVERSE:
+        return part // blocks, tile, order, part, start + steps, T - 1 - start, -steps, d
+    else:
+        return part // blocks, tile, order, part, start + steps, start, steps, d
 
 
 @triton.jit
-def at(x, b, p, d):
-    """Where an operand has row b, positions p, channels d."""
-    return x[0] + b.to(tl.int64) * x[1] + p.to(tl.int64) * x[2] + d
+def at(x, b, s, r, d):
+    """Where an operand has row b, positions s + r, channels d: 64 bits for the tile, 32 inside it."""
+    return x[0] + (b.to(tl.int64) * x[1] + s.to(tl.int64) * x[2]) + (r * x[2] + d)
 
 
 @triton.jit
-def read(x, b, p, d, mask, W: tl.constexpr):
+def read(x, b, s, r, d, mask, W: tl.constexpr):
     """A tile of an operand in the precision of the arithmetic; 0 outside."""
-    return tl.load(at(x, b, p, d), mask=mask, other=0.0).to(W)
+    return tl.load(at(x, b, s, r, d), mask=mask, other=0.0).to(W)
 
 
 @triton.jit
-def write(x, b, p, d, value, mask):
+def write(x, b, s, r, d, value, mask):
     """The opposite of `read`."""
-    tl.store(at(x, b, p, d), value.to(x[0].dtype.element_ty), mask=mask)
+    tl.store(at(x, b, s, r, d), value.to(x[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -157,21 +161,22 @@ def _peek(x, mask):
 
 
 @triton.jit
-def carried(chain, flags, product, product_im, end, end_im, order, part, T, D, d, COMPLEX: tl.constexpr, TT: tl.constexpr):
+def carried(chain, flags, product, product_im, end, end_im, order, part, T, D, d,
+            COMPLEX: tl.constexpr, MANY: tl.constexpr, TT: tl.constexpr):  # fmt: skip
     """The state (DD,) that a tile is given by those before it in the order of work; 0 for the first.
 
     product, end: of the tile alone, (DD,). chain: (parts, tiles, SLOTS, DD); flags: (parts, tiles, 2), zero at first.
+    MANY: there is more than one tile.
     """
     DD: tl.constexpr = end.shape[0]
     state = tl.zeros_like(end)
     state_im = tl.zeros_like(end)
-    tiles = tl.cdiv(T, TT)
-    if tiles > 1:
-        column = tl.arange(0, DD)
+    if MANY:
+        tiles = tl.cdiv(T, TT)
         mask = tl.reshape(d, (DD,)) < D
         flags += part.to(tl.int64) * tiles * 2
-        chain += part.to(tl.int64) * tiles * SLOTS * DD + column
-        own = chain + order * SLOTS * DD
+        published = chain + part.to(tl.int64) * tiles * SLOTS * DD + tl.arange(0, DD)
+        own = published + order * SLOTS * DD
         tl.store(own, product, mask=mask)
         tl.store(own + DD, end, mask=mask)
         if COMPLEX:
@@ -181,12 +186,12 @@ def carried(chain, flags, product, product_im, end, end_im, order, part, T, D, d
         first = order // GROUP * GROUP
         if first > 0:
             _wait(flags + first * 2 + 1)
-            state = _peek(chain + (first * SLOTS + 4) * DD, mask)
+            state = _peek(published + (first * SLOTS + 4) * DD, mask)
             if COMPLEX:
-                state_im = _peek(chain + (first * SLOTS + 5) * DD, mask)
+                state_im = _peek(published + (first * SLOTS + 5) * DD, mask)
         for n in range(first, order):
             _wait(flags + n * 2)
-            theirs = chain + n * SLOTS * DD
+            theirs = published + n * SLOTS * DD
             a, x = _peek(theirs, mask), _peek(theirs + DD, mask)
             if COMPLEX:
                 a_im, x_im = _peek(theirs + 2 * DD, mask), _peek(theirs + 3 * DD, mask)
@@ -205,29 +210,30 @@ def carried(chain, flags, product, product_im, end, end_im, order, part, T, D, d
 @triton.jit
 def scan_forward(
     gates, gates_im, inputs, inputs_im, states, states_im, initial, initial_im, resets, begins, chain, flags,
-    T, D, rows, W: tl.constexpr, COMPLEX: tl.constexpr, REVERSE: tl.constexpr, TT: tl.constexpr, DD: tl.constexpr,
+    T, D, rows, W: tl.constexpr, COMPLEX: tl.constexpr, REVERSE: tl.constexpr, MANY: tl.constexpr, TT: tl.constexpr,
+    DD: tl.constexpr,
 ):  # fmt: skip
     """All states. Imaginary parts, `initial` and marks may be None."""
-    b, _, order, part, t, p, d = place(T, D, rows, REVERSE, False, TT, DD)
+    b, _, order, part, t, s, r, d = place(T, D, rows, REVERSE, False, TT, DD)
     mask = (t < T) & (d < D)
-    a, x = read(gates, b, p, d, mask, W), read(inputs, b, p, d, mask, W)
+    a, x = read(gates, b, s, r, d, mask, W), read(inputs, b, s, r, d, mask, W)
     a_im, x_im = tl.zeros_like(a), tl.zeros_like(x)
     if gates_im[0] is not None:
-        a_im = read(gates_im, b, p, d, mask, W)
+        a_im = read(gates_im, b, s, r, d, mask, W)
     if inputs_im[0] is not None:
-        x_im = read(inputs_im, b, p, d, mask, W)
-    a, a_im, _ = cleared(a, a_im, resets, b, t, p, T)
-    a, a_im, x, x_im = begun(a, a_im, x, x_im, initial, initial_im, begins, b, t, p, d, T, D, W, COMPLEX)
+        x_im = read(inputs_im, b, s, r, d, mask, W)
+    a, a_im, _ = cleared(a, a_im, resets, b, t, s + r, T)
+    a, a_im, x, x_im = begun(a, a_im, x, x_im, initial, initial_im, begins, b, t, s + r, d, T, D, W, COMPLEX)
     product, product_im, h, h_im = tile_scan(a, a_im, x, x_im, COMPLEX, False)
     last: tl.constexpr = TT - 1
     before, before_im = carried(
         chain, flags, row(product, last, TT), row(product_im, last, TT), row(h, last, TT), row(h_im, last, TT),
-        order, part, T, D, d, COMPLEX, TT,
+        order, part, T, D, d, COMPLEX, MANY, TT,
     )  # fmt: skip
     more, more_im = times(product, product_im, before[None, :], before_im[None, :], COMPLEX)
-    write(states, b, p, d, h + more, mask)
+    write(states, b, s, r, d, h + more, mask)
     if COMPLEX:
-        write(states_im, b, p, d, h_im + more_im, mask)
+        write(states_im, b, s, r, d, h_im + more_im, mask)
 
 
 @triton.jit
@@ -246,7 +252,7 @@ def begun(a, a_im, x, x_im, initial, initial_im, begins, b, t, p, d, T, D, W: tl
 
 @triton.jit
 def adjoint(g, g_im, a, a_im, begins, order, part, t, T, d, D, chain, flags,
-            COMPLEX: tl.constexpr, TT: tl.constexpr, DD: tl.constexpr):  # fmt: skip
+            COMPLEX: tl.constexpr, MANY: tl.constexpr, TT: tl.constexpr, DD: tl.constexpr):  # fmt: skip
     """Gradients of all states, G[t] = g[t] + conj(a[t+1]) G[t+1], from what each step alone adds, g.
 
     `begins`: where rows or documents begin, past which nothing is handed on.
@@ -256,7 +262,7 @@ def adjoint(g, g_im, a, a_im, begins, order, part, t, T, d, D, chain, flags,
     product, product_im, back, back_im = tile_scan(c, c_im, x, x_im, COMPLEX, True)
     after, after_im = carried(
         chain, flags, row(product, 0, TT), row(product_im, 0, TT), row(back, 0, TT), row(back_im, 0, TT),
-        order, part, T, D, d, COMPLEX, TT,
+        order, part, T, D, d, COMPLEX, MANY, TT,
     )  # fmt: skip
     more, more_im = times(product, product_im, after[None, :], after_im[None, :], COMPLEX)
     G = g + neighbour(back + more, after, 1, TT, DD)
@@ -270,36 +276,37 @@ def adjoint(g, g_im, a, a_im, begins, order, part, t, T, d, D, chain, flags,
 def scan_backward(
     grad, grad_im, gates, gates_im, states, states_im, initial, initial_im, d_gates, d_gates_im, d_inputs, d_inputs_im,
     d_initial, d_initial_im, resets, begins, chain, flags,
-    T, D, rows, W: tl.constexpr, COMPLEX: tl.constexpr, REVERSE: tl.constexpr, TT: tl.constexpr, DD: tl.constexpr,
+    T, D, rows, W: tl.constexpr, COMPLEX: tl.constexpr, REVERSE: tl.constexpr, MANY: tl.constexpr, TT: tl.constexpr,
+    DD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gates, inputs and initial states."""
-    b, _, order, part, t, p, d = place(T, D, rows, REVERSE, True, TT, DD)
+    b, _, order, part, t, s, r, d = place(T, D, rows, REVERSE, True, TT, DD)
     mask = (t < T) & (d < D)
-    a, g = read(gates, b, p, d, mask, W), read(grad, b, p, d, mask, W)
+    a, g = read(gates, b, s, r, d, mask, W), read(grad, b, s, r, d, mask, W)
     a_im, g_im = tl.zeros_like(a), tl.zeros_like(g)
     if gates_im[0] is not None:
-        a_im = read(gates_im, b, p, d, mask, W)
+        a_im = read(gates_im, b, s, r, d, mask, W)
     if COMPLEX:
-        g_im = read(grad_im, b, p, d, mask, W)
-    a, a_im, reset = cleared(a, a_im, resets, b, t, p, T)
-    n = documents(begins, b, t, p, T, True)
-    G, G_im = adjoint(g, g_im, a, a_im, n >= 0, order, part, t, T, d, D, chain, flags, COMPLEX, TT, DD)
-    write(d_inputs, b, p, d, G, mask)
+        g_im = read(grad_im, b, s, r, d, mask, W)
+    a, a_im, reset = cleared(a, a_im, resets, b, t, s + r, T)
+    n = documents(begins, b, t, s + r, T, True)
+    G, G_im = adjoint(g, g_im, a, a_im, n >= 0, order, part, t, T, d, D, chain, flags, COMPLEX, MANY, TT, DD)
+    write(d_inputs, b, s, r, d, G, mask)
     if d_inputs_im[0] is not None:
-        write(d_inputs_im, b, p, d, G_im, mask)
-    earlier = p + 1 if REVERSE else p - 1
-    h = tl.where(n >= 0, 0.0, read(states, b, earlier, d, mask & (t > 0), W))
+        write(d_inputs_im, b, s, r, d, G_im, mask)
+    earlier = r + 1 if REVERSE else r - 1
+    h = tl.where(n >= 0, 0.0, read(states, b, s, earlier, d, mask & (t > 0), W))
     h_im = tl.zeros_like(h)
     if COMPLEX:
-        h_im = tl.where(n >= 0, 0.0, read(states_im, b, earlier, d, mask & (t > 0), W))
+        h_im = tl.where(n >= 0, 0.0, read(states_im, b, s, earlier, d, mask & (t > 0), W))
     if initial is not None:
         h += state_at(initial, n, d, D, W)
         if initial_im is not None:
             h_im += state_at(initial_im, n, d, D, W)
     da, da_im = times(G, G_im, h, -h_im, COMPLEX)
-    write(d_gates, b, p, d, tl.where(reset, 0.0, da), mask)
+    write(d_gates, b, s, r, d, tl.where(reset, 0.0, da), mask)
     if d_gates_im[0] is not None:
-        write(d_gates_im, b, p, d, tl.where(reset, 0.0, da_im), mask)
+        write(d_gates_im, b, s, r, d, tl.where(reset, 0.0, da_im), mask)
     if d_initial is not None:
         back, back_im = times(a, -a_im, G, G_im, COMPLEX)
         store_state(d_initial, n, d, D, back)
