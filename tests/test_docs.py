@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# Those that train or export for long run by `make slow`; tests of what they show run always.
+LONG = ("finetune_with_trainer", "onnx_generate", "train_on_a_task")
 FEW_STEPS = {
     "classify_digits": ["--steps", "2"],
     "filter_a_signal": ["--steps", "2", "--window", "64", "--samples", "600", "--plot", "signal.png"],
@@ -37,7 +39,10 @@ def test_snippets_run(snippet: str, tmp_path: Path) -> None:
     run(snippet, tmp_path)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in EXAMPLES],
+)
 def test_examples_run_and_are_short(example: Path, tmp_path: Path) -> None:
     few = FEW_STEPS.get(example.stem, [])
     assert len(example.read_text().splitlines()) <= (180 if few else 40)

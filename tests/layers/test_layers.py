@@ -159,7 +159,14 @@ def test_nothing_in_is_nothing_out_and_the_state_stays(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="fp32"),
+        pytest.param(torch.bfloat16, id="bf16"),
+        pytest.param(torch.float16, id="fp16", marks=pytest.mark.slow),
+    ],
+)
 def test_every_precision_gives_its_own_dtype_and_finite_gradients(name: str, dtype: torch.dtype) -> None:
     layer, x = build(name, dtype), make_input(name, dtype=dtype)
     leaf = x.clone().requires_grad_(x.is_floating_point())

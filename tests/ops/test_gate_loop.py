@@ -299,7 +299,10 @@ def test_float32_has_a_relative_error_of_1e_5(backend: str, size: str, kind: str
         assert rms_ratio(x, reference) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("backend", "size"), EACH)
 def test_half_precision_errs_at_most_twice_as_much_as_the_formula_in_it(
     backend: str, size: str, dtype: torch.dtype

@@ -84,7 +84,8 @@ def rewind(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "second", "third"), [("ddp", (3, "fsdp"), (1, "ddp")), ("fsdp", (3, "ddp"), (2, "fsdp"))]
+    ("parallel", "second", "third"),
+    [("ddp", (3, "fsdp"), (1, "ddp")), pytest.param("fsdp", (3, "ddp"), (2, "fsdp"), marks=pytest.mark.slow)],
 )
 def test_any_number_of_processes_trains_the_same_model(
     text: Path, tmp_path: Path, alone: Path, parallel: str, second: tuple[int, str], third: tuple[int, str]
@@ -101,6 +102,7 @@ def test_any_number_of_processes_trains_the_same_model(
         assert distance(alone, out) < 1e-10
 
 
+@pytest.mark.slow
 def test_processes_may_share_each_window(text: Path, tmp_path: Path, alone: Path) -> None:
     out = tmp_path / "run"
     said = run(3, str(text), "--out", str(out), *TINY, "--context-parallel", "3")

@@ -55,6 +55,15 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step; tests that change it copy it."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "data.txt").write_text(TEXT)
+    assert train(place / "data.txt", place / "run", steps=1) == 0
+    return place / "run"
+
+
 def train(text: Path | None, out: Path, *flags: str, steps: int | None = 8) -> int:
     data = [] if text is None else [str(text)]
     length = [] if steps is None else ["--steps", str(steps)]
@@ -812,13 +821,16 @@ def test_a_step_may_be_cut_anew_into_micro_batches(
     ],
 )
 def test_wrong_arguments_of_generate_and_eval(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], message: str
+    text: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    message: str,
 ) -> None:
-    out = tmp_path / "run"
-    assert train(text, out, steps=1) == 0
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "one").write_bytes(b"x")
-    places = {"RUN": str(out), "EMPTY": str(tmp_path / "empty"), "ONE": str(tmp_path / "one"), "DATA": str(text)}
+    places = {"RUN": str(finished), "EMPTY": str(tmp_path / "empty"), "ONE": str(tmp_path / "one"), "DATA": str(text)}
     places["BELOW"] = str(tmp_path / "one" / "run")
     capsys.readouterr()
     assert main([places.get(word, word) for word in command]) == 2

@@ -139,11 +139,16 @@ def test_commands_say_all_settings_and_resume_what_has_begun(tmp_path: Path, mon
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_the_run_at_work(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     ready, stopped = tmp_path / "ready", tmp_path / "stopped"
     code = (
-        "import pathlib, time\n"
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try:\n"
         f"    pathlib.Path({str(ready)!r}).touch(); time.sleep(60)\n"
         "except KeyboardInterrupt:\n"
@@ -158,6 +163,9 @@ def test_an_interrupt_stops_the_run_at_work(
         time.sleep(0.05)
         os.kill(os.getpid(), number)
 
+    # Shells start what runs in the background with SIGINT ignored.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, outside))
     threading.Thread(target=interrupt).start()
     before = signal.getsignal(signal.SIGTERM)
     assert main(["sweep", "--out", str(tmp_path / "s"), "--seeds", "7,8"]) == 1

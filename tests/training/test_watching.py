@@ -206,7 +206,7 @@ def test_a_full_disk_is_said_with_what_was_saved(
     assert main(["train", "--out", str(out), "--resume"]) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_step_it_finds(text: Path, tmp_path: Path, number: signal.Signals) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     flags = ["--steps", "150", "--checkpoint-every", "1000", "--eval-every", "1000", "--track", "none"]
