@@ -107,3 +107,67 @@ def interleave(re, im, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def deinterleave(pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The opposite of `interleave`."""
     return tl.split(tl.reshape(pairs, (ROWS, COLUMNS, 2)))
+
+
+@triton.jit
+def _place(rows, H, RR: tl.constexpr, HH: tl.constexpr):
+    """Rows (RR, 1), heads (1, HH), the mask of their gates, offsets and mask of their pairs, which block of rows."""
+    blocks = tl.cdiv(H, HH)
+    block = tl.program_id(0) // blocks
+    head = tl.program_id(0) % blocks * HH
+    r = block * RR + tl.arange(0, RR)[:, None]
+    h, e = head + tl.arange(0, HH)[None, :], 2 * head + tl.arange(0, 2 * HH)[None, :]
+    wide = r.to(tl.int64)
+    return wide * H + h, (r < rows) & (h < H), wide * 2 * H + e, (r < rows) & (e < 2 * H), h, block
+
+
+@triton.jit
+def _read(z, bias, bias_im, at, inside, h, H, GATE: tl.constexpr, REAL: tl.constexpr, W: tl.constexpr,
+          RR: tl.constexpr, HH: tl.constexpr):  # fmt: skip
+    """Gates as `activate` gives them."""
+    re, im = deinterleave(tl.load(z + at, mask=inside, other=0.0).to(W), RR, HH)
+    if GATE == RING:
+        re += tl.load(bias + h, mask=h < H, other=0.0)
+        im += tl.load(bias_im + h, mask=h < H, other=0.0)
+    if REAL:
+        im = tl.zeros_like(im)
+    return activate(re, im, GATE, W)
+
+
+@triton.jit
+def gates_forward(
+    z, bias, bias_im, a, a_im, scale, rows, H, GATE: tl.constexpr, REAL: tl.constexpr, W: tl.constexpr,
+    RR: tl.constexpr, HH: tl.constexpr,
+):  # fmt: skip
+    """Gates (rows, H) of projections (rows, 2·H) and, for "ring", the scale of the inputs."""
+    at, mask, pairs, inside, h, _ = _place(rows, H, RR, HH)
+    u, u_im, m, rest = _read(z, bias, bias_im, pairs, inside, h, H, GATE, REAL, W, RR, HH)
+    tl.store(a + at, u * m, mask=mask)
+    if not REAL:
+        tl.store(a_im + at, u_im * m, mask=mask)
+    if GATE == RING:
+        tl.store(scale + at, input_scale(m, rest), mask=mask)
+
+
+@triton.jit
+def gates_backward(
+    z, bias, bias_im, da, da_im, d_scale, dz, sums, rows, H, FRACTION: tl.constexpr, GATE: tl.constexpr,
+    REAL: tl.constexpr, W: tl.constexpr, RR: tl.constexpr, HH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of projections; for "ring" what each block of rows adds to those of the biases (blocks, 2, H)."""
+    at, mask, pairs, inside, h, block = _place(rows, H, RR, HH)
+    u, u_im, m, rest = _read(z, bias, bias_im, pairs, inside, h, H, GATE, REAL, W, RR, HH)
+    g = tl.load(da + at, mask=mask, other=0.0).to(W)
+    g_im = tl.zeros_like(g)
+    if not REAL:
+        g_im = tl.load(da_im + at, mask=mask, other=0.0).to(W)
+    re, im = projection_gradient(u, u_im, m, rest, g, g_im, GATE)
+    if REAL:
+        im = tl.zeros_like(im)
+    if GATE == RING:
+        re -= tl.load(d_scale + at, mask=mask, other=0.0).to(W) * input_scale_slope(m, rest)
+        place = sums + block.to(tl.int64) * 2 * H + h
+        tl.store(place, tl.sum(re, 0)[None, :], mask=h < H)
+        tl.store(place + H, tl.sum(im, 0)[None, :], mask=h < H)
+    pair = interleave(re * FRACTION, im * FRACTION, RR, HH)
+    tl.store(dz + pairs, pair.to(dz.dtype.element_ty), mask=inside)

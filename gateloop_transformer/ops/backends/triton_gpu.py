@@ -108,14 +108,14 @@ class _Tiles(NamedTuple):
         }
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
     """The next power of two."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def _tiles(shape: torch.Size, most: int) -> _Tiles:
     rows, T, D = shape
-    steps, channels = min(most, _power(T)), min(_CHANNELS, _power(D))
+    steps, channels = min(most, power(T)), min(_CHANNELS, power(D))
     warps = max(1, _WARPS * steps * channels // (most * _CHANNELS))
     return _Tiles(rows, T, D, steps, channels, warps)
 
@@ -415,3 +415,81 @@ def gate_loop_backward(
     shaped = d_gates.map(lambda x: x.reshape(gates.re.shape))
     states = first.map(lambda x: x[..., None, None])
     return dq.unsqueeze(-1), dk.unsqueeze(-1), dv.unsqueeze(-1), shaped, states
+
+
+# ---- gates of several heads, RMS norm, short convolution ----------------------------------------------------
+
+
+def _gate_blocks(projections: Tensor) -> tuple[int, int, int, dict[str, int]]:
+    """Rows, heads, blocks of rows, and block sizes."""
+    heads = projections.shape[-1] // 2
+    rows = projections.numel() // (2 * heads)
+    width = min(64, power(heads))
+    size = min(1024 // width, power(rows))
+    return rows, heads, -(-rows // size), {"RR": size, "HH": width, "num_warps": max(1, size * width // 256)}
+
+
+def gates_forward(projections: Tensor, gate: str, bias: Pair | None, real: bool) -> list[Tensor]:
+    """Gates (..., H), real and, unless `real`, imaginary part, and for "ring" the scale of the inputs."""
+    from gateloop_transformer.ops.backends import triton_gates as gates
+
+    z, wide = projections.contiguous(), compute_dtype(projections.dtype)
+    rows, heads, blocks, options = _gate_blocks(z)
+    ring = gate == "ring"
+    results = [z.new_empty((*z.shape[:-1], heads), dtype=wide) for _ in range((1 if real else 2) + ring)]
+    biases = [None, None] if bias is None else [part.to(wide).contiguous() for part in bias.parts()]
+    places = [results[0], None if real else results[1], results[-1] if ring else None]
+    with on(z):
+        gates.gates_forward[(blocks * -(-heads // options["HH"]),)](
+            z, *biases, *places, rows, heads, GATE=gates.CODES[gate], REAL=real, W=precision(wide), **options
+        )
+    return results
+
+
+def gates_backward(
+    grad: list[Tensor], projections: Tensor, gate: str, bias: Pair | None, real: bool, fraction: float
+) -> tuple[Tensor, Pair | None]:
+    """Gradients of projections and bias."""
+    from gateloop_transformer.ops.backends import triton_gates as gates
+
+    z, wide = projections.contiguous(), compute_dtype(projections.dtype)
+    rows, heads, blocks, options = _gate_blocks(z)
+    ring, given = gate == "ring", [x.contiguous() for x in grad]
+    dz = torch.empty_like(z)
+    biases = [None, None] if bias is None else [part.to(wide).contiguous() for part in bias.parts()]
+    sums = z.new_empty((blocks, 2, heads), dtype=wide) if ring else None
+    places = [given[0], None if real else given[1], given[-1] if ring else None]
+    options |= {"GATE": gates.CODES[gate], "REAL": real}
+    with on(z):
+        gates.gates_backward[(blocks * -(-heads // options["HH"]),)](
+            z, *biases, *places, dz, sums, rows, heads, FRACTION=fraction, W=precision(wide), **options
+        )
+    return dz, None if sums is None else Pair(sums[:, 0].sum(0), sums[:, 1].sum(0))
+
+
+def norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
+    """The RMS norm of x (..., D) times gamma (D,) or (G, D)."""
+    from gateloop_transformer.ops.backends import triton_norm
+
+    return triton_norm.norm_forward(x, gamma)
+
+
+def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and gamma."""
+    from gateloop_transformer.ops.backends import triton_norm
+
+    return triton_norm.norm_backward(grad, x, gamma)
+
+
+def conv_forward(inputs: Tensor, weight: Tensor, silu: bool) -> Tensor:
+    """The convolution of inputs (B, L, D) by weight (D, taps), through a SiLU if asked for."""
+    from gateloop_transformer.ops.backends import triton_conv
+
+    return triton_conv.conv_forward(inputs, weight, silu)
+
+
+def conv_backward(grad: Tensor, inputs: Tensor, weight: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of inputs and weight."""
+    from gateloop_transformer.ops.backends import triton_conv
+
+    return triton_conv.conv_backward(grad, inputs, weight, silu)
