@@ -130,7 +130,13 @@ class FusedBackend(Protocol):
 
 
 # In order of preference: "auto" takes the first that has no reason against.
-TABLE: dict[str, Backend] = {"numba": numba_cpu, "triton": triton_gpu, "chunkwise": chunkwise, "jax": jax_xla, "eager": eager}
+TABLE: dict[str, Backend] = {
+    "numba": numba_cpu,
+    "triton": triton_gpu,
+    "chunkwise": chunkwise,
+    "jax": jax_xla,
+    "eager": eager,
+}
 
 FUSED: dict[str, FusedBackend] = {"numba": numba_cpu, "triton": triton_gpu}
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 
-
 class Pair(NamedTuple):
     """re + i·im, both of one shape; im is None where the number is real."""
 

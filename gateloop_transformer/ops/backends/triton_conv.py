@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gateloop_transformer.ops.backends.triton_gates import silu
-from gateloop_transformer.ops.backends.triton_gpu import on, power, precision
+from gateloop_transformer.ops.backends.triton_launch import launch, power, precision
 from gateloop_transformer.ops.pairs import compute_dtype
 
 _STEPS = 64
@@ -89,7 +89,7 @@ def _blocks(rows: int, steps: int, D: int) -> tuple[tuple[int], int, dict[str, i
     """Grid, tiles of all rows, and block sizes."""
     size, width = min(_STEPS, power(steps)), min(_CHANNELS, power(D))
     tiles = rows * -(-steps // size)
-    options = {"TT": size, "DD": width, "num_warps": max(1, min(4, size * width // 256))}
+    options = {"TT": size, "DD": width, "warps": max(1, min(4, size * width // 256))}
     return (tiles * -(-D // width),), tiles, options
 
 
@@ -105,8 +105,7 @@ def conv_forward(inputs: Tensor, weight: Tensor, silu: bool) -> Tensor:
     (B, L, D), taps = x.shape, len(w)
     y = x.new_empty((B, L - taps + 1, D), dtype=dtype)
     grid, _, options = _blocks(B, y.shape[1], D)
-    with on(x):
-        _forward[grid](x, w, y, y.shape[1], D, TAPS=taps, SILU=silu, W=precision(w.dtype), **options)
+    launch(_forward, grid, x, w, y, y.shape[1], D, TAPS=taps, SILU=silu, W=precision(w.dtype), like=x, **options)
     return y
 
 
@@ -118,8 +117,7 @@ def conv_backward(grad: Tensor, inputs: Tensor, weight: Tensor, silu: bool) -> t
     slopes = x.new_empty((B, T, D), dtype=w.dtype) if silu else dy
     grid, tiles, options = _blocks(B, T, D)
     sums = x.new_empty((tiles, taps, D), dtype=w.dtype)
-    with on(x):
-        _slopes[grid](dy, x, w, slopes, sums, T, D, TAPS=taps, SILU=silu, W=W, **options)
-        grid, _, options = _blocks(B, L, D)
-        _inputs[grid](slopes, w, dx, T, L, D, TAPS=taps, W=W, **options)
+    launch(_slopes, grid, dy, x, w, slopes, sums, T, D, TAPS=taps, SILU=silu, W=W, like=x, **options)
+    grid, _, options = _blocks(B, L, D)
+    launch(_inputs, grid, slopes, w, dx, T, L, D, TAPS=taps, W=W, like=x, **options)
     return dx, sums.sum(0).t().to(weight.dtype).contiguous()

@@ -6,14 +6,13 @@ sum depends on the order in which programs happen to run.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.backends.triton_launch import interpreted, launch, power, precision
 from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given
 from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
@@ -27,11 +26,6 @@ _CHANNELS = 16
 _WARPS = 8
 
 
-def interpreted() -> bool:
-    """Whether kernels run on the CPU, in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """Real and complex floating point on CUDA and ROCm devices, which torch calls "cuda" both."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
@@ -39,18 +33,6 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
         return "needs floating point of 16, 32 or 64 bits, or complex tensors"
     return None if _INSTALLED else INSTALL_HINT
-
-
-def on(x: Tensor) -> Any:
-    """Kernels are launched on the device of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def precision(dtype: torch.dtype) -> Any:
-    """Triton's name of the precision of the arithmetic."""
-    import triton.language as tl
-
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def operand(x: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -104,13 +86,8 @@ class _Tiles(NamedTuple):
             "MANY": self.tiles > 1,
             "TT": self.steps,
             "DD": self.channels,
-            "num_warps": self.warps,
+            "warps": self.warps,
         }
-
-
-def power(n: int) -> int:
-    """The next power of two."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _tiles(shape: torch.Size, most: int) -> _Tiles:
@@ -176,19 +153,21 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     start = None if initial is None else initial.map(lambda part: part.contiguous())
     marks = _marks(layout, tiles.T, reverse)
     operands = [operand(part) for part in (gates.re, gates.im, x, inputs.im, *Pair(*states))]
-    with on(x):
-        scan_forward[tiles.grid](
-            *operands,
-            *(_part(start, n) for n in (0, 1)),
-            marks.resets,
-            marks.begins,
-            *tiles.handed_on(x, wide),
-            tiles.T,
-            tiles.D,
-            tiles.rows,
-            COMPLEX=parts == 2,
-            **tiles.options(wide, reverse),
-        )
+    launch(
+        scan_forward,
+        tiles.grid,
+        *operands,
+        *(_part(start, n) for n in (0, 1)),
+        marks.resets,
+        marks.begins,
+        *tiles.handed_on(x, wide),
+        tiles.T,
+        tiles.D,
+        tiles.rows,
+        COMPLEX=parts == 2,
+        **tiles.options(wide, reverse),
+        like=x,
+    )
     return Pair(*states)
 
 
@@ -213,21 +192,23 @@ def linear_scan_backward(
     marks = _marks(layout, tiles.T, reverse)
     read = [operand(part) for pair in (grad, gates, states) for part in pair]
     written = [operand(part) for pair in (d_gates, d_inputs) for part in pair]
-    with on(x):
-        scan_backward[tiles.grid](
-            *read,
-            *(_part(start, n) for n in (0, 1)),
-            *written,
-            *Pair(*d_initial),
-            marks.resets,
-            marks.begins,
-            *tiles.handed_on(x, wide),
-            tiles.T,
-            tiles.D,
-            tiles.rows,
-            COMPLEX=parts == 2,
-            **tiles.options(wide, reverse),
-        )
+    launch(
+        scan_backward,
+        tiles.grid,
+        *read,
+        *(_part(start, n) for n in (0, 1)),
+        *written,
+        *Pair(*d_initial),
+        marks.resets,
+        marks.begins,
+        *tiles.handed_on(x, wide),
+        tiles.T,
+        tiles.D,
+        tiles.rows,
+        COMPLEX=parts == 2,
+        **tiles.options(wide, reverse),
+        like=x,
+    )
     return d_gates, d_inputs, Pair(*d_initial)
 
 
@@ -298,26 +279,28 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
         start.copy_(state)
     gates, pairs = _projections(loop.gates, loop.gate)
     marks = _marks(loop.layout, tiles.T, loop.reverse)
-    with on(x):
-        kernel[tiles.grid](
-            *(operand(part) for part in (x, loop.keys, loop.values)),
-            *gates,
-            operand(loop.swish),
-            operand(y),
-            *_biases(loop),
-            *([None, None] if initial is None else _pointers(starts)),
-            *_pointers(final),
-            before,
-            *marks,
-            *tiles.handed_on(x, wide),
-            tiles.T,
-            tiles.D,
-            tiles.rows,
-            KEPT=_BACKWARD,
-            GATE=_gate_code(loop),
-            PAIRS=pairs,
-            **tiles.options(wide, loop.reverse),
-        )
+    launch(
+        kernel,
+        tiles.grid,
+        *(operand(part) for part in (x, loop.keys, loop.values)),
+        *gates,
+        operand(loop.swish),
+        operand(y),
+        *_biases(loop),
+        *([None, None] if initial is None else _pointers(starts)),
+        *_pointers(final),
+        before,
+        *marks,
+        *tiles.handed_on(x, wide),
+        tiles.T,
+        tiles.D,
+        tiles.rows,
+        KEPT=_BACKWARD,
+        GATE=_gate_code(loop),
+        PAIRS=pairs,
+        **tiles.options(wide, loop.reverse),
+        like=x,
+    )
     return y, Pair(*final), kept
 
 
@@ -335,27 +318,29 @@ def _loop_backward(
     gates, pairs = _projections(loop.gates, loop.gate)
     sums = None if loop.bias is None else x.new_empty(tiles.rows * tiles.tiles, 2, tiles.D, dtype=wide)
     marks = _marks(loop.layout, tiles.T, loop.reverse)
-    with on(x):
-        kernel[tiles.grid](
-            *(operand(part) for part in (x, loop.keys, loop.values)),
-            *gates,
-            *(operand(part) for part in (loop.swish, grad, *results)),
-            *_biases(loop),
-            sums,
-            *_pointers(starts),
-            *_pointers(d_final),
-            *_pointers(d_initial),
-            before,
-            *marks,
-            *tiles.handed_on(x, wide),
-            tiles.T,
-            tiles.D,
-            tiles.rows,
-            FRACTION=loop.fraction,
-            GATE=_gate_code(loop),
-            PAIRS=pairs,
-            **tiles.options(wide, loop.reverse),
-        )
+    launch(
+        kernel,
+        tiles.grid,
+        *(operand(part) for part in (x, loop.keys, loop.values)),
+        *gates,
+        *(operand(part) for part in (loop.swish, grad, *results)),
+        *_biases(loop),
+        sums,
+        *_pointers(starts),
+        *_pointers(d_final),
+        *_pointers(d_initial),
+        before,
+        *marks,
+        *tiles.handed_on(x, wide),
+        tiles.T,
+        tiles.D,
+        tiles.rows,
+        FRACTION=loop.fraction,
+        GATE=_gate_code(loop),
+        PAIRS=pairs,
+        **tiles.options(wide, loop.reverse),
+        like=x,
+    )
     return None if sums is None else Pair(sums[:, 0].sum(0), sums[:, 1].sum(0)), Pair(*d_initial)
 
 
@@ -426,7 +411,7 @@ def _gate_blocks(projections: Tensor) -> tuple[int, int, int, dict[str, int]]:
     rows = projections.numel() // (2 * heads)
     width = min(64, power(heads))
     size = min(1024 // width, power(rows))
-    return rows, heads, -(-rows // size), {"RR": size, "HH": width, "num_warps": max(1, size * width // 256)}
+    return rows, heads, -(-rows // size), {"RR": size, "HH": width, "warps": max(1, size * width // 256)}
 
 
 def gates_forward(projections: Tensor, gate: str, bias: Pair | None, real: bool) -> list[Tensor]:
@@ -439,10 +424,20 @@ def gates_forward(projections: Tensor, gate: str, bias: Pair | None, real: bool)
     results = [z.new_empty((*z.shape[:-1], heads), dtype=wide) for _ in range((1 if real else 2) + ring)]
     biases = [None, None] if bias is None else [part.to(wide).contiguous() for part in bias.parts()]
     places = [results[0], None if real else results[1], results[-1] if ring else None]
-    with on(z):
-        gates.gates_forward[(blocks * -(-heads // options["HH"]),)](
-            z, *biases, *places, rows, heads, GATE=gates.CODES[gate], REAL=real, W=precision(wide), **options
-        )
+    launch(
+        gates.gates_forward,
+        (blocks * -(-heads // options["HH"]),),
+        z,
+        *biases,
+        *places,
+        rows,
+        heads,
+        GATE=gates.CODES[gate],
+        REAL=real,
+        W=precision(wide),
+        like=z,
+        **options,
+    )
     return results
 
 
@@ -460,10 +455,21 @@ def gates_backward(
     sums = z.new_empty((blocks, 2, heads), dtype=wide) if ring else None
     places = [given[0], None if real else given[1], given[-1] if ring else None]
     options |= {"GATE": gates.CODES[gate], "REAL": real}
-    with on(z):
-        gates.gates_backward[(blocks * -(-heads // options["HH"]),)](
-            z, *biases, *places, dz, sums, rows, heads, FRACTION=fraction, W=precision(wide), **options
-        )
+    launch(
+        gates.gates_backward,
+        (blocks * -(-heads // options["HH"]),),
+        z,
+        *biases,
+        *places,
+        dz,
+        sums,
+        rows,
+        heads,
+        FRACTION=fraction,
+        W=precision(wide),
+        like=z,
+        **options,
+    )
     return dz, None if sums is None else Pair(sums[:, 0].sum(0), sums[:, 1].sum(0))
 
 

@@ -82,7 +82,7 @@ def loop_forward(
     initial states are brought in as inputs (parts, rows, tiles, D).
     """
     COMPLEX: tl.constexpr = GATE != GIVEN_REAL and GATE != SIGMOID
-    b, tile, order, part, t, s, r, d = place(T, D, rows, REVERSE, False, TT, DD)
+    b, _, order, part, t, s, r, d = place(T, D, rows, REVERSE, False, TT, DD)
     mask = (t < T) & (d < D)
     re, im = _projections(z, z_im, bias, bias_im, b, part, t, s, r, d, T, D, GATE, W, PAIRS, TT, DD)
     u, u_im, m, rest = activate(re, im, GATE, W)

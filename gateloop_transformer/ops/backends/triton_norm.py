@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gateloop_transformer.ops.backends.triton_gpu import on, power, precision
+from gateloop_transformer.ops.backends.triton_launch import launch, power, precision
 from gateloop_transformer.ops.pairs import compute_dtype
 
 # Entries that a program takes, about.
@@ -63,7 +63,7 @@ def _options(x: Tensor, gamma: Tensor) -> tuple[int, int, int, int, dict[str, in
     D = x.shape[-1]
     rows, groups, width = x.numel() // D, gamma.numel() // D, power(D)
     size = max(1, min(_ENTRIES // width, power(-(-rows // groups))))
-    return rows, D, groups, -(-rows // (groups * size)), {"ROWS": size, "DD": width, "num_warps": warps(size * width)}
+    return rows, D, groups, -(-rows // (groups * size)), {"ROWS": size, "DD": width, "warps": warps(size * width)}
 
 
 def warps(entries: int) -> int:
@@ -77,8 +77,9 @@ def norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, gamma.dtype)
     y = x.new_empty(x.shape, dtype=dtype)
     rows, D, groups, blocks, options = _options(x, gamma)
-    with on(x):
-        _forward[(blocks * groups,)](x, gamma, y, rows, D, groups, W=precision(compute_dtype(dtype)), **options)
+    launch(
+        _forward, (blocks * groups,), x, gamma, y, rows, D, groups, W=precision(compute_dtype(dtype)), like=x, **options
+    )
     return y
 
 
@@ -88,6 +89,7 @@ def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tenso
     wide = compute_dtype(x.dtype, gamma.dtype)
     rows, D, groups, blocks, options = _options(x, gain)
     dx, sums = x.new_empty(x.shape), x.new_empty((blocks, groups, D), dtype=wide)
-    with on(x):
-        _backward[(blocks * groups,)](grad, x, gain, dx, sums, rows, D, groups, W=precision(wide), **options)
+    launch(
+        _backward, (blocks * groups,), grad, x, gain, dx, sums, rows, D, groups, W=precision(wide), like=x, **options
+    )
     return dx, sums.sum(0).reshape(gamma.shape).to(gamma.dtype)
