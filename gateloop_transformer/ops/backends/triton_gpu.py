@@ -19,11 +19,14 @@ from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 INSTALL_HINT = "needs Triton, which PyTorch for CUDA and ROCm brings along: pip install triton"
 _INSTALLED = importlib.util.find_spec("triton") is not None
-# Steps of a tile, forwards and, where more is held in registers, backwards; channels and warps of both.
+# Steps of a tile, forwards and, where more is held in registers, backwards; channels of both; warps. With these no
+# kernel spills: docs/results/gpu-compile.md.
 _FORWARD = 128
 _BACKWARD = 64
 _CHANNELS = 16
 _WARPS = 8
+_SCAN_WARPS = 4
+_GIVEN_WARPS = 16
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -90,10 +93,10 @@ class _Tiles(NamedTuple):
         }
 
 
-def _tiles(shape: torch.Size, most: int) -> _Tiles:
+def _tiles(shape: torch.Size, most: int, warps: int = _WARPS) -> _Tiles:
     rows, T, D = shape
     steps, channels = min(most, power(T)), min(_CHANNELS, power(D))
-    warps = max(1, _WARPS * steps * channels // (most * _CHANNELS))
+    warps = max(1, warps * steps * channels // (most * _CHANNELS))
     return _Tiles(rows, T, D, steps, channels, warps)
 
 
@@ -148,7 +151,7 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     parts = max(len(pair.parts()) for pair in (gates, inputs, initial) if pair is not None)
     dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
     wide = compute_dtype(dtype)
-    x, tiles = inputs.re, _tiles(inputs.re.shape, _FORWARD)
+    x, tiles = inputs.re, _tiles(inputs.re.shape, _FORWARD, _SCAN_WARPS)
     states = [x.new_empty(x.shape, dtype=wide if parts == 2 else dtype) for _ in range(parts)]
     start = None if initial is None else initial.map(lambda part: part.contiguous())
     marks = _marks(layout, tiles.T, reverse)
@@ -185,7 +188,7 @@ def linear_scan_backward(
 
     gates, inputs, grad, states = _one_width(gates, inputs, grad, states)
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
-    x, parts, tiles = inputs.re, len(states.parts()), _tiles(inputs.re.shape, _BACKWARD)
+    x, parts, tiles = inputs.re, len(states.parts()), _tiles(inputs.re.shape, _BACKWARD, _SCAN_WARPS)
     d_gates, d_inputs = (pair.map(lambda part: part.new_empty(part.shape)) for pair in (gates, inputs))
     start = None if initial is None else initial.map(lambda part: part.contiguous())
     d_initial = _states(None, parts, (layout.states(tiles.rows), tiles.D), wide, x)
@@ -310,7 +313,8 @@ def _loop_backward(
     """Fills gradients of queries, keys, values, gates (two parts) and SiLU gate; returns those of bias and states."""
     from gateloop_transformer.ops.backends.triton_loops import loop_backward as kernel
 
-    tiles, wide, x = _tiles(loop.queries.shape, _BACKWARD), loop.wide, loop.queries
+    warps = _GIVEN_WARPS if loop.gate == "given" else _WARPS
+    tiles, wide, x = _tiles(loop.queries.shape, _BACKWARD, warps), loop.wide, loop.queries
     before, starts = _kept_states(loop, kept)
     N = loop.layout.states(tiles.rows)
     d_final = _states(grad_final, loop.parts, (N, tiles.D), wide, x)
@@ -410,8 +414,8 @@ def _gate_blocks(projections: Tensor) -> tuple[int, int, int, dict[str, int]]:
     heads = projections.shape[-1] // 2
     rows = projections.numel() // (2 * heads)
     width = min(64, power(heads))
-    size = min(1024 // width, power(rows))
-    return rows, heads, -(-rows // size), {"RR": size, "HH": width, "warps": max(1, size * width // 256)}
+    size = min(512 // width, power(rows))
+    return rows, heads, -(-rows // size), {"RR": size, "HH": width, "warps": max(1, size * width // 128)}
 
 
 def gates_forward(projections: Tensor, gate: str, bias: Pair | None, real: bool) -> list[Tensor]:
