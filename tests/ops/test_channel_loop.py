@@ -83,9 +83,7 @@ def test_simple_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(simple(backend), [qkva.requires_grad_(), h.requires_grad_()])
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gate", GATES)
 def test_narrow_types_lose_no_more_than_their_own_rounding(gate: str, dtype: torch.dtype) -> None:
     args = [x.to(dtype) for x in arguments(T=130, D=24, gate=gate)]

@@ -1,4 +1,4 @@
-"""What the Triton backend compiles, compiled without a GPU: registers, shared memory and spills of every kernel.
+"""What the Triton backend compiles, compiled without a GPU: registers, shared memory, spills of every kernel.
 
 The launches themselves are written down, of tensors without memory: what is listed is what would run.
 """
@@ -41,7 +41,7 @@ _POINTERS = {
 
 
 class Usage(NamedTuple):
-    """Of a compiled kernel: registers of a thread, bytes of shared memory of a block, bytes (AMD: registers) spilled."""
+    """Of a compiled kernel: registers of a thread, shared memory of a block and what is spilled, bytes (AMD: registers)."""
 
     registers: int
     shared: int
@@ -150,6 +150,11 @@ def _layout(packed: bool) -> Layout:
     return Layout(_empty(1, 4096, dtype=torch.bool), torch.empty(9, dtype=torch.int64, device="meta"))
 
 
+def _as_heads(state: Tensor) -> Tensor:
+    """(B, H) → (B, H, 1, 1)."""
+    return state[..., None, None]
+
+
 def _loops(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     for gate, T in itertools.product(("polar", "paper", "ring", "sigmoid", "given"), (4096, 1)):
         for packed in (False, True) if (gate, T) == ("polar", 4096) else (False,):
@@ -167,12 +172,9 @@ def _loops(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
             with written_down() as listed:
                 y, _, kept = triton_gpu.loop_forward(loop, state)
                 if gate == "given":
-                    one = (Pair(x.re.unsqueeze(-1), x.im.unsqueeze(-1)) for x in (gates,) if x.im is not None)
-                    arguments = (x.unsqueeze(-1) for x in (q, k, v))
-                    final = state.map(lambda x: x[..., None, None])
-                    triton_gpu.gate_loop_backward(
-                        y.unsqueeze(-1), final, *arguments, next(one).map(lambda x: x.squeeze(-1)), final, False, layout
-                    )
+                    final, apart = state.map(_as_heads), gates.map(lambda x: x.unsqueeze(-1))
+                    dy, q, k, v = (x.unsqueeze(-1) for x in (y, q, k, v))
+                    triton_gpu.gate_loop_backward(dy, final, q, k, v, apart, final, False, layout)
                 else:
                     triton_gpu.loop_backward(loop, y, state, kept, qkv)
             what = gate + (", packed" if packed else "") + (", one step" if T == 1 else "")
