@@ -41,7 +41,7 @@ _POINTERS = {
 
 
 class Usage(NamedTuple):
-    """Of a compiled kernel: registers of a thread, shared memory of a block and what is spilled, bytes (AMD: registers)."""
+    """Of a compiled kernel: registers of a thread, shared memory of a block and what is spilled, bytes."""
 
     registers: int
     shared: int

@@ -47,10 +47,6 @@ def operand(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     return x, x.stride(0), x.stride(1)
 
 
-def _part(pair: Pair | None, n: int) -> Tensor | None:
-    return None if pair is None else (pair.re, pair.im)[n]
-
-
 class _Tiles(NamedTuple):
     """How a recurrence over (rows, T, D) is cut up."""
 
@@ -74,13 +70,15 @@ class _Tiles(NamedTuple):
     def grid(self) -> tuple[int]:
         return (self.programs * self.tiles,)
 
-    def handed_on(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def handed_on(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """What tiles publish, and flags that say they have."""
         from gateloop_transformer.ops.backends.triton_scans import SLOTS
 
-        size = self.programs * self.tiles if self.tiles > 1 else 0
-        room = x.new_empty(max(size * SLOTS.value * self.channels, 1), dtype=dtype)
-        return room, torch.zeros(max(2 * size, 1), dtype=torch.int32, device=x.device)
+        if self.tiles == 1:
+            return None, None
+        size = self.programs * self.tiles
+        room = x.new_empty(size * SLOTS.value * self.channels, dtype=dtype)
+        return room, x.new_zeros(2 * size, dtype=torch.int32)
 
     def options(self, dtype: torch.dtype, reverse: bool) -> dict[str, Any]:
         return {
@@ -125,12 +123,24 @@ def _marks(layout: Layout, T: int, reverse: bool) -> _Marks:
     return _Marks(resets, *marks)
 
 
-def _states(given: Pair | None, parts: int, shape: tuple[int, int], dtype: torch.dtype, like: Tensor) -> list[Tensor]:
-    """Fresh states that hold those given, or 0: what documents without steps begin and end with."""
-    states = [torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(parts)]
+def _states(layout: Layout, given: Pair | None, parts: int, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """States (N, D) of a recurrence over x (B, T, D) for a kernel to fill in.
+
+    It does so where there are steps: documents without any have those given, or 0.
+    """
+    shape = layout.states(x.shape[0]), x.shape[2]
+    if layout.cu_seqlens is None:
+        return [x.new_empty(shape, dtype=dtype) for _ in range(parts)]
+    states = [x.new_zeros(shape, dtype=dtype) for _ in range(parts)]
     for state, part in zip(states, [] if given is None else given.parts(), strict=False):
         state.copy_(part)
     return states
+
+
+def _pointers(state: Pair | list[Tensor] | None) -> list[Tensor | None]:
+    """Both parts, None for one that is not there."""
+    parts = [] if state is None else list(state)
+    return [None if part is None else part.contiguous() for part in [*parts, None, None][:2]]
 
 
 # ---- h[t] = a[t] h[t-1] + x[t] ----------------------------------------------------------------------------
@@ -153,14 +163,13 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     wide = compute_dtype(dtype)
     x, tiles = inputs.re, _tiles(inputs.re.shape, _FORWARD, _SCAN_WARPS)
     states = [x.new_empty(x.shape, dtype=wide if parts == 2 else dtype) for _ in range(parts)]
-    start = None if initial is None else initial.map(lambda part: part.contiguous())
     marks = _marks(layout, tiles.T, reverse)
     operands = [operand(part) for part in (gates.re, gates.im, x, inputs.im, *Pair(*states))]
     launch(
         scan_forward,
         tiles.grid,
         *operands,
-        *(_part(start, n) for n in (0, 1)),
+        *_pointers(initial),
         marks.resets,
         marks.begins,
         *tiles.handed_on(x, wide),
@@ -190,8 +199,7 @@ def linear_scan_backward(
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
     x, parts, tiles = inputs.re, len(states.parts()), _tiles(inputs.re.shape, _BACKWARD, _SCAN_WARPS)
     d_gates, d_inputs = (pair.map(lambda part: part.new_empty(part.shape)) for pair in (gates, inputs))
-    start = None if initial is None else initial.map(lambda part: part.contiguous())
-    d_initial = _states(None, parts, (layout.states(tiles.rows), tiles.D), wide, x)
+    d_initial = _states(layout, None, parts, x, wide)
     marks = _marks(layout, tiles.T, reverse)
     read = [operand(part) for pair in (grad, gates, states) for part in pair]
     written = [operand(part) for pair in (d_gates, d_inputs) for part in pair]
@@ -199,9 +207,9 @@ def linear_scan_backward(
         scan_backward,
         tiles.grid,
         *read,
-        *(_part(start, n) for n in (0, 1)),
+        *_pointers(initial),
         *written,
-        *Pair(*d_initial),
+        *_pointers(d_initial),
         marks.resets,
         marks.begins,
         *tiles.handed_on(x, wide),
@@ -265,11 +273,6 @@ def _biases(loop: ChannelLoop) -> list[Tensor | None]:
     return [part.to(loop.wide).contiguous() for part in loop.bias.parts()]
 
 
-def _pointers(states: list[Tensor]) -> list[Tensor | None]:
-    """Two parts, None for the imaginary one of real states."""
-    return [states[0], states[1] if len(states) == 2 else None]
-
-
 def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair, Tensor]:
     """y (B, T, D), the last states (N, D), and what is kept."""
     from gateloop_transformer.ops.backends.triton_loops import loop_forward as kernel
@@ -277,9 +280,7 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
     tiles, wide, x = _tiles(loop.queries.shape, _FORWARD), loop.wide, loop.queries
     kept, y = loop_kept(loop), x.new_empty(x.shape)
     before, starts = _kept_states(loop, kept)
-    final = _states(initial, loop.parts, (loop.layout.states(tiles.rows), tiles.D), wide, x)
-    for start, state in zip(starts, final, strict=True):
-        start.copy_(state)
+    final = _states(loop.layout, initial, loop.parts, x, wide)
     gates, pairs = _projections(loop.gates, loop.gate)
     marks = _marks(loop.layout, tiles.T, loop.reverse)
     launch(
@@ -290,8 +291,9 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
         operand(loop.swish),
         operand(y),
         *_biases(loop),
-        *([None, None] if initial is None else _pointers(starts)),
+        *_pointers(initial),
         *_pointers(final),
+        *_pointers(starts),
         before,
         *marks,
         *tiles.handed_on(x, wide),
@@ -316,9 +318,7 @@ def _loop_backward(
     warps = _GIVEN_WARPS if loop.gate == "given" else _WARPS
     tiles, wide, x = _tiles(loop.queries.shape, _BACKWARD, warps), loop.wide, loop.queries
     before, starts = _kept_states(loop, kept)
-    N = loop.layout.states(tiles.rows)
-    d_final = _states(grad_final, loop.parts, (N, tiles.D), wide, x)
-    d_initial = [state.clone() for state in d_final]
+    d_initial = _states(loop.layout, grad_final, loop.parts, x, wide)
     gates, pairs = _projections(loop.gates, loop.gate)
     sums = None if loop.bias is None else x.new_empty(tiles.rows * tiles.tiles, 2, tiles.D, dtype=wide)
     marks = _marks(loop.layout, tiles.T, loop.reverse)
@@ -331,7 +331,7 @@ def _loop_backward(
         *_biases(loop),
         sums,
         *_pointers(starts),
-        *_pointers(d_final),
+        *_pointers(grad_final),
         *_pointers(d_initial),
         before,
         *marks,

@@ -74,12 +74,13 @@ def _added(k, v, m, rest, b, s, r, d, mask, GATE: tl.constexpr, W: tl.constexpr)
 
 @triton.jit
 def loop_forward(
-    q, k, v, z, z_im, swish, y, bias, bias_im, initial, initial_im, final, final_im, kept, resets, begins, ends, chain,
-    flags, T, D, rows, KEPT: tl.constexpr, GATE: tl.constexpr, W: tl.constexpr, PAIRS: tl.constexpr,
+    q, k, v, z, z_im, swish, y, bias, bias_im, initial, initial_im, final, final_im, started, started_im, kept, resets, begins,
+    ends, chain, flags,
+    T, D, rows, KEPT: tl.constexpr, GATE: tl.constexpr, W: tl.constexpr, PAIRS: tl.constexpr,
     REVERSE: tl.constexpr, MANY: tl.constexpr, TT: tl.constexpr, DD: tl.constexpr,
 ):  # fmt: skip
     """Outputs, final states (N, D), and kept: the state before each of the backward pass's tiles but the first, whose
-    initial states are brought in as inputs (parts, rows, tiles, D).
+    initial states are brought in as inputs (parts, rows, tiles, D), and are kept too, started (N, D).
     """
     COMPLEX: tl.constexpr = GATE != GIVEN_REAL and GATE != SIGMOID
     b, _, order, part, t, s, r, d = place(T, D, rows, REVERSE, False, TT, DD)
@@ -107,6 +108,11 @@ def loop_forward(
     store_state(final, n, d, D, h)
     if COMPLEX:
         store_state(final_im, n, d, D, h_im)
+    n = documents(begins, b, t, s + r, T, True)
+    store_state(started, n, d, D, state_at(initial, n, d, D, W) if initial is not None else tl.zeros_like(h))
+    if COMPLEX:
+        start_im = state_at(initial_im, n, d, D, W) if initial_im is not None else tl.zeros_like(h)
+        store_state(started_im, n, d, D, start_im)
     # Steps of the backward pass's tiles: the state after the last of each is the state before the next.
     following = (t + 1) // KEPT
     tiles = tl.cdiv(T, KEPT)
