@@ -2,8 +2,8 @@
 
 make bench-gpu
 
-Writes docs/results/gpu.json and gpu.md: medians of interleaved rounds, and what the bytes of arguments and results would
-take at the bandwidth of a copy in the same round. docs/gpu.md says what to expect.
+Writes docs/results/gpu.json and gpu.md: medians of interleaved rounds, and what the bytes of arguments and
+results would take at the bandwidth of a copy in the same round. docs/gpu.md says what to expect.
 """
 
 from __future__ import annotations

@@ -74,10 +74,9 @@ def _added(k, v, m, rest, b, s, r, d, mask, GATE: tl.constexpr, W: tl.constexpr)
 
 @triton.jit
 def loop_forward(
-    q, k, v, z, z_im, swish, y, bias, bias_im, initial, initial_im, final, final_im, started, started_im, kept, resets, begins,
-    ends, chain, flags,
-    T, D, rows, KEPT: tl.constexpr, GATE: tl.constexpr, W: tl.constexpr, PAIRS: tl.constexpr,
-    REVERSE: tl.constexpr, MANY: tl.constexpr, TT: tl.constexpr, DD: tl.constexpr,
+    q, k, v, z, z_im, swish, y, bias, bias_im, initial, initial_im, final, final_im, started, started_im, kept, resets,
+    begins, ends, chain, flags, T, D, rows, KEPT: tl.constexpr, W: tl.constexpr, PAIRS: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, MANY: tl.constexpr, TT: tl.constexpr, DD: tl.constexpr,
 ):  # fmt: skip
     """Outputs, final states (N, D), and kept: the state before each of the backward pass's tiles but the first, whose
     initial states are brought in as inputs (parts, rows, tiles, D), and are kept too, started (N, D).
