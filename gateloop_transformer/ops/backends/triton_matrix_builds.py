@@ -1,0 +1,108 @@
+"""Every configuration in which the Triton kernels for matrix states are compiled, to be checked without a GPU.
+
+The launches themselves are written down, of tensors without memory: what is listed is what would run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gateloop_transformer.ops.backends import triton_matrix
+from gateloop_transformer.ops.layout import PLAIN
+from gateloop_transformer.ops.pairs import Pair
+
+SIZES = (16, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float32)
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+}
+
+
+class Compilation(NamedTuple):
+    """Arguments of `triton.compile(ASTSource(kernel, signature, constants, aligned), options=...)`.
+
+    aligned: what the launcher says of pointers and of numbers that are multiples of 16.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, Any]
+    constants: dict[str, Any]
+    aligned: dict[tuple[int, ...], Any]
+    warps: int
+    stages: int
+
+
+def compilations(
+    target: str,
+    sizes: tuple[int, ...] = SIZES,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    kinds: tuple[bool, ...] = (False, True),
+) -> Iterator[Compilation]:
+    """All kernels, forwards and backwards.
+
+    Args:
+        target: "cuda" or "hip".
+        sizes: of keys and values, both the same.
+        dtypes: of inputs.
+        kinds: whether gates are complex.
+    """
+    seen = set()
+    for dtype, size, is_complex in itertools.product(dtypes, sizes, kinds):
+        for one in _launches(target, size, dtype, is_complex):
+            key = f"{one.name} {one.signature} {one.constants}"
+            if key not in seen:
+                seen.add(key)
+                yield one
+
+
+def _launches(target: str, size: int, dtype: torch.dtype, is_complex: bool) -> list[Compilation]:
+    listed: list[Compilation] = []
+    functions = triton_matrix.kernels()
+
+    def write_down(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int) -> None:
+        kernel = functions[name]
+        signature, constants, aligned = {}, {}, {}
+        for n, argument in enumerate(kernel.arg_names):
+            value = arguments[argument]
+            constant = kernel.params[n].is_constexpr or value is None
+            signature[argument] = "constexpr" if constant else _signature(value)
+            if constant:
+                constants[argument] = value
+            else:
+                aligned.update({place: [["tt.divisibility", 16]] for place in _aligned(value, (n,))})
+        kind = "complex" if is_complex else "real"
+        kind += " adjoint" if arguments.get("ADJOINT") else ""
+        full = f"{name} {str(dtype).removeprefix('torch.')} {size} {kind}"
+        listed.append(Compilation(full, kernel, signature, constants, aligned, warps, stages))
+
+    inputs = [torch.empty(2, 4096, 8, size, dtype=dtype, device="meta") for _ in range(4)]
+    parts = 2 if is_complex else 1
+    gates = Pair(*(torch.empty(2, 4096, 8, device="meta") for _ in range(parts)))
+    state = Pair(*(torch.empty(2, 8, size, size, device="meta") for _ in range(parts)))
+    triton_matrix.run_forward(write_down, target, *inputs[:3], gates, state, False, PLAIN)
+    triton_matrix.run_backward(write_down, target, inputs[3], state, *inputs[:3], gates, state, False, PLAIN)
+    return listed
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_signature(item) for item in value)
+    return _POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
+
+
+def _aligned(value: Any, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    if isinstance(value, tuple):
+        for n, item in enumerate(value):
+            yield from _aligned(item, (*place, n))
+    elif isinstance(value, Tensor) or value % 16 == 0:
+        yield place
