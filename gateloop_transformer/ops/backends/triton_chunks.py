@@ -1,18 +1,28 @@
 """Triton kernels of the gate loop with a matrix state, one gate per head: chunks of time as products of matrices.
 
-B batch, T time, H heads, K key size, V value size; C steps per chunk, BK and BV channels of a block. Steps are counted
-in the order of the scan. Derivation: docs/math.md.
+B batch, T time, H heads, K key size, V value size; C steps per chunk, BK and BV (BM and BN) channels of a block. Steps
+are counted in the order of the scan. Derivation: docs/math.md.
 
 Within a chunk D[i, j] = a[j+1] ··· a[i] for i ≥ j, else 0; P[i] is the product from its start to i, E[j] that from
 after j to its end. Magnitudes in D are products, made by a scan along i for every j, and phases are unit numbers
 U[i] = u[1] ··· u[i], so that D[i, j] = |D[i, j]| U[i] conj(U[j]): no logarithm, exponential or quotient of products,
 hence exact at a gate of 0. A real gate is its own "magnitude", sign included.
 
-In memory, for each chunk and head: products (ROWS, C), the state before it and the gradient of the state after it
-(PARTS, K, V). PARTS is 2 for complex gates, real part first. A program's chunk is its first index, its head the second.
+With S the state before a chunk, G the gradient of the state after it, s = Q Kᵀ and r = dY Vᵀ,
 
-MUL is the type in which matrices are multiplied, WIDE that in which everything else is done and added up: see
-`triton_matrix.py`. All offsets are 64 bits wide.
+    y  = [s ∘ Re D] V    + Re(P ∘ (Q S))            dk = [r ∘ Re D]ᵀ Q  + Re(conj(E) ∘ (V Gᵀ))
+    dq = [r ∘ Re D] K    + Re(P ∘ (dY Sᵀ))          dv = [s ∘ Re D]ᵀ dY + Re(conj(E) ∘ (K G))
+
+which is one kernel, `attend`. The gradient of gates, exact at 0 like D:
+
+    da[t] = Σ_{i ≥ t > j} W[i, j] conj(D[i, t] D[t-1, j])        W = s ∘ r
+
+where W has one column more for the state before the chunk, conj(Σ S q[i] dy[i]), and what G gives joins its last row:
+Σ G k[j] v[j], and in the corner Σ G conj(S).
+
+In memory, for each chunk and head: products (ROWS, C), S and G (PARTS, K, V). PARTS is 2 for complex gates, real part
+first. A program's chunk is its first index, its head the second. MUL is the type in which matrices are multiplied, WIDE
+that in which all else is done and added up: see `triton_matrix.py`. All offsets are 64 bits wide.
 """
 
 from __future__ import annotations
@@ -74,10 +84,12 @@ def _put(rows: tl.tensor, channels: tl.tensor, steps: tl.tensor, value: tl.tenso
 
 
 @triton.jit
-def _state(states: tl.tensor, part: tl.tensor, k: tl.tensor, v: tl.tensor, K: tl.constexpr, V: tl.constexpr) -> tl.tensor:
-    """A block (BK, BV) of part `part` of a state."""
-    there = (k < K)[:, None] & (v < V)[None, :]
-    return tl.load(states + part * K * V + k[:, None] * V + v[None, :], mask=there, other=0.0)
+def _state(
+    states: tl.tensor, m: tl.tensor, n: tl.tensor, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr
+) -> tl.tensor:
+    """A block of a part of a state (M, N), or of the transpose of one (N, M)."""
+    at = n[None, :] * M + m[:, None] if TRANSPOSED else m[:, None] * N + n[None, :]
+    return tl.load(states + at, mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
 
 
 @triton.jit
@@ -93,6 +105,12 @@ def _dot(x: tl.tensor, y: tl.tensor, total: tl.tensor, MUL: tl.constexpr, PRECIS
 def _times(a: tl.tensor, b: tl.tensor, x: tl.tensor, y: tl.tensor) -> tl.tensor:
     """(a + i·b)(x + i·y)."""
     return a * x - b * y, a * y + b * x
+
+
+@triton.jit
+def _conjugate_times(a: tl.tensor, b: tl.tensor, x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """conj(a + i·b)(x + i·y)."""
+    return a * x + b * y, a * y - b * x
 
 
 @triton.jit
@@ -176,8 +194,7 @@ def chunk_states(
     products: tl.tensor,
     states: tl.tensor,
     table: tl.tensor,
-    x_place: tl.tuple,
-    y_place: tl.tuple,
+    places: tl.tuple,
     T: tl.tensor,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -199,8 +216,8 @@ def chunk_states(
     states += slot * PARTS * K * V
     k = tl.program_id(2) // tl.cdiv(V, BV) * BK + tl.arange(0, BK)
     v = tl.program_id(2) % tl.cdiv(V, BV) * BV + tl.arange(0, BV)
-    x = tl.trans(_tile(_rows(x, x_place, row, h, times), k, steps, K, C, WIDE))
-    y = _tile(_rows(y, y_place, row, h, times), v, steps, V, C, MUL)
+    x = tl.trans(_tile(_rows(x, places[0], row, h, times), k, steps, K, C, WIDE))
+    y = _tile(_rows(y, places[1], row, h, times), v, steps, V, C, MUL)
     at = k[:, None] * V + v[None, :]
     there = (k < K)[:, None] & (v < V)[None, :]
     weight = tl.load(products + (PREFIX if ADJOINT else SUFFIX) * C)
@@ -268,13 +285,141 @@ def carry(
 
 
 @triton.jit
-def outputs(
+def attend(
+    x: tl.tensor,
+    y: tl.tensor,
+    z: tl.tensor,
+    out: tl.tensor,
+    partner: tl.tensor,
+    products: tl.tensor,
+    states: tl.tensor,
+    sums: tl.tensor,
+    table: tl.tensor,
+    places: tl.tuple,
+    T: tl.tensor,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    MUL: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    SUMS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+) -> None:
+    """out = [(X Yᵀ) ∘ Re D] Z + Re(P ∘ (X S)); adjoint with Dᵀ and conj(E). Programs: (chunk, head, block of N).
+
+    x and y have M channels, z, out and partner N. With SUMS, rows of partner ∘ conj(X S), or adjoint partner ∘ (X S),
+    are added up into sums (chunks, heads, blocks of N, PARTS, C).
+    """
+    slot, row, h, times, steps = _chunk(table, T, C, REVERSE, PACKED)
+    products += slot * ROWS * C
+    states += slot * PARTS * M * N
+    x_rows, y_rows = _rows(x, places[0], row, h, times), _rows(y, places[1], row, h, times)
+    n = tl.program_id(2) * BN + tl.arange(0, BN)
+    scores = tl.zeros((C, C), WIDE)
+    read, turned = tl.zeros((C, BN), WIDE), tl.zeros((C, BN), WIDE)
+    for start in range(0, M, BM):
+        m = start + tl.arange(0, BM)
+        block = _tile(x_rows, m, steps, M, C, MUL)
+        scores = _dot(block, tl.trans(_tile(y_rows, m, steps, M, C, MUL)), scores, MUL, PRECISION)
+        read = _dot(block, _state(states, m, n, M, N, TRANSPOSED), read, MUL, PRECISION)
+        if PARTS == 2:
+            turned = _dot(block, _state(states + M * N, m, n, M, N, TRANSPOSED), turned, MUL, PRECISION)
+    decays = _real_decays(products, C, PARTS)
+    scores *= tl.trans(decays) if ADJOINT else decays
+    step = tl.arange(0, C)
+    total = read * tl.load(products + (SUFFIX if ADJOINT else PREFIX) * C + step)[:, None]
+    if PARTS == 2:
+        turned = turned if ADJOINT else -turned
+        total += turned * tl.load(products + (SUFFIX_IM if ADJOINT else PREFIX_IM) * C + step)[:, None]
+    total = _dot(scores, _tile(_rows(z, places[2], row, h, times), n, steps, N, C, MUL), total, MUL, PRECISION)
+    _put(_rows(out, places[3], row, h, times), n, steps, total, N, C)
+    if SUMS:
+        sums += (slot * tl.num_programs(2) + tl.program_id(2)) * PARTS * C + step
+        block = _tile(_rows(partner, places[4], row, h, times), n, steps, N, C, WIDE)
+        tl.store(sums, tl.sum(block * read, 1))
+        if PARTS == 2:
+            tl.store(sums + C, tl.sum(block * turned, 1))
+
+
+@triton.jit
+def _scores(
+    x: tl.tensor,
+    y: tl.tensor,
+    steps: tl.tensor,
+    M: tl.constexpr,
+    BM: tl.constexpr,
+    C: tl.constexpr,
+    MUL: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """X Yᵀ (C, C)."""
+    scores = tl.zeros((C, C), WIDE)
+    for start in range(0, M, BM):
+        m = start + tl.arange(0, BM)
+        block = _tile(x, m, steps, M, C, MUL)
+        scores = _dot(block, tl.trans(_tile(y, m, steps, M, C, MUL)), scores, MUL, PRECISION)
+    return scores
+
+
+@triton.jit
+def _total(sums: tl.tensor, BLOCKS: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """Sums (C,) over blocks, always in the same order."""
+    total = tl.zeros((C,), WIDE)
+    for block in range(BLOCKS):
+        total += tl.load(sums + block * PARTS * C + tl.arange(0, C))
+    return total
+
+
+@triton.jit
+def _corner(
+    before: tl.tensor, after: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr
+) -> tl.tensor:
+    """Σ G conj(S), real and imaginary part; SIZE: entries of a state."""
+    total, turned = tl.zeros((BLOCK,), WIDE), tl.zeros((BLOCK,), WIDE)
+    for start in range(0, SIZE, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        there = entry < SIZE
+        S, G = tl.load(before + entry, mask=there, other=0.0), tl.load(after + entry, mask=there, other=0.0)
+        total += G * S
+        if PARTS == 2:
+            S_im = tl.load(before + SIZE + entry, mask=there, other=0.0)
+            G_im = tl.load(after + SIZE + entry, mask=there, other=0.0)
+            total += G_im * S_im
+            turned += G_im * S - G * S_im
+    return tl.sum(total, 0), tl.sum(turned, 0)
+
+
+@triton.jit
+def _decays_before(products: tl.tensor, C: tl.constexpr) -> tl.tensor:
+    """|D[t-1, j]| in row t for t > j, else 0."""
+    step = tl.arange(0, C)
+    previous = tl.load(products + MAGNITUDE * C + step - 1, mask=step > 0, other=1.0)
+    t, j = step[:, None], step[None, :]
+    return tl.where(t > j, tl.cumprod(tl.where(t > j + 1, previous[:, None], 1.0), 0), 0.0)
+
+
+@triton.jit
+def gate_gradients(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
-    y: tl.tensor,
+    dy: tl.tensor,
+    da: tl.tensor,
+    da_im: tl.tensor,
     products: tl.tensor,
     before: tl.tensor,
+    after: tl.tensor,
+    starts: tl.tensor,
+    ends: tl.tensor,
     table: tl.tensor,
     places: tl.tuple,
     T: tl.tensor,
@@ -283,6 +428,8 @@ def outputs(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     MUL: tl.constexpr,
@@ -291,27 +438,47 @@ def outputs(
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
 ) -> None:
-    """y = [(Q Kᵀ) ∘ Re D] V + Re(P ∘ (Q S)), S the state before the chunk. Programs: (chunk, head, block of values)."""
+    """da (B, T, H). Programs: (chunk, head). `starts` and `ends`: what `attend` added up for dq and dk, in BLOCKS."""
     slot, row, h, times, steps = _chunk(table, T, C, REVERSE, PACKED)
     products += slot * ROWS * C
-    before += slot * PARTS * K * V
-    q_rows, k_rows = _rows(q, places[0], row, h, times), _rows(k, places[1], row, h, times)
-    value = tl.program_id(2) * BV + tl.arange(0, BV)
-    scores = tl.zeros((C, C), WIDE)
-    read = tl.zeros((C, BV), WIDE)
-    read_im = tl.zeros((C, BV), WIDE)
-    for start in range(0, K, BK):
-        key = start + tl.arange(0, BK)
-        x = _tile(q_rows, key, steps, K, C, MUL)
-        scores = _dot(x, tl.trans(_tile(k_rows, key, steps, K, C, MUL)), scores, MUL, PRECISION)
-        read = _dot(x, _state(before, 0, key, value, K, V), read, MUL, PRECISION)
-        if PARTS == 2:
-            read_im = _dot(x, _state(before, 1, key, value, K, V), read_im, MUL, PRECISION)
-    scores *= _real_decays(products, C, PARTS)
+    starts += slot * BLOCKS * PARTS * C
+    ends += slot * BLOCKS * PARTS * C
+    place = slot * PARTS * K * V
+    corner, corner_im = _corner(before + place, after + place, K * V, BLOCK, PARTS, WIDE)
+    x, y = _rows(q, places[0], row, h, times), _rows(k, places[1], row, h, times)
+    W = _scores(x, y, steps, K, BK, C, MUL, WIDE, PRECISION)
+    x, y = _rows(dy, places[3], row, h, times), _rows(v, places[2], row, h, times)
+    W *= _scores(x, y, steps, V, BV, C, MUL, WIDE, PRECISION)
     step = tl.arange(0, C)
-    total = read * tl.load(products + PREFIX * C + step)[:, None]
-    if PARTS == 2:
-        total -= read_im * tl.load(products + PREFIX_IM * C + step)[:, None]
-    x = _tile(_rows(v, places[2], row, h, times), value, steps, V, C, MUL)
-    total = _dot(scores, x, total, MUL, PRECISION)
-    _put(_rows(y, places[3], row, h, times), value, steps, total, V, C)
+    there, later, last = step < steps, step > 0, step == C - 1
+    D = tl.trans(_decays(tl.load(products + MAGNITUDE * C + step), C))
+    start = _total(starts, BLOCKS, PARTS, C, WIDE) + tl.where(last, corner, 0.0)
+    W += tl.where(last[:, None], _total(ends, BLOCKS, PARTS, C, WIDE)[None, :], 0.0)
+    P_before = tl.load(products + PREFIX * C + step - 1, mask=later, other=1.0)
+    da_rows = _rows(da, places[4], row, h, times)
+    zero = tl.zeros((C, C), WIDE)
+    if PARTS == 1:
+        start = tl.sum(D * start[None, :], 1) * P_before
+        X = _dot(D, W, zero, WIDE, PRECISION) * _decays_before(products, C)
+        tl.store(da_rows, tl.sum(X, 1) + start, mask=there)
+    else:
+        start_im = _total(starts + C, BLOCKS, PARTS, C, WIDE) + tl.where(last, corner_im, 0.0)
+        W_im = tl.where(last[:, None], _total(ends + C, BLOCKS, PARTS, C, WIDE)[None, :], 0.0)
+        # What is times conj(D[i, t]) = |D[i, t]| conj(U[i]) U[t], left without U[t] until the end.
+        c, s = tl.load(products + UNIT * C + step), tl.load(products + UNIT_IM * C + step)
+        start, start_im = _conjugate_times(c, s, start, start_im)
+        start, start_im = tl.sum(D * start[None, :], 1), tl.sum(D * start_im[None, :], 1)
+        X = _dot(D, c[:, None] * W + s[:, None] * W_im, zero, WIDE, PRECISION)
+        X_im = _dot(D, c[:, None] * W_im - s[:, None] * W, zero, WIDE, PRECISION)
+        # Times conj(D[t-1, j]) = |D[t-1, j]| conj(U[t-1]) U[j], and conj(P[t-1]) for the start.
+        D = _decays_before(products, C)
+        total = tl.sum(D * (X * c[None, :] - X_im * s[None, :]), 1)
+        total_im = tl.sum(D * (X * s[None, :] + X_im * c[None, :]), 1)
+        c_before = tl.load(products + UNIT * C + step - 1, mask=later, other=1.0)
+        s_before = tl.load(products + UNIT_IM * C + step - 1, mask=later, other=0.0)
+        total, total_im = _conjugate_times(c_before, s_before, total, total_im)
+        P_im = tl.load(products + PREFIX_IM * C + step - 1, mask=later, other=0.0)
+        start, start_im = _conjugate_times(P_before, P_im, start, start_im)
+        total, total_im = _times(c, s, total + start, total_im + start_im)
+        tl.store(da_rows, total, mask=there)
+        tl.store(_rows(da_im, places[4], row, h, times), total_im, mask=there)

@@ -1,6 +1,6 @@
 """The Triton backend for matrix states: sizes, block sizes, and the kernels' arguments.
 
-Kernels and letters: `triton_chunks.py` (forwards), `triton_adjoint.py` (backwards).
+Kernels and letters: `triton_chunks.py`.
 
 Types. Inputs are multiplied as they are given: bfloat16 by bfloat16, and what meets them (weighted inputs, scores,
 states) is rounded to the same 8 bits on its way into a product, nowhere else. float16 has too small a range for states:
@@ -11,7 +11,6 @@ and states are float32; all is float64 where an input is.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,48 +24,49 @@ from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 
 class Blocks(NamedTuple):
-    """Steps of a chunk, channels of a block of keys and of values, warps of a program (and of the two that hold the most
-    sums: gradients of keys and of gates), stages of its loads.
+    """Steps of a chunk; channels that a program has of the matrix that is its own, and of those that it goes through;
+    warps for the gradient of gates, which holds the most sums (4 for everything else).
     """
 
     C: int
-    BK: int
-    BV: int
+    own: int
+    other: int
     warps: int
-    most_warps: int
-    stages: int
 
 
-# Entries of a state that one program carries from chunk to chunk.
-CARRIED = 512
+WARPS, STAGES = 4, 2
+# Entries of a state that one program carries from chunk to chunk, or multiplies at a time.
+ENTRIES = 512
+
+# A kernel's name, its grid, its arguments by name, its warps: launches it, or writes down that it would be.
+Launch = Callable[[str, tuple[int, ...], dict[str, Any], int], None]
+# Queries or what stands in their place, and so on.
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def blocks_for(T: int, K: int, V: int, mul: torch.dtype) -> Blocks:
-    """Block sizes by shape: one of a few, so that little is compiled."""
-    # A chunk is as long as its products stay in registers; short sequences are cut finer, to occupy the device.
-    C = 16 if T <= 64 or mul == torch.float64 else 64
-    most = 64 if mul == torch.bfloat16 else 32
-    BK, BV = (min(most, max(16, 1 << (size - 1).bit_length())) for size in (K, V))
-    return Blocks(C, BK, BV, 4, 8 if C == 64 else 4, 2)
+def blocks_for(T: int, mul: torch.dtype) -> Blocks:
+    """One of three configurations, so that little is compiled."""
+    # A chunk is as long as its sums stay in registers: three TF32 products take more of them than one of bfloat16.
+    # Short sequences are cut finer, to occupy the device.
+    if T <= 64 or mul == torch.float64:
+        return Blocks(16, 32, 32, 4)
+    return Blocks(64, 64, 32, 8) if mul == torch.bfloat16 else Blocks(32, 32, 32, 4)
 
 
-# Kernel's name, grid, arguments by name, warps, stages: what launches a kernel, or writes down that it would be.
-Launch = Callable[[str, tuple[int, ...], dict[str, Any], int, int], None]
+def _block(size: int, most: int) -> int:
+    return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
 def kernels() -> dict[str, Any]:
     """All kernels by name."""
-    from gateloop_transformer.ops.backends import triton_adjoint, triton_chunks
+    from gateloop_transformer.ops.backends import triton_chunks
 
-    forwards = ["gate_products", "chunk_states", "carry", "outputs"]
-    backwards = ["key_gradients", "value_gradients", "gate_gradients"]
-    return {name: getattr(triton_chunks, name) for name in forwards} | {
-        name: getattr(triton_adjoint, name) for name in backwards
-    }
+    names = ["gate_products", "chunk_states", "carry", "attend", "gate_gradients"]
+    return {name: getattr(triton_chunks, name) for name in names}
 
 
-def _launch(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int) -> None:
-    kernels()[name][grid](**arguments, num_warps=warps, num_stages=stages)
+def _launch(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
+    kernels()[name][grid](**arguments, num_warps=warps, num_stages=STAGES)
 
 
 def _target() -> str:
@@ -76,15 +76,24 @@ def _target() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
+def _precision(inputs: torch.dtype, wide: torch.dtype, target: str) -> str:
+    """How numbers of the wide dtype are multiplied."""
+    if target == "interpreter":
+        return target
+    if target == "hip" or wide == torch.float64:
+        return "ieee"
+    return "tf32x3" if inputs == torch.float32 else "tf32"
+
+
 def _language(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _place(x: Tensor) -> tuple[int, int, int]:
-    """Strides of row, time and head."""
-    return x.stride(0), x.stride(1), x.stride(2)
+def _places(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Strides of row, time and head of each."""
+    return tuple(x.stride()[:3] for x in tensors)
 
 
 def _neighbours(x: Tensor) -> Tensor:
@@ -92,84 +101,56 @@ def _neighbours(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _documents(layout: Layout, T: int, C: int, reverse: bool, device: torch.device) -> tuple[int, Tensor, Tensor]:
+    """How many chunks documents have; first step and steps of each; how many lie before each document, and in all."""
+    numbers = layout.table(T, C, reverse)
+    chunks, borders = [], [0]
+    for first, steps in zip(numbers[::3], numbers[1::3], strict=True):
+        chunks += [(first + step, min(C, steps - step)) for step in range(0, steps, C)]
+        borders.append(len(chunks))
+    table = torch.tensor(chunks, dtype=torch.int32, device=device)
+    return len(chunks), table, torch.tensor(borders, dtype=torch.int32, device=device)
+
+
 class _Loop:
     """A gate loop cut into chunks, and the launches over them."""
 
     def __init__(
-        self,
-        queries: Tensor,
-        values: Tensor,
-        gates: Pair,
-        reverse: bool,
-        layout: Layout,
-        target: str,
-        launch: Launch,
+        self, launch: Launch, target: str, queries: Tensor, values: Tensor, gates: Pair, reverse: bool, layout: Layout
     ) -> None:
         B, self.T, self.H, self.K = queries.shape
         self.V, self.sequences, self.parts = values.shape[-1], layout.states(B), len(gates.parts())
         self.wide, self.device = compute_dtype(queries.dtype, gates.re.dtype), queries.device
         narrow = queries.dtype == torch.bfloat16 and self.wide == torch.float32
         mul = torch.bfloat16 if narrow else self.wide
-        self.blocks, self.launch = blocks_for(self.T, self.K, self.V, mul), launch
-        self.chunks, self.table, self.borders = B * -(-self.T // self.blocks.C), None, None
+        self.blocks, self.launch = blocks_for(self.T, mul), launch
+        self.chunks, table, borders = B * -(-self.T // self.blocks.C), None, None
         if layout.cu_seqlens is not None:
-            self.chunks, self.table, self.borders = _documents(layout, self.T, self.blocks.C, reverse, self.device)
-        half = queries.dtype != torch.float32 and target == "cuda"
-        single = {"interpreter": "interpreter", "hip": "ieee", "cuda": "tf32" if half else "tf32x3"}[target]
-        self.wide_precision = "interpreter" if target == "interpreter" else "ieee"
-        if self.wide == torch.float32:
-            self.wide_precision = single
-        self.types = {
-            "MUL": _language(mul),
-            "WIDE": _language(self.wide),
-            "PRECISION": self.wide_precision,
-        }
-        self.layout = {"REVERSE": reverse, "PACKED": self.table is not None}
-        self.sizes = {
-            "K": self.K,
-            "V": self.V,
-            "C": self.blocks.C,
-            "PARTS": self.parts,
-            "ROWS": 3 if self.parts == 1 else 7,
-        }
-        self.products = self._products(gates)
+            self.chunks, table, borders = _documents(layout, self.T, self.blocks.C, reverse, self.device)
+        self.packed = {"PACKED": table is not None}
+        self.sizes = {"C": self.blocks.C, "PARTS": self.parts, "ROWS": 3 if self.parts == 1 else 7}
+        precision = _precision(queries.dtype, self.wide, target)
+        self.types = {"MUL": _language(mul), "WIDE": _language(self.wide), "PRECISION": precision}
+        self.products = self.new(self.chunks, self.H, self.sizes["ROWS"], self.blocks.C)
+        # Tables are given even where none is read: a kernel's argument is a pointer.
+        self.borders = self.products if borders is None else borders
+        self.common = {"table": self.products if table is None else table, "products": self.products, "T": self.T}
+        self.common |= {"REVERSE": reverse, **self.packed, **self.sizes}
+        self._multiply(gates)
 
     def new(self, *shape: int) -> Tensor:
         """Memory of the wide dtype."""
         return torch.empty(shape, dtype=self.wide, device=self.device)
 
-    def run(self, name: str, blocks: int | None, arguments: dict[str, Any]) -> None:
-        """Launch a kernel over (chunks, heads) or (chunks, heads, blocks)."""
-        grid = (self.chunks, self.H) if blocks is None else (self.chunks, self.H, blocks)
-        # A table is given even where none is read: a kernel's argument is a pointer.
-        table = self.products if self.table is None else self.table
-        everything = {**arguments, "products": self.products, "table": table, "T": self.T, **self.layout}
-        most = name in ("key_gradients", "gate_gradients")
-        warps = self.blocks.most_warps if most else self.blocks.warps
-        self.launch(name, grid, everything, warps, self.blocks.stages)
+    def run(self, name: str, blocks: int, arguments: dict[str, Any], warps: int = WARPS) -> None:
+        """Launch a kernel over (chunks, heads, blocks)."""
+        self.launch(name, (self.chunks, self.H, blocks), {**arguments, **self.common}, warps)
 
-    def _products(self, gates: Pair) -> Tensor:
-        self.products = self.new(self.chunks, self.H, self.sizes["ROWS"], self.blocks.C)
+    def _multiply(self, gates: Pair) -> None:
         if gates.im is not None and gates.im.stride() != gates.re.stride():
             gates = gates.map(torch.Tensor.contiguous)
-        arguments = {"re": gates.re, "im": gates.re if gates.im is None else gates.im, "place": _place(gates.re)}
-        sizes = {name: self.sizes[name] for name in ("C", "PARTS", "ROWS")}
-        self.run("gate_products", None, {**arguments, **sizes, "WIDE": self.types["WIDE"]})
-        return self.products
-
-    @property
-    def key_blocks(self) -> int:
-        """How many blocks of keys there are."""
-        return -(-self.K // self.blocks.BK)
-
-    @property
-    def value_blocks(self) -> int:
-        """How many blocks of values there are."""
-        return -(-self.V // self.blocks.BV)
-
-    def matrix(self) -> dict[str, Any]:
-        """Sizes and types for kernels that multiply."""
-        return {**self.sizes, **self.types, "BK": self.blocks.BK, "BV": self.blocks.BV}
+        arguments = {"re": gates.re, "im": gates.parts()[-1], "place": _places(gates.re)[0], "WIDE": self.types["WIDE"]}
+        self.run("gate_products", 1, arguments)
 
     def new_state(self, state: Pair | None) -> Pair:
         """Parts (sequences, H, K, V) of their own memory, zero for None."""
@@ -182,35 +163,51 @@ class _Loop:
 
     def states(self, x: Tensor, y: Tensor, state: Pair, adjoint: bool) -> Tensor:
         """States before chunks, or gradients of states after them (chunks, H, parts, K, V); `state` becomes the last."""
-        states = self.new(self.chunks, self.H, self.parts, self.K, self.V)
-        arguments = {"x": x, "y": y, "states": states, "x_place": _place(x), "y_place": _place(y), "ADJOINT": adjoint}
-        self.run("chunk_states", self.key_blocks * self.value_blocks, {**arguments, **self.matrix()})
-        grid = self.sequences * self.H, -(-self.K * self.V // CARRIED)
-        arguments = {
-            "states": states,
-            "products": self.products,
-            "re": state.re,
-            "im": state.re if state.im is None else state.im,
-            "borders": self.products if self.borders is None else self.borders,
-            "T": self.T,
-            "H": self.H,
-            "BLOCK": CARRIED,
-            "ADJOINT": adjoint,
-            "PACKED": self.borders is not None,
-        }
-        self.launch("carry", grid, {**arguments, **self.sizes}, 4, 2)
+        K, V, own = self.K, self.V, self.blocks.own
+        BK, BV = _block(K, own), _block(V, own)
+        states = self.new(self.chunks, self.H, self.parts, K, V)
+        shared = {"states": states, "K": K, "V": V, "ADJOINT": adjoint}
+        arguments = {"x": x, "y": y, "places": _places(x, y), "BK": BK, "BV": BV, **self.types}
+        self.run("chunk_states", -(-K // BK) * -(-V // BV), {**shared, **arguments})
+        arguments = {"re": state.re, "im": state.parts()[-1], "products": self.products, "borders": self.borders}
+        arguments |= {"T": self.T, "H": self.H, "BLOCK": ENTRIES, **self.packed, **self.sizes}
+        self.launch("carry", (self.sequences * self.H, -(-K * V // ENTRIES)), {**shared, **arguments}, WARPS)
         return states
 
+    def attend(self, inputs: Four, dtype: torch.dtype, states: Tensor, adjoint: bool, summed: bool) -> tuple[Tensor, Tensor]:
+        """[(X Yᵀ) ∘ Re D] Z + Re(P ∘ (X S)), or its adjoint: see `triton_chunks.py`.
 
-def _documents(layout: Layout, T: int, C: int, reverse: bool, device: torch.device) -> tuple[int, Tensor, Tensor]:
-    """How many chunks documents have; first step and steps of each; how many lie before each document, and in all."""
-    numbers = layout.table(T, C, reverse)
-    chunks, borders = [], [0]
-    for first, steps in zip(numbers[::3], numbers[1::3], strict=True):
-        chunks += [(first + step, min(C, steps - step)) for step in range(0, steps, C)]
-        borders.append(len(chunks))
-    table = torch.tensor(chunks, dtype=torch.int32, device=device)
-    return len(chunks), table, torch.tensor(borders, dtype=torch.int32, device=device)
+        Args:
+            inputs: x, y, z, and the partner of sums.
+            dtype: of the result.
+            states: before each chunk, or after it where `adjoint`.
+            adjoint: which of the two.
+            summed: whether sums are asked for. Then the channels of x and y are values, those of z are keys.
+
+        Returns:
+            (B, T, H, channels of z), and sums (chunks, H, blocks, parts, C).
+        """
+        x, y, z, partner = inputs
+        M, N = x.shape[-1], z.shape[-1]
+        BM, BN = _block(M, self.blocks.other), _block(N, self.blocks.own)
+        out = torch.empty(z.shape, dtype=dtype, device=self.device)
+        blocks = -(-N // BN)
+        sums = self.new(self.chunks, self.H, blocks, self.parts, self.blocks.C) if summed else self.products
+        arguments = {"x": x, "y": y, "z": z, "out": out, "partner": partner, "states": states, "sums": sums}
+        arguments |= {"places": _places(x, y, z, out, partner), "M": M, "N": N, "BM": BM, "BN": BN, **self.types}
+        self.run("attend", blocks, {**arguments, "TRANSPOSED": summed, "ADJOINT": adjoint, "SUMS": summed})
+        return out, sums
+
+    def gate_gradients(self, inputs: Four, states: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]) -> Pair:
+        """da (B, T, H) from queries, keys, values and dy, states before and after chunks, and what `attend` added up."""
+        q, k, v, dy = inputs
+        da = [self.new(*q.shape[:3]) for _ in range(self.parts)]
+        arguments = {"q": q, "k": k, "v": v, "dy": dy, "da": da[0], "da_im": da[-1], "K": self.K, "V": self.V}
+        arguments |= {"before": states[0], "after": states[1], "starts": sums[0], "ends": sums[1]}
+        arguments |= {"places": _places(*inputs, da[0]), "BLOCKS": sums[0].shape[2], "BLOCK": ENTRIES, **self.types}
+        arguments |= {"BK": _block(self.K, self.blocks.other), "BV": _block(self.V, self.blocks.other)}
+        self.run("gate_gradients", 1, arguments, self.blocks.warps)
+        return Pair(*da)
 
 
 def _gates(gates: Pair, initial: Pair | None, layout: Layout) -> Pair:
@@ -230,14 +227,12 @@ def run_forward(
     reverse: bool,
     layout: Layout,
 ) -> tuple[Tensor, Pair]:
+    """`forward` with launches as given."""
     q, k, v = (_neighbours(x) for x in (queries, keys, values))
-    loop = _Loop(q, v, _gates(gates, initial, layout), reverse, layout, target, launch)
+    loop = _Loop(launch, target, q, v, _gates(gates, initial, layout), reverse, layout)
     state = loop.new_state(initial)
     before = loop.states(k, v, state, False)
-    y = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    arguments = {"q": q, "k": k, "v": v, "y": y, "before": before, "places": tuple(map(_place, (q, k, v, y)))}
-    loop.run("outputs", loop.value_blocks, {**arguments, **loop.matrix()})
-    return y, state
+    return loop.attend((q, k, v, v), q.dtype, before, False, False)[0], state
 
 
 def run_backward(
@@ -253,24 +248,16 @@ def run_backward(
     reverse: bool,
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    """`backward` with launches as given."""
     q, k, v, dy = (_neighbours(x) for x in (queries, keys, values, grad))
-    loop = _Loop(q, v, _gates(gates, initial, layout), reverse, layout, target, launch)
-    before = loop.states(k, v, loop.new_state(initial), False)
-    last = loop.new_state(grad_final)
+    loop = _Loop(launch, target, q, v, _gates(gates, initial, layout), reverse, layout)
+    before, last = loop.states(k, v, loop.new_state(initial), False), loop.new_state(grad_final)
     after = loop.states(q, dy, last, True)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    sums = loop.new(loop.chunks, loop.H, loop.key_blocks, 3 * loop.parts, loop.blocks.C)
-    inputs, matrix = {"q": q, "k": k, "v": v, "dy": dy}, loop.matrix()
-    places = tuple(map(_place, (q, k, v, dy, dq, dk)))
-    arguments = {**inputs, "dq": dq, "dk": dk, "before": before, "after": after, "sums": sums, "places": places}
-    loop.run("key_gradients", loop.key_blocks, {**arguments, **matrix})
-    arguments = {"q": q, "k": k, "dy": dy, "dv": dv, "after": after, "places": tuple(map(_place, (q, k, dy, dv)))}
-    loop.run("value_gradients", loop.value_blocks, {**arguments, **matrix})
-    da = [loop.new(*gates.re.shape) for _ in range(loop.parts)]
-    arguments = {**inputs, "da": da[0], "da_im": da[-1], "sums": sums, "BLOCKS": loop.key_blocks}
-    arguments["places"] = tuple(map(_place, (q, k, v, dy, da[0])))
-    loop.run("gate_gradients", None, {**arguments, **matrix, "WIDE_PRECISION": loop.wide_precision})
-    return dq, dk, dv, cleared(Pair(*da), layout.resets), last
+    dq, starts = loop.attend((dy, v, k, q), q.dtype, before, False, True)
+    dk, ends = loop.attend((v, dy, q, k), k.dtype, after, True, True)
+    dv, _ = loop.attend((k, q, dy, dy), v.dtype, after, True, False)
+    da = loop.gate_gradients((q, k, v, dy), (before, after), (starts, ends))
+    return dq, dk, dv, cleared(da, layout.resets), last
 
 
 def forward(

@@ -69,7 +69,7 @@ def _launches(target: str, size: int, dtype: torch.dtype, is_complex: bool) -> l
     listed: list[Compilation] = []
     functions = triton_matrix.kernels()
 
-    def write_down(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int) -> None:
+    def write_down(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
         kernel = functions[name]
         signature, constants, aligned = {}, {}, {}
         for n, argument in enumerate(kernel.arg_names):
@@ -81,9 +81,9 @@ def _launches(target: str, size: int, dtype: torch.dtype, is_complex: bool) -> l
             else:
                 aligned.update({place: [["tt.divisibility", 16]] for place in _aligned(value, (n,))})
         kind = "complex" if is_complex else "real"
-        kind += " adjoint" if arguments.get("ADJOINT") else ""
+        kind += "".join(f" {flag.lower()}" for flag in ("ADJOINT", "TRANSPOSED") if arguments.get(flag))
         full = f"{name} {str(dtype).removeprefix('torch.')} {size} {kind}"
-        listed.append(Compilation(full, kernel, signature, constants, aligned, warps, stages))
+        listed.append(Compilation(full, kernel, signature, constants, aligned, warps, triton_matrix.STAGES))
 
     inputs = [torch.empty(2, 4096, 8, size, dtype=dtype, device="meta") for _ in range(4)]
     parts = 2 if is_complex else 1
