@@ -70,14 +70,18 @@ def _rows(x: tl.tensor, place: tl.tuple, row: tl.tensor, h: tl.tensor, times: tl
 
 
 @triton.jit
-def _tile(rows: tl.tensor, channels: tl.tensor, steps: tl.tensor, SIZE: tl.constexpr, C: tl.constexpr, MUL: tl.constexpr) -> tl.tensor:
+def _tile(
+    rows: tl.tensor, channels: tl.tensor, steps: tl.tensor, SIZE: tl.constexpr, C: tl.constexpr, MUL: tl.constexpr
+) -> tl.tensor:
     """(C, block) of a chunk's steps and some of SIZE channels, 0 where there is none."""
     there = (tl.arange(0, C) < steps)[:, None] & (channels < SIZE)[None, :]
     return tl.load(rows[:, None] + channels[None, :], mask=there, other=0.0).to(MUL)
 
 
 @triton.jit
-def _put(rows: tl.tensor, channels: tl.tensor, steps: tl.tensor, value: tl.tensor, SIZE: tl.constexpr, C: tl.constexpr) -> None:
+def _put(
+    rows: tl.tensor, channels: tl.tensor, steps: tl.tensor, value: tl.tensor, SIZE: tl.constexpr, C: tl.constexpr
+) -> None:
     """The opposite of `_tile`."""
     there = (tl.arange(0, C) < steps)[:, None] & (channels < SIZE)[None, :]
     tl.store(rows[:, None] + channels[None, :], value.to(rows.dtype.element_ty), mask=there)
@@ -371,7 +375,9 @@ def _scores(
 
 
 @triton.jit
-def _total(sums: tl.tensor, BLOCKS: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+def _total(
+    sums: tl.tensor, BLOCKS: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr
+) -> tl.tensor:
     """Sums (C,) over blocks, always in the same order."""
     total = tl.zeros((C,), WIDE)
     for block in range(BLOCKS):
@@ -381,7 +387,12 @@ def _total(sums: tl.tensor, BLOCKS: tl.constexpr, PARTS: tl.constexpr, C: tl.con
 
 @triton.jit
 def _corner(
-    before: tl.tensor, after: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr
+    before: tl.tensor,
+    after: tl.tensor,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> tl.tensor:
     """Σ G conj(S), real and imaginary part; SIZE: entries of a state."""
     total, turned = tl.zeros((BLOCK,), WIDE), tl.zeros((BLOCK,), WIDE)

@@ -25,16 +25,17 @@ from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 class Blocks(NamedTuple):
     """Steps of a chunk; channels that a program has of the matrix that is its own, and of those that it goes through;
-    warps for the gradient of gates, which holds the most sums (4 for everything else).
+    warps, and warps for the gradient of gates, which holds the most sums.
     """
 
     C: int
     own: int
     other: int
     warps: int
+    gate_warps: int
 
 
-WARPS, STAGES = 4, 2
+STAGES = 2
 # Entries of a state that one program carries from chunk to chunk, or multiplies at a time.
 ENTRIES = 512
 
@@ -46,11 +47,11 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def blocks_for(T: int, mul: torch.dtype) -> Blocks:
     """One of three configurations, so that little is compiled."""
-    # A chunk is as long as its sums stay in registers: three TF32 products take more of them than one of bfloat16.
-    # Short sequences are cut finer, to occupy the device.
+    # Short sequences are cut finer, to occupy the device. Three TF32 products take more registers than one of bfloat16:
+    # with these sizes no kernel spills.
     if T <= 64 or mul == torch.float64:
-        return Blocks(16, 32, 32, 4)
-    return Blocks(64, 64, 32, 8) if mul == torch.bfloat16 else Blocks(32, 32, 32, 4)
+        return Blocks(16, 32, 16, 4, 4)
+    return Blocks(64, 64, 32, 4, 8) if mul == torch.bfloat16 else Blocks(64, 32, 16, 8, 8)
 
 
 def _block(size: int, most: int) -> int:
@@ -134,7 +135,11 @@ class _Loop:
         self.products = self.new(self.chunks, self.H, self.sizes["ROWS"], self.blocks.C)
         # Tables are given even where none is read: a kernel's argument is a pointer.
         self.borders = self.products if borders is None else borders
-        self.common = {"table": self.products if table is None else table, "products": self.products, "T": self.T}
+        self.common: dict[str, Any] = {
+            "table": self.products if table is None else table,
+            "products": self.products,
+            "T": self.T,
+        }
         self.common |= {"REVERSE": reverse, **self.packed, **self.sizes}
         self._multiply(gates)
 
@@ -142,8 +147,9 @@ class _Loop:
         """Memory of the wide dtype."""
         return torch.empty(shape, dtype=self.wide, device=self.device)
 
-    def run(self, name: str, blocks: int, arguments: dict[str, Any], warps: int = WARPS) -> None:
+    def run(self, name: str, blocks: int, arguments: dict[str, Any]) -> None:
         """Launch a kernel over (chunks, heads, blocks)."""
+        warps = self.blocks.gate_warps if name == "gate_gradients" else self.blocks.warps
         self.launch(name, (self.chunks, self.H, blocks), {**arguments, **self.common}, warps)
 
     def _multiply(self, gates: Pair) -> None:
@@ -162,19 +168,21 @@ class _Loop:
         return Pair(*parts)
 
     def states(self, x: Tensor, y: Tensor, state: Pair, adjoint: bool) -> Tensor:
-        """States before chunks, or gradients of states after them (chunks, H, parts, K, V); `state` becomes the last."""
+        """States before chunks, or gradients of those after (chunks, H, parts, K, V); `state` becomes the last."""
         K, V, own = self.K, self.V, self.blocks.own
         BK, BV = _block(K, own), _block(V, own)
         states = self.new(self.chunks, self.H, self.parts, K, V)
-        shared = {"states": states, "K": K, "V": V, "ADJOINT": adjoint}
-        arguments = {"x": x, "y": y, "places": _places(x, y), "BK": BK, "BV": BV, **self.types}
+        shared: dict[str, Any] = {"states": states, "K": K, "V": V, "ADJOINT": adjoint}
+        arguments: dict[str, Any] = {"x": x, "y": y, "places": _places(x, y), "BK": BK, "BV": BV, **self.types}
         self.run("chunk_states", -(-K // BK) * -(-V // BV), {**shared, **arguments})
         arguments = {"re": state.re, "im": state.parts()[-1], "products": self.products, "borders": self.borders}
         arguments |= {"T": self.T, "H": self.H, "BLOCK": ENTRIES, **self.packed, **self.sizes}
-        self.launch("carry", (self.sequences * self.H, -(-K * V // ENTRIES)), {**shared, **arguments}, WARPS)
+        self.launch("carry", (self.sequences * self.H, -(-K * V // ENTRIES)), {**shared, **arguments}, 4)
         return states
 
-    def attend(self, inputs: Four, dtype: torch.dtype, states: Tensor, adjoint: bool, summed: bool) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, inputs: Four, dtype: torch.dtype, states: Tensor, adjoint: bool, summed: bool
+    ) -> tuple[Tensor, Tensor]:
         """[(X Yᵀ) ∘ Re D] Z + Re(P ∘ (X S)), or its adjoint: see `triton_chunks.py`.
 
         Args:
@@ -193,20 +201,37 @@ class _Loop:
         out = torch.empty(z.shape, dtype=dtype, device=self.device)
         blocks = -(-N // BN)
         sums = self.new(self.chunks, self.H, blocks, self.parts, self.blocks.C) if summed else self.products
-        arguments = {"x": x, "y": y, "z": z, "out": out, "partner": partner, "states": states, "sums": sums}
+        arguments: dict[str, Any] = {
+            "x": x,
+            "y": y,
+            "z": z,
+            "out": out,
+            "partner": partner,
+            "states": states,
+            "sums": sums,
+        }
         arguments |= {"places": _places(x, y, z, out, partner), "M": M, "N": N, "BM": BM, "BN": BN, **self.types}
         self.run("attend", blocks, {**arguments, "TRANSPOSED": summed, "ADJOINT": adjoint, "SUMS": summed})
         return out, sums
 
     def gate_gradients(self, inputs: Four, states: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]) -> Pair:
-        """da (B, T, H) from queries, keys, values and dy, states before and after chunks, and what `attend` added up."""
+        """da (B, T, H) from q, k, v and dy, states before and after chunks, and what `attend` added up."""
         q, k, v, dy = inputs
         da = [self.new(*q.shape[:3]) for _ in range(self.parts)]
-        arguments = {"q": q, "k": k, "v": v, "dy": dy, "da": da[0], "da_im": da[-1], "K": self.K, "V": self.V}
+        arguments: dict[str, Any] = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "dy": dy,
+            "da": da[0],
+            "da_im": da[-1],
+            "K": self.K,
+            "V": self.V,
+        }
         arguments |= {"before": states[0], "after": states[1], "starts": sums[0], "ends": sums[1]}
         arguments |= {"places": _places(*inputs, da[0]), "BLOCKS": sums[0].shape[2], "BLOCK": ENTRIES, **self.types}
         arguments |= {"BK": _block(self.K, self.blocks.other), "BV": _block(self.V, self.blocks.other)}
-        self.run("gate_gradients", 1, arguments, self.blocks.warps)
+        self.run("gate_gradients", 1, arguments)
         return Pair(*da)
 
 

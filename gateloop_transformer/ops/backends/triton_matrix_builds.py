@@ -5,6 +5,7 @@ The launches themselves are written down, of tensors without memory: what is lis
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -55,26 +56,32 @@ def compilations(
         sizes: of keys and values, both the same.
         dtypes: of inputs.
         kinds: whether gates are complex.
+
+    Yields:
+        Those for long sequences, and for the first size those for short ones too, which are cut into shorter chunks.
     """
     seen = set()
     for dtype, size, is_complex in itertools.product(dtypes, sizes, kinds):
-        for one in _launches(target, size, dtype, is_complex):
-            key = f"{one.name} {one.signature} {one.constants}"
+        long = _launches(target, 4096, size, dtype, is_complex)
+        for one in long + _launches(target, 64, size, dtype, is_complex) if size == sizes[0] else long:
+            key = f"{one.kernel.__name__} {one.signature} {one.constants} {one.aligned}"
             if key not in seen:
                 seen.add(key)
                 yield one
 
 
-def _launches(target: str, size: int, dtype: torch.dtype, is_complex: bool) -> list[Compilation]:
+def _launches(target: str, T: int, size: int, dtype: torch.dtype, is_complex: bool) -> list[Compilation]:
     listed: list[Compilation] = []
     functions = triton_matrix.kernels()
 
     def write_down(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
         kernel = functions[name]
-        signature, constants, aligned = {}, {}, {}
-        for n, argument in enumerate(kernel.arg_names):
+        signature: dict[str, Any] = {}
+        constants: dict[str, Any] = {}
+        aligned: dict[tuple[int, ...], Any] = {}
+        for n, (argument, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
             value = arguments[argument]
-            constant = kernel.params[n].is_constexpr or value is None
+            constant = parameter.annotation == "tl.constexpr"
             signature[argument] = "constexpr" if constant else _signature(value)
             if constant:
                 constants[argument] = value
@@ -82,15 +89,15 @@ def _launches(target: str, size: int, dtype: torch.dtype, is_complex: bool) -> l
                 aligned.update({place: [["tt.divisibility", 16]] for place in _aligned(value, (n,))})
         kind = "complex" if is_complex else "real"
         kind += "".join(f" {flag.lower()}" for flag in ("ADJOINT", "TRANSPOSED") if arguments.get(flag))
-        full = f"{name} {str(dtype).removeprefix('torch.')} {size} {kind}"
+        full = f"{name} {str(dtype).removeprefix('torch.')} T={T} {size} {kind}"
         listed.append(Compilation(full, kernel, signature, constants, aligned, warps, triton_matrix.STAGES))
 
-    inputs = [torch.empty(2, 4096, 8, size, dtype=dtype, device="meta") for _ in range(4)]
+    x = torch.empty(2, T, 8, size, dtype=dtype, device="meta")
     parts = 2 if is_complex else 1
-    gates = Pair(*(torch.empty(2, 4096, 8, device="meta") for _ in range(parts)))
+    gates = Pair(*(torch.empty(2, T, 8, device="meta") for _ in range(parts)))
     state = Pair(*(torch.empty(2, 8, size, size, device="meta") for _ in range(parts)))
-    triton_matrix.run_forward(write_down, target, *inputs[:3], gates, state, False, PLAIN)
-    triton_matrix.run_backward(write_down, target, inputs[3], state, *inputs[:3], gates, state, False, PLAIN)
+    triton_matrix.run_forward(write_down, target, x, x, x, gates, state, False, PLAIN)
+    triton_matrix.run_backward(write_down, target, x, state, x, x, x, gates, state, False, PLAIN)
     return listed
 
 

@@ -1,0 +1,159 @@
+"""The Triton kernels for matrix states, run as Python: values and all gradients against `eager` in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Loop, assert_equal, cast, make_loop, nan_filled_memory, real_parts, rms_ratio, values_and_gradients, weights
+from torch import Tensor
+
+from gateloop_transformer.ops import gate_loop
+from gateloop_transformer.ops.backends import triton_matrix
+from gateloop_transformer.ops.backends.triton_matrix_builds import compilations
+from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.pairs import Pair, split
+
+pytest.importorskip("triton")
+
+
+def triton_loop(loop: Loop, reverse: bool = False, layout: Layout = Layout(), start: bool = True) -> list[Tensor]:
+    """y, the last state, and the gradients of everything through both, in the order of `eager_loop`."""
+    q, k, v, a, initial = loop
+    gates, state = split(a), split(initial) if start else None
+    with nan_filled_memory():
+        y, final = triton_matrix.forward(q, k, v, gates, state, reverse, layout)
+        cotangent = weights(real_parts(final.complex())).to(final.re.dtype)
+        grad_final = Pair(*cotangent.unbind(-1)) if final.im is not None else Pair(cotangent)
+        dy = weights(y).to(y.dtype)
+        *inputs, da, d_initial = triton_matrix.backward(dy, grad_final, q, k, v, gates, state, reverse, layout)
+    results = [y, real_parts(final.complex()), *inputs, real_parts(da.complex())]
+    return [*results, real_parts(d_initial.complex())] if start else results
+
+
+def eager_loop(loop: Loop, reverse: bool = False, layout: Layout = Layout(), start: bool = True) -> list[Tensor]:
+    """The same by the definition, in float64."""
+    tensors = [x.to(torch.complex128 if x.is_complex() else torch.float64) for x in loop[: 5 if start else 4]]
+
+    def run(*arguments: Tensor) -> Any:
+        marks = {"resets": layout.resets, "cu_seqlens": layout.cu_seqlens}
+        return gate_loop(*arguments, reverse=reverse, backend="eager", **marks)
+
+    return values_and_gradients(run, tensors)
+
+
+def with_states(loop: Loop, count: int) -> Loop:
+    """The loop with initial states for so many documents."""
+    many = make_loop(count, 1, *loop.initial.shape[1:], is_complex=loop.initial.is_complex(), seed=7)
+    return loop._replace(initial=many.initial)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_triton_is_eager(is_complex: bool, reverse: bool) -> None:
+    # Three chunks of 16, the last of 5; heads with long memories, with gates of 1, with gates of 0.
+    loop = make_loop(1, 37, is_complex=is_complex)
+    assert_equal(triton_loop(loop, reverse), eager_loop(loop, reverse), 1e-12)
+
+
+def test_triton_rows_of_one_step_without_initial_state() -> None:
+    loop = make_loop(2, 1, is_complex=True)
+    assert_equal(triton_loop(loop, start=False), eager_loop(loop, start=False), 1e-12)
+
+
+def test_triton_goes_through_blocks_of_keys_and_values() -> None:
+    loop = make_loop(2, 17, 1, 40, 35, is_complex=True, seed=1)
+    assert_equal(triton_loop(loop), eager_loop(loop), 1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_triton_begins_anew_at_resets(reverse: bool) -> None:
+    loop = make_loop(2, 35, 1, is_complex=True)
+    resets = torch.zeros(2, 35, dtype=torch.bool)
+    resets[0, [15, 16, 32]] = resets[1, [0, 1, 17, 18, 34]] = True
+    layout = Layout(resets)
+    assert_equal(triton_loop(loop, reverse, layout), eager_loop(loop, reverse, layout), 1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_triton_keeps_packed_documents_apart(is_complex: bool, reverse: bool) -> None:
+    bounds = torch.tensor([0, 0, 5, 22, 22, 38, 40, 40])
+    resets = torch.zeros(1, 40, dtype=torch.bool)
+    resets[0, [3, 21, 39]] = True
+    loop = with_states(make_loop(1, 40, 2, is_complex=is_complex), 7)
+    layout = Layout(resets, bounds)
+    assert_equal(triton_loop(loop, reverse, layout), eager_loop(loop, reverse, layout), 1e-12)
+
+
+def test_triton_documents_do_not_see_their_neighbours() -> None:
+    loop = with_states(make_loop(1, 23, 1, is_complex=True), 2)
+    alone = Loop(*(x[:, 6:] for x in loop[:4]), loop.initial[1:])
+    together = triton_loop(loop, layout=Layout(cu_seqlens=torch.tensor([0, 6, 23])))
+    assert torch.equal(together[0][:, 6:], triton_loop(alone)[0])
+
+
+def test_triton_takes_real_gates_with_a_complex_state() -> None:
+    loop = make_loop(1, 20, 2, is_complex=True)
+    loop = loop._replace(gates=loop.gates.real)
+    results = triton_loop(loop)
+    complex_gates = loop._replace(gates=torch.complex(loop.gates, torch.zeros_like(loop.gates)))
+    assert_equal(results, triton_loop(complex_gates), 0.0)
+    assert_equal(results, eager_loop(complex_gates), 1e-12)
+
+
+def test_triton_gates_may_grow_and_hold_their_phase() -> None:
+    loop = make_loop(1, 40, 2, 2, 2, is_complex=True)
+    phase = 2.5 * torch.arange(80, dtype=torch.float64).reshape(1, 40, 2)
+    loop = loop._replace(gates=torch.polar(torch.full_like(phase, 1.05), phase))
+    assert_equal(triton_loop(loop), eager_loop(loop), 1e-12)
+
+
+def test_triton_reads_any_strides() -> None:
+    loop = make_loop(2, 18, 2, 4, 4, is_complex=True)
+    packed = torch.cat(loop[:3], -1).transpose(0, 1).contiguous().transpose(0, 1)
+    q, k, v = packed.chunk(3, -1)
+    wide = loop._replace(values=loop.values.transpose(-1, -2).contiguous().transpose(-1, -2))
+    expected = triton_loop(loop)
+    assert_equal(triton_loop(loop._replace(queries=q, keys=k, values=v)), expected, 0.0)
+    assert_equal(triton_loop(wide), expected, 0.0)
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_triton_keeps_the_digits_of_float32_in_long_chunks(is_complex: bool) -> None:
+    loop = Loop(*cast(make_loop(1, 70, 1, 3, 5, is_complex=is_complex), torch.float32))
+    for x, expected in zip(triton_loop(loop), eager_loop(loop), strict=True):
+        assert x.dtype == torch.float32
+        assert rms_ratio(x, expected) < 1e-6
+
+
+def test_triton_rounds_bfloat16_where_it_multiplies() -> None:
+    q, k, v, a, start = make_loop(1, 70, 1, 16, 20, is_complex=True)
+    rounded = [x.to(torch.bfloat16) for x in (q, k, v)]
+    loop = Loop(*rounded, *cast((a, start), torch.float32))
+    results, expected = triton_loop(loop), eager_loop(loop)
+    assert [x.dtype for x in results] == 5 * [torch.bfloat16, torch.float32][:1] + [] if False else True
+    for n, (x, reference) in enumerate(zip(results, expected, strict=True)):
+        assert x.dtype == (torch.bfloat16 if n in (0, 2, 3, 4) else torch.float32)
+        assert rms_ratio(x, reference) < 0.01, n
+
+
+def test_triton_states_may_exceed_the_range_of_float16() -> None:
+    loop = make_loop(1, 20, 1, is_complex=True)
+    large = [torch.full_like(x, 200).half() for x in loop[:3]]
+    ones = torch.ones_like(loop.gates).to(torch.complex64)
+    y, final = triton_matrix.forward(
+        large[0] / 1e6, *large[1:], split(ones), None, False, Layout()
+    )
+    assert final.re.max() == 20 * 200 * 200
+    assert y.isfinite().all()
+
+
+def test_triton_lists_every_kernel_it_would_launch() -> None:
+    listed = list(compilations("cuda", (16, 256)))
+    assert {one.kernel.__name__ for one in listed} == set(triton_matrix.kernels())
+    for one in listed:
+        assert list(one.signature) == [*one.signature.keys() | one.constants.keys()] or set(one.constants) < set(
+            one.signature
+        )
