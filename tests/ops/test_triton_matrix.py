@@ -6,19 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Loop, assert_equal, cast, make_loop, nan_filled_memory, real_parts, rms_ratio, values_and_gradients, weights
+from cases import (
+    Loop,
+    assert_equal,
+    cast,
+    make_loop,
+    nan_filled_memory,
+    real_parts,
+    rms_ratio,
+    values_and_gradients,
+    weights,
+)
 from torch import Tensor
 
 from gateloop_transformer.ops import gate_loop
 from gateloop_transformer.ops.backends import triton_matrix
 from gateloop_transformer.ops.backends.triton_matrix_builds import compilations
-from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair, split
 
 pytest.importorskip("triton")
 
 
-def triton_loop(loop: Loop, reverse: bool = False, layout: Layout = Layout(), start: bool = True) -> list[Tensor]:
+def triton_loop(loop: Loop, reverse: bool = False, layout: Layout = PLAIN, start: bool = True) -> list[Tensor]:
     """y, the last state, and the gradients of everything through both, in the order of `eager_loop`."""
     q, k, v, a, initial = loop
     gates, state = split(a), split(initial) if start else None
@@ -32,7 +42,7 @@ def triton_loop(loop: Loop, reverse: bool = False, layout: Layout = Layout(), st
     return [*results, real_parts(d_initial.complex())] if start else results
 
 
-def eager_loop(loop: Loop, reverse: bool = False, layout: Layout = Layout(), start: bool = True) -> list[Tensor]:
+def eager_loop(loop: Loop, reverse: bool = False, layout: Layout = PLAIN, start: bool = True) -> list[Tensor]:
     """The same by the definition, in float64."""
     tensors = [x.to(torch.complex128 if x.is_complex() else torch.float64) for x in loop[: 5 if start else 4]]
 
@@ -53,7 +63,7 @@ def with_states(loop: Loop, count: int) -> Loop:
 @pytest.mark.parametrize("is_complex", [False, True])
 def test_triton_is_eager(is_complex: bool, reverse: bool) -> None:
     # Three chunks of 16, the last of 5; heads with long memories, with gates of 1, with gates of 0.
-    loop = make_loop(1, 37, is_complex=is_complex)
+    loop = make_loop(1, 37, 3, 2, 3, is_complex=is_complex)
     assert_equal(triton_loop(loop, reverse), eager_loop(loop, reverse), 1e-12)
 
 
@@ -63,7 +73,7 @@ def test_triton_rows_of_one_step_without_initial_state() -> None:
 
 
 def test_triton_goes_through_blocks_of_keys_and_values() -> None:
-    loop = make_loop(2, 17, 1, 40, 35, is_complex=True, seed=1)
+    loop = make_loop(1, 17, 1, 40, 35, is_complex=True, seed=1)
     assert_equal(triton_loop(loop), eager_loop(loop), 1e-12)
 
 
@@ -111,13 +121,12 @@ def test_triton_gates_may_grow_and_hold_their_phase() -> None:
 
 
 def test_triton_reads_any_strides() -> None:
-    loop = make_loop(2, 18, 2, 4, 4, is_complex=True)
+    loop = make_loop(2, 3, 2, 4, 4, is_complex=True)
     packed = torch.cat(loop[:3], -1).transpose(0, 1).contiguous().transpose(0, 1)
-    q, k, v = packed.chunk(3, -1)
-    wide = loop._replace(values=loop.values.transpose(-1, -2).contiguous().transpose(-1, -2))
-    expected = triton_loop(loop)
-    assert_equal(triton_loop(loop._replace(queries=q, keys=k, values=v)), expected, 0.0)
-    assert_equal(triton_loop(wide), expected, 0.0)
+    q, k, _ = packed.chunk(3, -1)
+    values = loop.values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert not q.is_contiguous()
+    assert_equal(triton_loop(Loop(q, k, values, *loop[3:])), triton_loop(loop), 0.0)
 
 
 @pytest.mark.parametrize("is_complex", [False, True])
@@ -129,11 +138,10 @@ def test_triton_keeps_the_digits_of_float32_in_long_chunks(is_complex: bool) -> 
 
 
 def test_triton_rounds_bfloat16_where_it_multiplies() -> None:
-    q, k, v, a, start = make_loop(1, 70, 1, 16, 20, is_complex=True)
+    q, k, v, a, start = make_loop(1, 70, 1, 17, 20, is_complex=True)
     rounded = [x.to(torch.bfloat16) for x in (q, k, v)]
     loop = Loop(*rounded, *cast((a, start), torch.float32))
     results, expected = triton_loop(loop), eager_loop(loop)
-    assert [x.dtype for x in results] == 5 * [torch.bfloat16, torch.float32][:1] + [] if False else True
     for n, (x, reference) in enumerate(zip(results, expected, strict=True)):
         assert x.dtype == (torch.bfloat16 if n in (0, 2, 3, 4) else torch.float32)
         assert rms_ratio(x, reference) < 0.01, n
@@ -143,9 +151,7 @@ def test_triton_states_may_exceed_the_range_of_float16() -> None:
     loop = make_loop(1, 20, 1, is_complex=True)
     large = [torch.full_like(x, 200).half() for x in loop[:3]]
     ones = torch.ones_like(loop.gates).to(torch.complex64)
-    y, final = triton_matrix.forward(
-        large[0] / 1e6, *large[1:], split(ones), None, False, Layout()
-    )
+    y, final = triton_matrix.forward(large[0] / 1e6, *large[1:], split(ones), None, False, PLAIN)
     assert final.re.max() == 20 * 200 * 200
     assert y.isfinite().all()
 
@@ -153,7 +159,6 @@ def test_triton_states_may_exceed_the_range_of_float16() -> None:
 def test_triton_lists_every_kernel_it_would_launch() -> None:
     listed = list(compilations("cuda", (16, 256)))
     assert {one.kernel.__name__ for one in listed} == set(triton_matrix.kernels())
+    assert len({one.name for one in listed}) == len(listed)
     for one in listed:
-        assert list(one.signature) == [*one.signature.keys() | one.constants.keys()] or set(one.constants) < set(
-            one.signature
-        )
+        assert {name for name, kind in one.signature.items() if kind == "constexpr"} == set(one.constants)

@@ -45,13 +45,14 @@ Launch = Callable[[str, tuple[int, ...], dict[str, Any], int], None]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def blocks_for(T: int, mul: torch.dtype) -> Blocks:
-    """One of three configurations, so that little is compiled."""
-    # Short sequences are cut finer, to occupy the device. Three TF32 products take more registers than one of bfloat16:
-    # with these sizes no kernel spills.
+def blocks_for(T: int, K: int, V: int, mul: torch.dtype) -> Blocks:
+    """One of four configurations, so that little is compiled."""
+    # Short sequences are cut finer, to occupy the device. For the rest no kernel spills: where channels are one block,
+    # all of it is in registers at once, and three TF32 products take more of them than one of bfloat16.
     if T <= 64 or mul == torch.float64:
         return Blocks(16, 32, 16, 4, 4)
-    return Blocks(64, 64, 32, 4, 8) if mul == torch.bfloat16 else Blocks(64, 32, 16, 8, 8)
+    C = 64 if min(K, V) > 16 else 32
+    return Blocks(C, 64, 32, 4, 8) if mul == torch.bfloat16 else Blocks(C, 32, 16, 8, 8)
 
 
 def _block(size: int, most: int) -> int:
@@ -124,7 +125,7 @@ class _Loop:
         self.wide, self.device = compute_dtype(queries.dtype, gates.re.dtype), queries.device
         narrow = queries.dtype == torch.bfloat16 and self.wide == torch.float32
         mul = torch.bfloat16 if narrow else self.wide
-        self.blocks, self.launch = blocks_for(self.T, mul), launch
+        self.blocks, self.launch = blocks_for(self.T, self.K, self.V, mul), launch
         self.chunks, table, borders = B * -(-self.T // self.blocks.C), None, None
         if layout.cu_seqlens is not None:
             self.chunks, table, borders = _documents(layout, self.T, self.blocks.C, reverse, self.device)
