@@ -153,6 +153,8 @@ def gate_products(
     table: tl.tensor,
     place: tl.tuple,
     T: tl.tensor,
+    G: tl.constexpr,
+    BG: tl.constexpr,
     C: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -160,19 +162,22 @@ def gate_products(
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
 ) -> None:
-    """Products of gates (B, T, H) within each chunk, padded with 1."""
+    """Products of gates (B, T, H, G) within each chunk, padded with 1. Programs: (chunk, head, block of G)."""
     slot, row, h, times, steps = _chunk(table, T, C, REVERSE, PACKED)
-    products += slot * ROWS * C
     step = tl.arange(0, C)
-    there, followed = step < steps, step + 1 < steps
+    g = tl.program_id(2) * BG + tl.arange(0, BG)
+    products += slot * ROWS * C * G + step[:, None] * G + g[None, :]
+    known = (g < G)[None, :] & (step >= 0)[:, None]
+    there, followed = known & (step < steps)[:, None], known & (step + 1 < steps)[:, None]
     after = times - 1 if REVERSE else times + 1
-    at, next_at = _rows(0, place, row, h, times), _rows(0, place, row, h, after)
+    at = _rows(0, place, row, h, times)[:, None] + g[None, :]
+    next_at = _rows(0, place, row, h, after)[:, None] + g[None, :]
     a = tl.load(re + at, mask=there, other=1.0).to(WIDE)
     next_a = tl.load(re + next_at, mask=followed, other=1.0).to(WIDE)
     if PARTS == 1:
-        tl.store(products + MAGNITUDE * C + step, a)
-        tl.store(products + PREFIX * C + step, tl.cumprod(a, 0))
-        tl.store(products + SUFFIX * C + step, tl.cumprod(next_a, 0, reverse=True))
+        tl.store(products + MAGNITUDE * C * G, a, mask=known)
+        tl.store(products + PREFIX * C * G, tl.cumprod(a, 0), mask=known)
+        tl.store(products + SUFFIX * C * G, tl.cumprod(next_a, 0, reverse=True), mask=known)
     else:
         b = tl.load(im + at, mask=there, other=0.0).to(WIDE)
         next_b = tl.load(im + next_at, mask=followed, other=0.0).to(WIDE)
@@ -182,13 +187,22 @@ def gate_products(
         length = tl.sqrt(c * c + s * s)
         prefix, prefix_im = tl.associative_scan((a, b), 0, _times)
         suffix, suffix_im = tl.associative_scan((next_a, next_b), 0, _times, reverse=True)
-        tl.store(products + MAGNITUDE * C + step, magnitude)
-        tl.store(products + PREFIX * C + step, prefix)
-        tl.store(products + SUFFIX * C + step, suffix)
-        tl.store(products + PREFIX_IM * C + step, prefix_im)
-        tl.store(products + SUFFIX_IM * C + step, suffix_im)
-        tl.store(products + UNIT * C + step, c / length)
-        tl.store(products + UNIT_IM * C + step, s / length)
+        tl.store(products + MAGNITUDE * C * G, magnitude, mask=known)
+        tl.store(products + PREFIX * C * G, prefix, mask=known)
+        tl.store(products + SUFFIX * C * G, suffix, mask=known)
+        tl.store(products + PREFIX_IM * C * G, prefix_im, mask=known)
+        tl.store(products + SUFFIX_IM * C * G, suffix_im, mask=known)
+        tl.store(products + UNIT * C * G, c / length, mask=known)
+        tl.store(products + UNIT_IM * C * G, s / length, mask=known)
+
+
+@triton.jit
+def _weights(products: tl.tensor, row: tl.constexpr, k: tl.tensor, G: tl.constexpr, C: tl.constexpr) -> tl.tensor:
+    """A row of products as (BK or 1, C), for channels k; 0 where there is none."""
+    at = products + row * C * G + tl.arange(0, C)[None, :] * G
+    if G == 1:
+        return tl.load(at)
+    return tl.load(at + k[:, None], mask=(k < G)[:, None], other=0.0)
 
 
 @triton.jit
@@ -202,6 +216,7 @@ def chunk_states(
     T: tl.tensor,
     K: tl.constexpr,
     V: tl.constexpr,
+    G: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -216,7 +231,7 @@ def chunk_states(
 ) -> None:
     """What a chunk adds to the state, Σ E[j] k[j] ⊗ v[j], or to its gradient, Σ conj(P[i]) q[i] ⊗ dy[i]."""
     slot, row, h, times, steps = _chunk(table, T, C, REVERSE, PACKED)
-    products += slot * ROWS * C + tl.arange(0, C)
+    products += slot * ROWS * C * G
     states += slot * PARTS * K * V
     k = tl.program_id(2) // tl.cdiv(V, BV) * BK + tl.arange(0, BK)
     v = tl.program_id(2) % tl.cdiv(V, BV) * BV + tl.arange(0, BV)
@@ -224,13 +239,13 @@ def chunk_states(
     y = _tile(_rows(y, places[1], row, h, times), v, steps, V, C, MUL)
     at = k[:, None] * V + v[None, :]
     there = (k < K)[:, None] & (v < V)[None, :]
-    weight = tl.load(products + (PREFIX if ADJOINT else SUFFIX) * C)
+    weight = _weights(products, PREFIX if ADJOINT else SUFFIX, k, G, C)
     zero = tl.zeros((BK, BV), WIDE)
-    tl.store(states + at, _dot(x * weight[None, :], y, zero, MUL, PRECISION), mask=there)
+    tl.store(states + at, _dot(x * weight, y, zero, MUL, PRECISION), mask=there)
     if PARTS == 2:
-        weight = tl.load(products + (PREFIX_IM if ADJOINT else SUFFIX_IM) * C)
+        weight = _weights(products, PREFIX_IM if ADJOINT else SUFFIX_IM, k, G, C)
         weight = -weight if ADJOINT else weight
-        tl.store(states + K * V + at, _dot(x * weight[None, :], y, zero, MUL, PRECISION), mask=there)
+        tl.store(states + K * V + at, _dot(x * weight, y, zero, MUL, PRECISION), mask=there)
 
 
 @triton.jit
@@ -244,6 +259,7 @@ def carry(
     H: tl.tensor,
     K: tl.constexpr,
     V: tl.constexpr,
+    G: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -265,19 +281,20 @@ def carry(
     at = tl.program_id(0).to(tl.int64) * K * V + entry
     state = tl.load(re + at, mask=there, other=0.0)
     turned = state
+    gated = entry // V if G > 1 else entry * 0
     if PARTS == 2:
         turned = tl.load(im + at, mask=there, other=0.0)
     for c in range(last - first):
         slot = (last - 1 - c if ADJOINT else first + c).to(tl.int64) * H + h
         place = states + slot * PARTS * K * V + entry
-        whole = products + slot * ROWS * C + C - 1
-        gate = tl.load(whole + PREFIX * C)
+        whole = products + (slot * ROWS * C + C - 1) * G + gated
+        gate = tl.load(whole + PREFIX * C * G, mask=there, other=0.0)
         added = tl.load(place, mask=there, other=0.0)
         tl.store(place, state, mask=there)
         if PARTS == 2:
             added_im = tl.load(place + K * V, mask=there, other=0.0)
             tl.store(place + K * V, turned, mask=there)
-            gate_im = tl.load(whole + PREFIX_IM * C)
+            gate_im = tl.load(whole + PREFIX_IM * C * G, mask=there, other=0.0)
             gate_im = -gate_im if ADJOINT else gate_im
             state, turned = _times(gate, gate_im, state, turned)
             state, turned = state + added, turned + added_im

@@ -42,14 +42,16 @@ ENTRIES = 512
 # A kernel's name, its grid, its arguments by name, its warps: launches it, or writes down that it would be.
 Launch = Callable[[str, tuple[int, ...], dict[str, Any], int], None]
 # Queries or what stands in their place, and so on.
+Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def blocks_for(T: int, K: int, V: int, mul: torch.dtype) -> Blocks:
+def blocks_for(T: int, K: int, V: int, G: int, mul: torch.dtype) -> Blocks:
     """One of four configurations, so that little is compiled."""
-    # Short sequences are cut finer, to occupy the device. For the rest no kernel spills: where channels are one block,
+    # Short sequences are cut finer, to occupy the device; so are
+    # those whose work within a chunk is not on tensor cores. For the rest no kernel spills: where channels are one block,
     # all of it is in registers at once, and three TF32 products take more of them than one of bfloat16.
-    if T <= 64 or mul == torch.float64:
+    if T <= 64 or mul == torch.float64 or G > 1:
         return Blocks(16, 32, 16, 4, 4)
     C = 64 if min(K, V) > 16 else 32
     return Blocks(C, 64, 32, 4, 8) if mul == torch.bfloat16 else Blocks(C, 32, 16, 8, 8)
@@ -61,10 +63,13 @@ def _block(size: int, most: int) -> int:
 
 def kernels() -> dict[str, Any]:
     """All kernels by name."""
-    from gateloop_transformer.ops.backends import triton_chunks
+    from gateloop_transformer.ops.backends import triton_channels, triton_chunks
 
     names = ["gate_products", "chunk_states", "carry", "attend", "gate_gradients"]
-    return {name: getattr(triton_chunks, name) for name in names}
+    channel_names = ["channel_attend", "channel_gradients"]
+    return {name: getattr(triton_chunks, name) for name in names} | {
+        name: getattr(triton_channels, name) for name in channel_names
+    }
 
 
 def _launch(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
@@ -122,10 +127,11 @@ class _Loop:
     ) -> None:
         B, self.T, self.H, self.K = queries.shape
         self.V, self.sequences, self.parts = values.shape[-1], layout.states(B), len(gates.parts())
+        self.G = 1 if gates.re.ndim == 3 else self.K
         self.wide, self.device = compute_dtype(queries.dtype, gates.re.dtype), queries.device
         narrow = queries.dtype == torch.bfloat16 and self.wide == torch.float32
         mul = torch.bfloat16 if narrow else self.wide
-        self.blocks, self.launch = blocks_for(self.T, self.K, self.V, mul), launch
+        self.blocks, self.launch = blocks_for(self.T, self.K, self.V, self.G, mul), launch
         self.chunks, table, borders = B * -(-self.T // self.blocks.C), None, None
         if layout.cu_seqlens is not None:
             self.chunks, table, borders = _documents(layout, self.T, self.blocks.C, reverse, self.device)
@@ -133,7 +139,7 @@ class _Loop:
         self.sizes = {"C": self.blocks.C, "PARTS": self.parts, "ROWS": 3 if self.parts == 1 else 7}
         precision = _precision(queries.dtype, self.wide, target)
         self.types = {"MUL": _language(mul), "WIDE": _language(self.wide), "PRECISION": precision}
-        self.products = self.new(self.chunks, self.H, self.sizes["ROWS"], self.blocks.C)
+        self.products = self.new(self.chunks, self.H, self.sizes["ROWS"], self.blocks.C, self.G)
         # Tables are given even where none is read: a kernel's argument is a pointer.
         self.borders = self.products if borders is None else borders
         self.common: dict[str, Any] = {
@@ -150,14 +156,18 @@ class _Loop:
 
     def run(self, name: str, blocks: int, arguments: dict[str, Any]) -> None:
         """Launch a kernel over (chunks, heads, blocks)."""
-        warps = self.blocks.gate_warps if name == "gate_gradients" else self.blocks.warps
+        warps = self.blocks.gate_warps if name in ("gate_gradients", "channel_gradients") else self.blocks.warps
         self.launch(name, (self.chunks, self.H, blocks), {**arguments, **self.common}, warps)
 
     def _multiply(self, gates: Pair) -> None:
         if gates.im is not None and gates.im.stride() != gates.re.stride():
             gates = gates.map(torch.Tensor.contiguous)
-        arguments = {"re": gates.re, "im": gates.parts()[-1], "place": _places(gates.re)[0], "WIDE": self.types["WIDE"]}
-        self.run("gate_products", 1, arguments)
+        if self.G > 1:
+            gates = gates.map(_neighbours)
+        BG = min(16, 1 << (self.G - 1).bit_length())
+        arguments: dict[str, Any] = {"re": gates.re, "im": gates.parts()[-1], "place": _places(gates.re)[0]}
+        arguments |= {"G": self.G, "BG": BG, "WIDE": self.types["WIDE"]}
+        self.run("gate_products", -(-self.G // BG), arguments)
 
     def new_state(self, state: Pair | None) -> Pair:
         """Parts (sequences, H, K, V) of their own memory, zero for None."""
@@ -173,7 +183,7 @@ class _Loop:
         K, V, own = self.K, self.V, self.blocks.own
         BK, BV = _block(K, own), _block(V, own)
         states = self.new(self.chunks, self.H, self.parts, K, V)
-        shared: dict[str, Any] = {"states": states, "K": K, "V": V, "ADJOINT": adjoint}
+        shared: dict[str, Any] = {"states": states, "K": K, "V": V, "G": self.G, "ADJOINT": adjoint}
         arguments: dict[str, Any] = {"x": x, "y": y, "places": _places(x, y), "BK": BK, "BV": BV, **self.types}
         self.run("chunk_states", -(-K // BK) * -(-V // BV), {**shared, **arguments})
         arguments = {"re": state.re, "im": state.parts()[-1], "products": self.products, "borders": self.borders}
@@ -235,6 +245,28 @@ class _Loop:
         self.run("gate_gradients", 1, arguments)
         return Pair(*da)
 
+    def channel_attend(self, inputs: Three, dtype: torch.dtype, states: Tensor, adjoint: bool) -> Tensor:
+        """y from queries, keys, values and states before chunks, or dv from queries, keys, dy and those after them."""
+        q, k, z = inputs
+        out = torch.empty(z.shape, dtype=dtype, device=self.device)
+        BK, BV = _block(self.K, self.blocks.other), _block(self.V, self.blocks.own)
+        arguments: dict[str, Any] = {"q": q, "k": k, "z": z, "out": out, "states": states, "ADJOINT": adjoint}
+        arguments |= {"places": _places(q, k, z, out), "K": self.K, "V": self.V, "BK": BK, "BV": BV, **self.types}
+        self.run("channel_attend", -(-self.V // BV), arguments)
+        return out
+
+    def channel_gradients(self, inputs: Four, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Pair]:
+        """dq, dk and da (B, T, H, K) from queries, keys, values and dy, and states before and after chunks."""
+        q, k, v, dy = inputs
+        dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=self.device) for x in (q, k))
+        da = [self.new(*q.shape) for _ in range(self.parts)]
+        BK, BV = _block(self.K, self.blocks.other), _block(self.V, self.blocks.own)
+        arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "dy": dy, "dq": dq, "dk": dk, "da": da[0], "da_im": da[-1]}
+        arguments |= {"before": states[0], "after": states[1], "places": _places(*inputs, dq, dk, da[0])}
+        arguments |= {"K": self.K, "V": self.V, "BK": BK, "BV": BV, **self.types}
+        self.run("channel_gradients", -(-self.K // BK), arguments)
+        return dq, dk, Pair(*da)
+
 
 def _gates(gates: Pair, initial: Pair | None, layout: Layout) -> Pair:
     """Complex where the state is, and 0 where it begins anew."""
@@ -258,6 +290,8 @@ def run_forward(
     loop = _Loop(launch, target, q, v, _gates(gates, initial, layout), reverse, layout)
     state = loop.new_state(initial)
     before = loop.states(k, v, state, False)
+    if loop.G > 1:
+        return loop.channel_attend((q, k, v), q.dtype, before, False), state
     return loop.attend((q, k, v, v), q.dtype, before, False, False)[0], state
 
 
@@ -279,10 +313,15 @@ def run_backward(
     loop = _Loop(launch, target, q, v, _gates(gates, initial, layout), reverse, layout)
     before, last = loop.states(k, v, loop.new_state(initial), False), loop.new_state(grad_final)
     after = loop.states(q, dy, last, True)
+    if loop.G > 1:
+        dq, dk, da = loop.channel_gradients((q, k, v, dy), (before, after))
+        dv = loop.channel_attend((q, k, dy), v.dtype, after, True)
+        return dq, dk, dv, cleared(da, layout.resets), last
     dq, starts = loop.attend((dy, v, k, q), q.dtype, before, False, True)
     dk, ends = loop.attend((v, dy, q, k), k.dtype, after, True, True)
     dv, _ = loop.attend((k, q, dy, dy), v.dtype, after, True, False)
     da = loop.gate_gradients((q, k, v, dy), (before, after), (starts, ends))
+    da = da.map(lambda x: x.reshape(gates.re.shape))
     return dq, dk, dv, cleared(da, layout.resets), last
 
 
