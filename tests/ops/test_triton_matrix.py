@@ -59,11 +59,13 @@ def with_states(loop: Loop, count: int) -> Loop:
     return loop._replace(initial=many.initial)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("is_complex", [False, True])
-def test_triton_is_eager(is_complex: bool, reverse: bool) -> None:
+@pytest.mark.parametrize(
+    ("is_complex", "per_channel", "reverse"),
+    [(False, False, True), (False, True, False), (True, False, False), (True, False, True), (True, True, True)],
+)
+def test_triton_is_eager(is_complex: bool, per_channel: bool, reverse: bool) -> None:
     # Three chunks of 16, the last of 5; heads with long memories, with gates of 1, with gates of 0.
-    loop = make_loop(1, 37, 3, 2, 3, is_complex=is_complex)
+    loop = make_loop(1, 37, 3, 3, 5, is_complex=is_complex, per_channel=per_channel)
     assert_equal(triton_loop(loop, reverse), eager_loop(loop, reverse), 1e-12)
 
 
@@ -72,8 +74,16 @@ def test_triton_rows_of_one_step_without_initial_state() -> None:
     assert_equal(triton_loop(loop, start=False), eager_loop(loop, start=False), 1e-12)
 
 
-def test_triton_goes_through_blocks_of_keys_and_values() -> None:
-    loop = make_loop(1, 17, 1, 40, 35, is_complex=True, seed=1)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_triton_goes_through_blocks_of_keys_and_values(per_channel: bool) -> None:
+    # Real gates per channel: the interpreter multiplies complex ones one by one.
+    loop = make_loop(1, 17, 1, 40, 35, is_complex=not per_channel, per_channel=per_channel, seed=1)
+    assert_equal(triton_loop(loop), eager_loop(loop), 1e-12)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_triton_heads_may_have_one_key(per_channel: bool) -> None:
+    loop = make_loop(1, 18, 2, 1, 3, is_complex=True, per_channel=per_channel)
     assert_equal(triton_loop(loop), eager_loop(loop), 1e-12)
 
 
@@ -86,13 +96,12 @@ def test_triton_begins_anew_at_resets(reverse: bool) -> None:
     assert_equal(triton_loop(loop, reverse, layout), eager_loop(loop, reverse, layout), 1e-12)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("is_complex", [False, True])
-def test_triton_keeps_packed_documents_apart(is_complex: bool, reverse: bool) -> None:
+@pytest.mark.parametrize(("per_channel", "reverse"), [(False, False), (False, True), (True, True)])
+def test_triton_keeps_packed_documents_apart(per_channel: bool, reverse: bool) -> None:
     bounds = torch.tensor([0, 0, 5, 22, 22, 38, 40, 40])
     resets = torch.zeros(1, 40, dtype=torch.bool)
     resets[0, [3, 21, 39]] = True
-    loop = with_states(make_loop(1, 40, 2, is_complex=is_complex), 7)
+    loop = with_states(make_loop(1, 40, 1, 3, 2, is_complex=True, per_channel=per_channel), 7)
     layout = Layout(resets, bounds)
     assert_equal(triton_loop(loop, reverse, layout), eager_loop(loop, reverse, layout), 1e-12)
 
@@ -105,17 +114,15 @@ def test_triton_documents_do_not_see_their_neighbours() -> None:
 
 
 def test_triton_takes_real_gates_with_a_complex_state() -> None:
-    loop = make_loop(1, 20, 2, is_complex=True)
+    loop = make_loop(1, 20, 1, is_complex=True)
     loop = loop._replace(gates=loop.gates.real)
-    results = triton_loop(loop)
     complex_gates = loop._replace(gates=torch.complex(loop.gates, torch.zeros_like(loop.gates)))
-    assert_equal(results, triton_loop(complex_gates), 0.0)
-    assert_equal(results, eager_loop(complex_gates), 1e-12)
+    assert_equal(triton_loop(loop), eager_loop(complex_gates), 1e-12)
 
 
 def test_triton_gates_may_grow_and_hold_their_phase() -> None:
-    loop = make_loop(1, 40, 2, 2, 2, is_complex=True)
-    phase = 2.5 * torch.arange(80, dtype=torch.float64).reshape(1, 40, 2)
+    loop = make_loop(1, 40, 1, 2, 2, is_complex=True)
+    phase = 2.5 * torch.arange(40, dtype=torch.float64).reshape(1, 40, 1)
     loop = loop._replace(gates=torch.polar(torch.full_like(phase, 1.05), phase))
     assert_equal(triton_loop(loop), eager_loop(loop), 1e-12)
 
@@ -137,8 +144,10 @@ def test_triton_keeps_the_digits_of_float32_in_long_chunks(is_complex: bool) -> 
         assert rms_ratio(x, expected) < 1e-6
 
 
-def test_triton_rounds_bfloat16_where_it_multiplies() -> None:
-    q, k, v, a, start = make_loop(1, 70, 1, 17, 20, is_complex=True)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_triton_rounds_bfloat16_where_it_multiplies(per_channel: bool) -> None:
+    T, K, V = (20, 3, 5) if per_channel else (70, 17, 20)
+    q, k, v, a, start = make_loop(1, T, 1, K, V, is_complex=True, per_channel=per_channel)
     rounded = [x.to(torch.bfloat16) for x in (q, k, v)]
     loop = Loop(*rounded, *cast((a, start), torch.float32))
     results, expected = triton_loop(loop), eager_loop(loop)

@@ -3,8 +3,9 @@
 Letters, products and what is in memory: there; products have a last dimension K here. D has a matrix for each channel,
 so that within a chunk scores are sums over channels, not products of matrices:
 
-    s[i, j] = Σ_c q[i, c] k[j, c] Re D_c[i, j]          y  = s V + Re((P ∘ Q) S)          r = dY Vᵀ
-    dq[i, c] = Σ_j r[i, j] k[j, c] Re D_c[i, j] + Re(P ∘ (dY Sᵀ))                        dv = sᵀ dY + Re((conj(E) ∘ K) G)
+    s[i, j] = Σ_c q[i, c] k[j, c] Re D_c[i, j]                      r = dY Vᵀ
+    y  = s V + Re((P ∘ Q) S)                                        dv = sᵀ dY + Re((conj(E) ∘ K) G)
+    dq[i, c] = Σ_j r[i, j] k[j, c] Re D_c[i, j] + Re(P ∘ (dY Sᵀ))
     dk[j, c] = Σ_i r[i, j] q[i, c] Re D_c[i, j] + Re(conj(E) ∘ (V Gᵀ))
 
 and W_c[i, j] = q[i, c] k[j, c] r[i, j] in the gradient of gates. That work is proportional to the length of a chunk,
@@ -57,6 +58,24 @@ def _real_channel_decays(
 
 
 @triton.jit
+def _channel_scores(
+    q: tl.tensor,
+    k: tl.tensor,
+    products: tl.tensor,
+    key: tl.tensor,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> tl.tensor:
+    """s (C, C) of some channels (BK, C), the rotation folded into q and k."""
+    pairs = q[:, :, None] * k[:, None, :]
+    if PARTS == 2:
+        c, s = _weights(products, UNIT, key, K, C), _weights(products, UNIT_IM, key, K, C)
+        pairs = (q * c)[:, :, None] * (k * c)[:, None, :] + (q * s)[:, :, None] * (k * s)[:, None, :]
+    return tl.sum(pairs * _channel_decays(_weights(products, MAGNITUDE, key, K, C), C), 0)
+
+
+@triton.jit
 def channel_attend(
     q: tl.tensor,
     k: tl.tensor,
@@ -94,8 +113,7 @@ def channel_attend(
     for start in range(0, K, BK):
         key = start + tl.arange(0, BK)
         x, y = tl.trans(_tile(q_rows, key, steps, K, C, WIDE)), tl.trans(_tile(k_rows, key, steps, K, C, WIDE))
-        decays = _real_channel_decays(products, key, K, C, PARTS)
-        scores += tl.sum(x[:, :, None] * y[:, None, :] * decays, 0)
+        scores += _channel_scores(x, y, products, key, K, C, PARTS)
         x = y if ADJOINT else x
         weighted = tl.trans(x * _weights(products, SUFFIX if ADJOINT else PREFIX, key, K, C))
         total = _dot(weighted, _state(states, key, value, K, V, False), total, MUL, PRECISION)
@@ -137,25 +155,27 @@ def _gate_gradient(
     t, j = tl.arange(0, C)[None, :, None], tl.arange(0, C)[None, None, :]
     previous = _before(products, MAGNITUDE, key, 1.0, K, C)
     D_before = tl.where(t > j, tl.cumprod(tl.where(t > j + 1, previous[:, :, None], 1.0), 1), 0.0)
-    P, P_im = _before(products, PREFIX, key, 1.0, K, C), start
+    P = _before(products, PREFIX, key, 1.0, K, C)
+    zero = tl.zeros_like(W)
     if PARTS == 1:
-        X = _dot(D, W, tl.zeros_like(W), WIDE, PRECISION) * D_before
-        return tl.sum(X, 2) + tl.sum(D * start[:, None, :], 2) * P, start
-    # What is times conj(D[i, t]) = |D[i, t]| conj(U[i]) U[t], left without U[t] until the end.
-    c, s = _weights(products, UNIT, key, K, C), _weights(products, UNIT_IM, key, K, C)
-    start, start_im = _conjugate_times(c, s, start, start_im)
-    start, start_im = tl.sum(D * start[:, None, :], 2), tl.sum(D * start_im[:, None, :], 2)
-    W, W_im = _conjugate_times(c[:, :, None], s[:, :, None], W, W_im)
-    X = _dot(D, W, tl.zeros_like(W), WIDE, PRECISION)
-    X_im = _dot(D, W_im, tl.zeros_like(W), WIDE, PRECISION)
-    # Times conj(D[t-1, j]) = |D[t-1, j]| conj(U[t-1]) U[j], and conj(P[t-1]) for the start.
-    X, X_im = _times(X, X_im, c[:, None, :], s[:, None, :])
-    total, total_im = tl.sum(D_before * X, 2), tl.sum(D_before * X_im, 2)
-    c_before, s_before = _before(products, UNIT, key, 1.0, K, C), _before(products, UNIT_IM, key, 0.0, K, C)
-    total, total_im = _conjugate_times(c_before, s_before, total, total_im)
-    P_im = _before(products, PREFIX_IM, key, 0.0, K, C)
-    start, start_im = _conjugate_times(P, P_im, start, start_im)
-    return _times(c, s, total + start, total_im + start_im)
+        X = _dot(D, W, zero, WIDE, PRECISION) * D_before
+        total = tl.sum(X, 2) + tl.sum(D * start[:, None, :], 2) * P
+        total_im = total
+    else:
+        # What is times conj(D[i, t]) = |D[i, t]| conj(U[i]) U[t], left without U[t] until the end.
+        c, s = _weights(products, UNIT, key, K, C), _weights(products, UNIT_IM, key, K, C)
+        start, start_im = _conjugate_times(c, s, start, start_im)
+        start, start_im = tl.sum(D * start[:, None, :], 2), tl.sum(D * start_im[:, None, :], 2)
+        W, W_im = _conjugate_times(c[:, :, None], s[:, :, None], W, W_im)
+        X, X_im = _dot(D, W, zero, WIDE, PRECISION), _dot(D, W_im, zero, WIDE, PRECISION)
+        # Times conj(D[t-1, j]) = |D[t-1, j]| conj(U[t-1]) U[j], and conj(P[t-1]) for the start.
+        X, X_im = _times(X, X_im, c[:, None, :], s[:, None, :])
+        total, total_im = tl.sum(D_before * X, 2), tl.sum(D_before * X_im, 2)
+        c_before, s_before = _before(products, UNIT, key, 1.0, K, C), _before(products, UNIT_IM, key, 0.0, K, C)
+        total, total_im = _conjugate_times(c_before, s_before, total, total_im)
+        start, start_im = _conjugate_times(P, _before(products, PREFIX_IM, key, 0.0, K, C), start, start_im)
+        total, total_im = _times(c, s, total + start, total_im + start_im)
+    return total, total_im
 
 
 @triton.jit

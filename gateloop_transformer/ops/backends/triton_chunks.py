@@ -200,9 +200,7 @@ def gate_products(
 def _weights(products: tl.tensor, row: tl.constexpr, k: tl.tensor, G: tl.constexpr, C: tl.constexpr) -> tl.tensor:
     """A row of products as (BK or 1, C), for channels k; 0 where there is none."""
     at = products + row * C * G + tl.arange(0, C)[None, :] * G
-    if G == 1:
-        return tl.load(at)
-    return tl.load(at + k[:, None], mask=(k < G)[:, None], other=0.0)
+    return tl.load(at) if G == 1 else tl.load(at + k[:, None], mask=(k < G)[:, None], other=0.0)
 
 
 @triton.jit

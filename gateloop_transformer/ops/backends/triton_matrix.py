@@ -47,12 +47,15 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def blocks_for(T: int, K: int, V: int, G: int, mul: torch.dtype) -> Blocks:
-    """One of four configurations, so that little is compiled."""
-    # Short sequences are cut finer, to occupy the device; so are
-    # those whose work within a chunk is not on tensor cores. For the rest no kernel spills: where channels are one block,
-    # all of it is in registers at once, and three TF32 products take more of them than one of bfloat16.
-    if T <= 64 or mul == torch.float64 or G > 1:
+    """One of a few configurations: little is compiled, and none of it spills."""
+    # With a gate per key channel the work within a chunk is proportional to its length, and not done by tensor cores.
+    if G > 1:
+        return Blocks(16, 32, 16, 4, 8)
+    # Short sequences are cut finer, to occupy the device.
+    if T <= 64 or mul == torch.float64:
         return Blocks(16, 32, 16, 4, 4)
+    # Where channels are one block, all of it is in registers at once. Three TF32 products take more of them than one of
+    # bfloat16.
     C = 64 if min(K, V) > 16 else 32
     return Blocks(C, 64, 32, 4, 8) if mul == torch.bfloat16 else Blocks(C, 32, 16, 8, 8)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops.backends import triton_matrix
-from gateloop_transformer.ops.layout import PLAIN
+from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair
 
 SIZES = (16, 64, 128, 256)
@@ -48,6 +48,7 @@ def compilations(
     sizes: tuple[int, ...] = SIZES,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     kinds: tuple[bool, ...] = (False, True),
+    per_channel: tuple[bool, ...] = (False, True),
 ) -> Iterator[Compilation]:
     """All kernels, forwards and backwards.
 
@@ -56,23 +57,29 @@ def compilations(
         sizes: of keys and values, both the same.
         dtypes: of inputs.
         kinds: whether gates are complex.
+        per_channel: whether there is one for each key channel.
 
     Yields:
-        Those for long sequences, and for the first size those for short ones too, which are cut into shorter chunks.
+        Those for long sequences; for the first size also those for short ones, which are cut into shorter chunks, and
+        those for packed documents read backwards.
     """
     seen = set()
-    for dtype, size, is_complex in itertools.product(dtypes, sizes, kinds):
-        long = _launches(target, 4096, size, dtype, is_complex)
-        for one in long + _launches(target, 64, size, dtype, is_complex) if size == sizes[0] else long:
-            key = f"{one.kernel.__name__} {one.signature} {one.constants} {one.aligned}"
-            if key not in seen:
-                seen.add(key)
-                yield one
+    for dtype, size, is_complex, channels in itertools.product(dtypes, sizes, kinds, per_channel):
+        cases = [(4096, False), (64, False), (4096, True)] if size == sizes[0] else [(4096, False)]
+        for T, documents in cases:
+            for one in _launches(target, T, size, dtype, is_complex, channels, documents):
+                key = f"{one.kernel.__name__} {one.signature} {one.constants} {one.aligned}"
+                if key not in seen:
+                    seen.add(key)
+                    yield one
 
 
-def _launches(target: str, T: int, size: int, dtype: torch.dtype, is_complex: bool) -> list[Compilation]:
+def _launches(
+    target: str, T: int, size: int, dtype: torch.dtype, is_complex: bool, channels: bool, documents: bool
+) -> list[Compilation]:
     listed: list[Compilation] = []
     functions = triton_matrix.kernels()
+    words = ["complex" if is_complex else "real", *["channels"] * channels, *["documents backwards"] * documents]
 
     def write_down(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
         kernel = functions[name]
@@ -87,17 +94,17 @@ def _launches(target: str, T: int, size: int, dtype: torch.dtype, is_complex: bo
                 constants[argument] = value
             else:
                 aligned.update({place: [["tt.divisibility", 16]] for place in _aligned(value, (n,))})
-        kind = "complex" if is_complex else "real"
-        kind += "".join(f" {flag.lower()}" for flag in ("ADJOINT", "TRANSPOSED") if arguments.get(flag))
-        full = f"{name} {str(dtype).removeprefix('torch.')} T={T} {size} {kind}"
+        flags = [flag.lower() for flag in ("ADJOINT", "TRANSPOSED") if arguments.get(flag)]
+        full = " ".join([name, str(dtype).removeprefix("torch."), f"T={T}", str(size), *words, *flags])
         listed.append(Compilation(full, kernel, signature, constants, aligned, warps, triton_matrix.STAGES))
 
-    x = torch.empty(2, T, 8, size, dtype=dtype, device="meta")
+    x = torch.empty(1, T, 8, size, dtype=dtype, device="meta")
     parts = 2 if is_complex else 1
-    gates = Pair(*(torch.empty(2, T, 8, device="meta") for _ in range(parts)))
-    state = Pair(*(torch.empty(2, 8, size, size, device="meta") for _ in range(parts)))
-    triton_matrix.run_forward(write_down, target, x, x, x, gates, state, False, PLAIN)
-    triton_matrix.run_backward(write_down, target, x, state, x, x, x, gates, state, False, PLAIN)
+    gates = Pair(*(torch.empty(1, T, 8, *[size] * channels, device="meta") for _ in range(parts)))
+    state = Pair(*(torch.empty(1, 8, size, size, device="meta") for _ in range(parts)))
+    layout = Layout(cu_seqlens=torch.tensor([0, T])) if documents else PLAIN
+    triton_matrix.run_forward(write_down, target, x, x, x, gates, state, documents, layout)
+    triton_matrix.run_backward(write_down, target, x, state, x, x, x, gates, state, documents, layout)
     return listed
 
 
