@@ -75,7 +75,7 @@ def _channel_scores(
     return tl.sum(pairs * _channel_decays(_weights(products, MAGNITUDE, key, K, C), C), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def channel_attend(
     q: tl.tensor,
     k: tl.tensor,
@@ -178,7 +178,7 @@ def _gate_gradient(
     return total, total_im
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def channel_gradients(
     q: tl.tensor,
     k: tl.tensor,

@@ -145,7 +145,7 @@ def _real_decays(products: tl.tensor, C: tl.constexpr, PARTS: tl.constexpr) -> t
     return decays
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_products(
     re: tl.tensor,
     im: tl.tensor,
@@ -203,7 +203,7 @@ def _weights(products: tl.tensor, row: tl.constexpr, k: tl.tensor, G: tl.constex
     return tl.load(at) if G == 1 else tl.load(at + k[:, None], mask=(k < G)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def chunk_states(
     x: tl.tensor,
     y: tl.tensor,
@@ -246,7 +246,7 @@ def chunk_states(
         tl.store(states + K * V + at, _dot(x * weight, y, zero, MUL, PRECISION), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def carry(
     states: tl.tensor,
     products: tl.tensor,
@@ -303,7 +303,7 @@ def carry(
         tl.store(im + at, turned, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def attend(
     x: tl.tensor,
     y: tl.tensor,
@@ -433,7 +433,7 @@ def _decays_before(products: tl.tensor, C: tl.constexpr) -> tl.tensor:
     return tl.where(t > j, tl.cumprod(tl.where(t > j + 1, previous[:, None], 1.0), 0), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_gradients(
     q: tl.tensor,
     k: tl.tensor,

@@ -6,7 +6,10 @@ Types. Inputs are multiplied as they are given: bfloat16 by bfloat16, and what m
 states) is rounded to the same 8 bits on its way into a product, nowhere else. float16 has too small a range for states:
 it goes through the tensor cores as TF32, which holds all its digits. float32 is multiplied as three TF32 products
 ("tf32x3", about 2⁻²¹ relative; "ieee" would not run on tensor cores), on AMD as float32. Sums, gates, products of gates
-and states are float32; all is float64 where an input is.
+and states are float32; where these meet each other in a product, in the gradient of gates, it is of float32 (of TF32
+where inputs are of 16 bits). All is float64 where an input is.
+
+Memory: for each chunk and head one state, twice in the backward pass; nothing per step but products of gates.
 """
 
 from __future__ import annotations

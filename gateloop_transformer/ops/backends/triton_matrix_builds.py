@@ -118,5 +118,6 @@ def _aligned(value: Any, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     if isinstance(value, tuple):
         for n, item in enumerate(value):
             yield from _aligned(item, (*place, n))
-    elif isinstance(value, Tensor) or value % 16 == 0:
+    # Of plain numbers (the length, the heads) the launcher says nothing: see `do_not_specialize`.
+    elif isinstance(value, Tensor) or (len(place) > 1 and value % 16 == 0):
         yield place
