@@ -480,13 +480,12 @@ def gate_gradients(
     D = tl.trans(_decays(tl.load(products + MAGNITUDE * C + step), C))
     start = _total(starts, BLOCKS, PARTS, C, WIDE) + tl.where(last, corner, 0.0)
     W += tl.where(last[:, None], _total(ends, BLOCKS, PARTS, C, WIDE)[None, :], 0.0)
-    P_before = tl.load(products + PREFIX * C + step - 1, mask=later, other=1.0)
-    da_rows = _rows(da, places[4], row, h, times)
     zero = tl.zeros((C, C), WIDE)
     if PARTS == 1:
-        start = tl.sum(D * start[None, :], 1) * P_before
+        start = tl.sum(D * start[None, :], 1)
         X = _dot(D, W, zero, WIDE, PRECISION) * _decays_before(products, C)
-        tl.store(da_rows, tl.sum(X, 1) + start, mask=there)
+        P_before = tl.load(products + PREFIX * C + step - 1, mask=later, other=1.0)
+        tl.store(_rows(da, places[4], row, h, times), tl.sum(X, 1) + start * P_before, mask=there)
     else:
         start_im = _total(starts + C, BLOCKS, PARTS, C, WIDE) + tl.where(last, corner_im, 0.0)
         W_im = tl.where(last[:, None], _total(ends + C, BLOCKS, PARTS, C, WIDE)[None, :], 0.0)
@@ -503,8 +502,9 @@ def gate_gradients(
         c_before = tl.load(products + UNIT * C + step - 1, mask=later, other=1.0)
         s_before = tl.load(products + UNIT_IM * C + step - 1, mask=later, other=0.0)
         total, total_im = _conjugate_times(c_before, s_before, total, total_im)
+        P_before = tl.load(products + PREFIX * C + step - 1, mask=later, other=1.0)
         P_im = tl.load(products + PREFIX_IM * C + step - 1, mask=later, other=0.0)
         start, start_im = _conjugate_times(P_before, P_im, start, start_im)
         total, total_im = _times(c, s, total + start, total_im + start_im)
-        tl.store(da_rows, total, mask=there)
+        tl.store(_rows(da, places[4], row, h, times), total, mask=there)
         tl.store(_rows(da_im, places[4], row, h, times), total_im, mask=there)

@@ -37,7 +37,7 @@ class Compilation(NamedTuple):
     name: str
     kernel: Any
     signature: dict[str, Any]
-    constants: dict[str, Any]
+    constants: dict[str | tuple[int, ...], Any]
     aligned: dict[tuple[int, ...], Any]
     warps: int
     stages: int
@@ -84,7 +84,7 @@ def _launches(
     def write_down(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
         kernel = functions[name]
         signature: dict[str, Any] = {}
-        constants: dict[str, Any] = {}
+        constants: dict[str | tuple[int, ...], Any] = {}
         aligned: dict[tuple[int, ...], Any] = {}
         for n, (argument, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
             value = arguments[argument]
@@ -93,6 +93,7 @@ def _launches(
             if constant:
                 constants[argument] = value
             else:
+                constants.update(dict.fromkeys(_ones(value, (n,)), 1))
                 aligned.update({place: [["tt.divisibility", 16]] for place in _aligned(value, (n,))})
         flags = [flag.lower() for flag in ("ADJOINT", "TRANSPOSED") if arguments.get(flag)]
         full = " ".join([name, str(dtype).removeprefix("torch."), f"T={T}", str(size), *words, *flags])
@@ -111,7 +112,18 @@ def _launches(
 def _signature(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_signature(item) for item in value)
-    return _POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    # The launcher makes a stride of 1 a constant; of the length and of how many heads there are it knows nothing.
+    return "constexpr" if value == 1 else "i32"
+
+
+def _ones(value: Any, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    if isinstance(value, tuple):
+        for n, item in enumerate(value):
+            yield from _ones(item, (*place, n))
+    elif not isinstance(value, Tensor) and value == 1:
+        yield place
 
 
 def _aligned(value: Any, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
