@@ -53,7 +53,7 @@ def blocks_for(T: int, K: int, V: int, G: int, mul: torch.dtype) -> Blocks:
     """One of a few configurations: little is compiled, and none of it spills."""
     # With a gate per key channel the work within a chunk is proportional to its length, and not done by tensor cores.
     if G > 1:
-        return Blocks(16, 32, 16, 4, 8)
+        return Blocks(16, 64 if mul == torch.bfloat16 else 32, 16, 4, 8)
     # Short sequences are cut finer, to occupy the device.
     if T <= 64 or mul == torch.float64:
         return Blocks(16, 32, 16, 4, 4)
@@ -266,7 +266,7 @@ class _Loop:
         q, k, v, dy = inputs
         dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=self.device) for x in (q, k))
         da = [self.new(*q.shape) for _ in range(self.parts)]
-        BK, BV = _block(self.K, self.blocks.other), _block(self.V, self.blocks.own)
+        BK, BV = _block(self.K, self.blocks.other), _block(self.V, self.blocks.other)
         arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "dy": dy, "dq": dq, "dk": dk, "da": da[0], "da_im": da[-1]}
         arguments |= {"before": states[0], "after": states[1], "places": _places(*inputs, dq, dk, da[0])}
         arguments |= {"K": self.K, "V": self.V, "BK": BK, "BV": BV, **self.types}
