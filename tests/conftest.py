@@ -17,8 +17,6 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Tensors here are small: a second thread only waits, and on a busy machine it waits spinning.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Triton's kernels run on the CPU in its interpreter, which is chosen when they are defined.
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

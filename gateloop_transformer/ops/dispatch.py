@@ -54,6 +54,9 @@ class Backend(Protocol):
 class FusedBackend(Protocol):
     """A backend whose kernels read a layout, and run in one pass what surrounds the recurrences."""
 
+    def reads_layout(self, keys: Tensor, values: Tensor, gates: Pair) -> bool:
+        """Whether the kernels of such a gate loop know resets and documents."""
+
     def linear_scan_forward(
         self, gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout
     ) -> Pair:
@@ -81,7 +84,7 @@ class FusedBackend(Protocol):
         reverse: bool,
         layout: Layout,
     ) -> tuple[Tensor, Pair]:
-        """Outputs and the final state. With a layout, gates are one per head unless heads are of size 1."""
+        """Outputs and the final state. With a layout only where `reads_layout`."""
 
     def gate_loop_backward(
         self,
@@ -178,7 +181,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def reads_layout(backend: str, keys: Tensor, values: Tensor, gates: Pair) -> bool:
     """Whether a gate loop's kernels there know resets and documents."""
-    return backend in FUSED and (gates.re.ndim == 3 or keys.shape[-1] == values.shape[-1] == 1)
+    return backend in FUSED and FUSED[backend].reads_layout(keys, values, gates)
 
 
 def direct(*tensors: Tensor) -> bool:

@@ -38,6 +38,11 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if _INSTALLED else INSTALL_HINT
 
 
+def reads_layout(keys: Tensor, values: Tensor, gates: Pair) -> bool:
+    """Kernels know resets and documents, but those for gates per key channel are plain torch's."""
+    return gates.re.ndim == 3 or elementwise(keys, values)
+
+
 class _Channels(NamedTuple):
     """How D channels of B sequences are shared out: in vectors of `lanes`, the last overlapping where lanes do not
     divide D. T: steps of a row.

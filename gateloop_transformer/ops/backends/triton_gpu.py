@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.backends import triton_matrix
 from gateloop_transformer.ops.backends.triton_launch import interpreted, launch, power, precision
 from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given
 from gateloop_transformer.ops.layout import PLAIN, Layout
@@ -45,6 +46,11 @@ def operand(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     return x, x.stride(0), x.stride(1)
+
+
+def reads_layout(keys: Tensor, values: Tensor, gates: Pair) -> bool:
+    """Every gate loop's kernels know resets and documents."""
+    return True
 
 
 class _Tiles(NamedTuple):
@@ -378,7 +384,7 @@ def gate_loop_forward(
         loop = given(queries, keys, values, gates, initial, reverse, layout)
         y, final, _ = loop_forward(loop, None if initial is None else flat_state(initial))
         return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
-    raise NotImplementedError
+    return triton_matrix.forward(queries, keys, values, gates, initial, reverse, layout)
 
 
 def gate_loop_backward(
@@ -394,7 +400,8 @@ def gate_loop_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """Gradients; states before each chunk are computed again."""
     if not elementwise(keys, values):
-        raise NotImplementedError
+        arguments = grad, grad_final, queries, keys, values, gates, initial, reverse, layout
+        return triton_matrix.backward(*arguments)
     loop = given(queries, keys, values, gates, initial, reverse, layout)
     _, _, kept = loop_forward(loop, None if initial is None else flat_state(initial))
     dq, dk, dv = (loop.queries.new_empty(x.shape[:3]) for x in (queries, keys, values))
