@@ -370,9 +370,9 @@ def loop_backward(
     return (d_packed, d_gates, d_swish), d_bias, d_initial
 
 
-def _one_precision(inputs: tuple[Tensor, ...], gates: Pair) -> list[Tensor]:
+def _as_wide(x: Tensor, gates: Pair) -> Tensor:
     """In float64 if the gates are."""
-    return [x.double() if gates.re.dtype == torch.float64 else x for x in inputs]
+    return x.double() if gates.re.dtype == torch.float64 else x
 
 
 def gate_loop_forward(
@@ -389,8 +389,8 @@ def gate_loop_forward(
         loop = given(queries, keys, values, gates, initial, reverse, layout)
         y, final, _ = loop_forward(loop, None if initial is None else flat_state(initial))
         return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
-    wide = _one_precision((queries, keys, values), gates)
-    y, final = triton_matrix.forward(*wide, gates, initial, reverse, layout)
+    q, k, v = (_as_wide(x, gates) for x in (queries, keys, values))
+    y, final = triton_matrix.forward(q, k, v, gates, initial, reverse, layout)
     return y.to(queries.dtype), final
 
 
@@ -407,8 +407,8 @@ def gate_loop_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """Gradients; states before each chunk are computed again."""
     if not elementwise(keys, values):
-        grad, *wide = _one_precision((grad, queries, keys, values), gates)
-        return triton_matrix.backward(grad, grad_final, *wide, gates, initial, reverse, layout)
+        dy, q, k, v = (_as_wide(x, gates) for x in (grad, queries, keys, values))
+        return triton_matrix.backward(dy, grad_final, q, k, v, gates, initial, reverse, layout)
     loop = given(queries, keys, values, gates, initial, reverse, layout)
     _, _, kept = loop_forward(loop, None if initial is None else flat_state(initial))
     dq, dk, dv = (loop.queries.new_empty(x.shape[:3]) for x in (queries, keys, values))

@@ -24,6 +24,7 @@ class Launch(NamedTuple):
 
 
 _written: list[Launch] | None = None
+_written_for = "cuda"
 
 
 def interpreted() -> bool:
@@ -31,15 +32,28 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def target() -> str:
+    """Who multiplies: "interpreter", "cuda" or "hip"."""
+    if _written is not None:
+        return _written_for
+    if interpreted():
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
 @contextlib.contextmanager
-def written_down() -> Iterator[list[Launch]]:
-    """Inside, nothing is launched: launches are listed. For tensors without memory; not for several threads."""
-    global _written
-    before, _written = _written, []
+def written_down(target: str = "cuda") -> Iterator[list[Launch]]:
+    """Inside, nothing is launched: launches are listed, as for this target.
+
+    For tensors without memory; not for several threads.
+    """
+    global _written, _written_for
+    before = _written, _written_for
+    _written, _written_for = [], target
     try:
         yield _written
     finally:
-        _written = before
+        _written, _written_for = before
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, like: Tensor, warps: int, **more: Any) -> None:

@@ -72,7 +72,7 @@ def _added(k, v, m, rest, b, s, r, d, mask, GATE: tl.constexpr, W: tl.constexpr)
     return key, value, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows"])
 def loop_forward(
     q, k, v, z, z_im, swish, y, bias, bias_im, initial, initial_im, final, final_im, started, started_im, kept, resets,
     begins, ends, chain, flags, T, D, rows, KEPT: tl.constexpr, W: tl.constexpr, PAIRS: tl.constexpr,
@@ -122,7 +122,7 @@ def loop_forward(
         tl.store(kept + (rows * tiles).to(tl.int64) * D + at_tile, h_im, mask=border)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows"])
 def loop_backward(
     q, k, v, z, z_im, swish, grad, dq, dk, dv, dz, dz_im, d_swish, bias, bias_im, d_bias, initial, initial_im,
     d_final, d_final_im, d_initial, d_initial_im, kept, resets, begins, ends, chain, flags, T, D, rows,

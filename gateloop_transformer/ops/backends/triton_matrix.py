@@ -14,13 +14,12 @@ Memory: for each chunk and head one state, twice in the backward pass; nothing p
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.backends.triton_launch import launch, target
 from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
@@ -38,12 +37,9 @@ class Blocks(NamedTuple):
     gate_warps: int
 
 
-STAGES = 2
 # Entries of a state that one program carries from chunk to chunk, or multiplies at a time.
 ENTRIES = 512
 
-# A kernel's name, its grid, its arguments by name, its warps: launches it, or writes down that it would be.
-Launch = Callable[[str, tuple[int, ...], dict[str, Any], int], None]
 # Queries or what stands in their place, and so on.
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -78,22 +74,11 @@ def kernels() -> dict[str, Any]:
     }
 
 
-def _launch(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
-    kernels()[name][grid](**arguments, num_warps=warps, num_stages=STAGES)
-
-
-def _target() -> str:
-    """Who multiplies: "interpreter", "cuda" or "hip"."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "interpreter"
-    return "hip" if torch.version.hip else "cuda"
-
-
-def _precision(inputs: torch.dtype, wide: torch.dtype, target: str) -> str:
+def _precision(inputs: torch.dtype, wide: torch.dtype) -> str:
     """How numbers of the wide dtype are multiplied."""
-    if target == "interpreter":
-        return target
-    if target == "hip" or wide == torch.float64:
+    if target() == "interpreter":
+        return "interpreter"
+    if target() == "hip" or wide == torch.float64:
         return "ieee"
     return "tf32x3" if inputs == torch.float32 else "tf32"
 
@@ -128,22 +113,20 @@ def _documents(layout: Layout, T: int, C: int, reverse: bool, device: torch.devi
 class _Loop:
     """A gate loop cut into chunks, and the launches over them."""
 
-    def __init__(
-        self, launch: Launch, target: str, queries: Tensor, values: Tensor, gates: Pair, reverse: bool, layout: Layout
-    ) -> None:
+    def __init__(self, queries: Tensor, values: Tensor, gates: Pair, reverse: bool, layout: Layout) -> None:
         B, self.T, self.H, self.K = queries.shape
         self.V, self.sequences, self.parts = values.shape[-1], layout.states(B), len(gates.parts())
         self.G = 1 if gates.re.ndim == 3 else self.K
         self.wide, self.device = compute_dtype(queries.dtype, gates.re.dtype), queries.device
         narrow = queries.dtype == torch.bfloat16 and self.wide == torch.float32
         mul = torch.bfloat16 if narrow else self.wide
-        self.blocks, self.launch = blocks_for(self.T, self.K, self.V, self.G, mul), launch
+        self.blocks = blocks_for(self.T, self.K, self.V, self.G, mul)
         self.chunks, table, borders = B * -(-self.T // self.blocks.C), None, None
         if layout.cu_seqlens is not None:
             self.chunks, table, borders = _documents(layout, self.T, self.blocks.C, reverse, self.device)
         self.packed = {"PACKED": table is not None}
         self.sizes = {"C": self.blocks.C, "PARTS": self.parts, "ROWS": 3 if self.parts == 1 else 7}
-        precision = _precision(queries.dtype, self.wide, target)
+        precision = _precision(queries.dtype, self.wide)
         self.types = {"MUL": _language(mul), "WIDE": _language(self.wide), "PRECISION": precision}
         self.products = self.new(self.chunks, self.H, self.sizes["ROWS"], self.blocks.C, self.G)
         # Tables are given even where none is read: a kernel's argument is a pointer.
@@ -163,7 +146,10 @@ class _Loop:
     def run(self, name: str, blocks: int, arguments: dict[str, Any]) -> None:
         """Launch a kernel over (chunks, heads, blocks)."""
         warps = self.blocks.gate_warps if name in ("gate_gradients", "channel_gradients") else self.blocks.warps
-        self.launch(name, (self.chunks, self.H, blocks), {**arguments, **self.common}, warps)
+        self._launch(name, (self.chunks, self.H, blocks), {**arguments, **self.common}, warps)
+
+    def _launch(self, name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
+        launch(kernels()[name], grid, like=self.products, warps=warps, **arguments)
 
     def _multiply(self, gates: Pair) -> None:
         if gates.im is not None and gates.im.stride() != gates.re.stride():
@@ -194,7 +180,7 @@ class _Loop:
         self.run("chunk_states", -(-K // BK) * -(-V // BV), {**shared, **arguments})
         arguments = {"re": state.re, "im": state.parts()[-1], "products": self.products, "borders": self.borders}
         arguments |= {"T": self.T, "H": self.H, "BLOCK": ENTRIES, **self.packed, **self.sizes}
-        self.launch("carry", (self.sequences * self.H, -(-K * V // ENTRIES)), {**shared, **arguments}, 4)
+        self._launch("carry", (self.sequences * self.H, -(-K * V // ENTRIES)), {**shared, **arguments}, 4)
         return states
 
     def attend(
@@ -280,9 +266,7 @@ def _gates(gates: Pair, initial: Pair | None, layout: Layout) -> Pair:
     return gates.as_complex() if initial is not None and initial.im is not None else gates
 
 
-def run_forward(
-    launch: Launch,
-    target: str,
+def forward(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -291,52 +275,14 @@ def run_forward(
     reverse: bool,
     layout: Layout,
 ) -> tuple[Tensor, Pair]:
-    """`forward` with launches as given."""
+    """y and the last state."""
     q, k, v = (_neighbours(x) for x in (queries, keys, values))
-    loop = _Loop(launch, target, q, v, _gates(gates, initial, layout), reverse, layout)
+    loop = _Loop(q, v, _gates(gates, initial, layout), reverse, layout)
     state = loop.new_state(initial)
     before = loop.states(k, v, state, False)
     if loop.G > 1:
         return loop.channel_attend((q, k, v), q.dtype, before, False), state
     return loop.attend((q, k, v, v), q.dtype, before, False, False)[0], state
-
-
-def run_backward(
-    launch: Launch,
-    target: str,
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
-    """`backward` with launches as given."""
-    q, k, v, dy = (_neighbours(x) for x in (queries, keys, values, grad))
-    loop = _Loop(launch, target, q, v, _gates(gates, initial, layout), reverse, layout)
-    before, last = loop.states(k, v, loop.new_state(initial), False), loop.new_state(grad_final)
-    after = loop.states(q, dy, last, True)
-    if loop.G > 1:
-        dq, dk, da = loop.channel_gradients((q, k, v, dy), (before, after))
-        dv = loop.channel_attend((q, k, dy), v.dtype, after, True)
-        return dq, dk, dv, cleared(da, layout.resets), last
-    dq, starts = loop.attend((dy, v, k, q), q.dtype, before, False, True)
-    dk, ends = loop.attend((v, dy, q, k), k.dtype, after, True, True)
-    dv, _ = loop.attend((k, q, dy, dy), v.dtype, after, True, False)
-    da = loop.gate_gradients((q, k, v, dy), (before, after), (starts, ends))
-    da = da.map(lambda x: x.reshape(gates.re.shape))
-    return dq, dk, dv, cleared(da, layout.resets), last
-
-
-def forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool, layout: Layout
-) -> tuple[Tensor, Pair]:
-    """y and the last state."""
-    with torch.cuda.device_of(queries):
-        return run_forward(_launch, _target(), queries, keys, values, gates, initial, reverse, layout)
 
 
 def backward(
@@ -351,6 +297,17 @@ def backward(
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """All gradients; states at the borders of chunks are computed again."""
-    with torch.cuda.device_of(queries):
-        arguments = grad, grad_final, queries, keys, values, gates, initial, reverse, layout
-        return run_backward(_launch, _target(), *arguments)
+    q, k, v, dy = (_neighbours(x) for x in (queries, keys, values, grad))
+    loop = _Loop(q, v, _gates(gates, initial, layout), reverse, layout)
+    before, last = loop.states(k, v, loop.new_state(initial), False), loop.new_state(grad_final)
+    after = loop.states(q, dy, last, True)
+    if loop.G > 1:
+        dq, dk, da = loop.channel_gradients((q, k, v, dy), (before, after))
+        dv = loop.channel_attend((q, k, dy), v.dtype, after, True)
+        return dq, dk, dv, cleared(da, layout.resets), last
+    dq, starts = loop.attend((dy, v, k, q), q.dtype, before, False, True)
+    dk, ends = loop.attend((v, dy, q, k), k.dtype, after, True, True)
+    dv, _ = loop.attend((k, q, dy, dy), v.dtype, after, True, False)
+    da = loop.gate_gradients((q, k, v, dy), (before, after), (starts, ends))
+    da = da.map(lambda x: x.reshape(gates.re.shape))
+    return dq, dk, dv, cleared(da, layout.resets), last

@@ -207,7 +207,7 @@ def carried(chain, flags, product, product_im, end, end_im, order, part, T, D, d
     return state, state_im
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows"])
 def scan_forward(
     gates, gates_im, inputs, inputs_im, states, states_im, initial, initial_im, resets, begins, chain, flags,
     T, D, rows, W: tl.constexpr, COMPLEX: tl.constexpr, REVERSE: tl.constexpr, MANY: tl.constexpr, TT: tl.constexpr,
@@ -272,7 +272,7 @@ def adjoint(g, g_im, a, a_im, begins, order, part, t, T, d, D, chain, flags,
         return G, G
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows"])
 def scan_backward(
     grad, grad_im, gates, gates_im, states, states_im, initial, initial_im, d_gates, d_gates_im, d_inputs, d_inputs_im,
     d_initial, d_initial_im, resets, begins, chain, flags,
