@@ -5,7 +5,7 @@ OUT ?= runs/demo
 # Test processes; tests use one thread each. A file stays in one of them: what its tests compile they share.
 WORKERS ?= 2
 
-.PHONY: demo test check slow examples bench results format clean
+.PHONY: demo test check slow examples bench bench-gpu results format clean
 
 demo: .venv/train
 	$(BIN)/gateloop train --preset tiny --out $(OUT) --overwrite
@@ -36,9 +36,14 @@ examples: .venv/dev
 bench: .venv/dev .venv-peers/ready
 	$(BIN)/gateloop bench --peers .venv-peers/bin/python --out docs/results > /dev/null
 
+# Figures of this machine's GPU: docs/results/gpu.{json,md}; beside fla, accelerated-scan and mamba-ssm where installed.
+bench-gpu: .venv/dev
+	$(BIN)/python benchmarks/gpu.py
+
 # Pages of docs/results from the rows beside them; benchmarks/language/plan.py and benchmarks/tasks.py add rows.
 results: .venv/dev
 	$(BIN)/python benchmarks/results.py
+	$(BIN)/python benchmarks/gpu_roofline.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

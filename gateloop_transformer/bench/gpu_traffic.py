@@ -79,11 +79,11 @@ def _bytes(*values: Any) -> int:
     )
 
 
-def measure(dtype: torch.dtype, steps: int = STEPS) -> Iterator[Traffic]:
-    """All elementwise kernels, forwards and backwards, of one row of 16 channels."""
-    for parts in (1, 2):
+def measure(dtype: torch.dtype, steps: int = STEPS, only: tuple[str, ...] = ()) -> Iterator[Traffic]:
+    """All elementwise kernels, or only those of these gates, forwards and backwards: one row of 16 channels."""
+    for parts in (1, 2) if not only else ():
         yield from _scan(dtype, steps, parts)
-    for gate in ("sigmoid", "given", "polar", "ring"):
+    for gate in only or ("sigmoid", "given", "polar", "ring"):
         yield from _loop(dtype, steps, gate)
 
 
