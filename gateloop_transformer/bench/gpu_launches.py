@@ -115,7 +115,7 @@ def _others(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
 def _matrices(dtype: torch.dtype, target: str) -> Iterator[tuple[str, Launch]]:
     """Chunks of 16 steps, too, and packed documents read backwards, for the smallest heads."""
     for size, parts, per_channel in itertools.product(SIZES, (1, 2), (False, True)):
-        cases = {"": (4096, PLAIN)}
+        cases = {"": (4096, PLAIN), ", one step": (1, PLAIN)}
         if size == SIZES[0]:
             cases |= {", short": (64, PLAIN), ", packed": (4096, Layout(cu_seqlens=torch.tensor([0, 4096])))}
         for case, (T, layout) in cases.items():
@@ -125,7 +125,8 @@ def _matrices(dtype: torch.dtype, target: str) -> Iterator[tuple[str, Launch]]:
             reverse = not layout.plain
             with written_down(target) as listed:
                 triton_matrix.forward(x, x, x, gates, state, reverse, layout)
-                triton_matrix.backward(x, state, x, x, x, gates, state, reverse, layout)
+                if T > 1:
+                    triton_matrix.backward(x, state, x, x, x, gates, state, reverse, layout)
             kinds = ("real", "complex")[parts - 1], "per channel" if per_channel else "per head"
             what = f"{size} x {size}, {kinds[0]} gates {kinds[1]}{case}"
             for launch in listed:

@@ -20,8 +20,10 @@ from cases import (
 from torch import Tensor
 
 from gateloop_transformer.ops import gate_loop
-from gateloop_transformer.ops.backends import triton_matrix
+from gateloop_transformer.ops.backends import eager, triton_matrix
+from gateloop_transformer.ops.backends.triton_launch import written_down
 from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, split
 
 pytest.importorskip("triton")
@@ -162,3 +164,22 @@ def test_triton_states_may_exceed_the_range_of_float16() -> None:
     y, final = triton_matrix.forward(large[0] / 1e6, *large[1:], split(ones), None, False, PLAIN)
     assert final.re.max() == 20 * 200 * 200
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["per head", "per channel"])
+@pytest.mark.parametrize("kinds", ["rr", "cc", "rc", "cr"])
+def test_triton_one_step_equals_eager(kinds: str, per_channel: bool) -> None:
+    q, k, v, a, _ = make_loop(3, 1, 2, 5, 7, is_complex=kinds[0] == "c", per_channel=per_channel)
+    start = make_loop(3, 1, 2, 5, 7, is_complex=kinds[1] == "c", seed=1).initial
+    for initial in (split(start), None):
+        for resets in (None, torch.tensor([[True], [False], [True]])):
+            results = triton_matrix.forward(q, k, v, split(a), initial, False, Layout(resets))
+            expected = eager.gate_loop_forward(q, k, v, cleared(split(a), resets), initial, False)
+            assert_equal([results[0], *results[1].parts()], [expected[0], *expected[1].parts()], 1e-14)
+
+
+def test_a_triton_decoding_step_is_one_launch_for_matrix_states() -> None:
+    x, a, state = (torch.empty(shape, device="meta") for shape in ((2, 1, 3, 8), (2, 1, 3), (2, 3, 8, 8)))
+    with written_down() as listed:
+        triton_matrix.forward(x, x, x, Pair(a, a), Pair(state, state), False, PLAIN)
+    assert [launch.kernel.__name__ for launch in listed] == ["step"]

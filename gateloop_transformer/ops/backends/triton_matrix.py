@@ -277,6 +277,11 @@ def forward(
 ) -> tuple[Tensor, Pair]:
     """y and the last state."""
     q, k, v = (_neighbours(x) for x in (queries, keys, values))
+    if queries.shape[1] == 1 and layout.cu_seqlens is None:
+        from gateloop_transformer.ops.backends import triton_step
+
+        per_channel = gates.map(_neighbours) if gates.re.ndim == 4 else gates
+        return triton_step.forward(q, k, v, per_channel, initial, layout.resets)
     loop = _Loop(q, v, _gates(gates, initial, layout), reverse, layout)
     state = loop.new_state(initial)
     before = loop.states(k, v, state, False)
