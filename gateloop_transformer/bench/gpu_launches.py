@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gateloop_transformer.ops.backends import triton_gpu, triton_matrix
 from gateloop_transformer.ops.backends.triton_launch import Launch, written_down
+from gateloop_transformer.ops.backends.triton_tuning import forced
 from gateloop_transformer.ops.channels import ChannelLoop
 from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair
@@ -31,8 +32,13 @@ def launches(target: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[
     """
     for dtype in dtypes:
         kind = str(dtype).removeprefix("torch.")
-        for what, launch in itertools.chain(_scans(dtype), _loops(dtype), _others(dtype)):
-            yield f"{launch.kernel.__name__.strip('_')}, {kind}, {what}", launch
+        for choice in range(3):
+            with forced(choice):
+                # Where there are fewer choices the last comes again.
+                listed = list(itertools.chain(_scans(dtype), _loops(dtype), _others(dtype) if not choice else ()))
+            for what, launch in listed:
+                width = f", {launch.arguments['DD']} channels" if choice else ""
+                yield f"{launch.kernel.__name__.strip('_')}, {kind}, {what}{width}", launch
         for what, launch in _matrices(dtype, target):
             yield f"{launch.kernel.__name__}, {kind}, {what}", launch
 

@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from gateloop_transformer.bench.gpu_traffic import measure
 from gateloop_transformer.ops import linear_scan
-from gateloop_transformer.ops.backends import triton_gpu
+from gateloop_transformer.ops.backends import triton_gpu, triton_tuning
 from gateloop_transformer.ops.backends.triton_launch import written_down
 from gateloop_transformer.ops.channel_loop import channel_gate_loop, simple_gate_loop
 from gateloop_transformer.ops.channels import ChannelLoop
@@ -219,3 +221,49 @@ assert not wanted, wanted
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=tmp_path)
+
+
+def test_triton_times_each_choice_once_and_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton_tuning, "_times", lambda _x: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a device")
+    monkeypatch.setattr(triton_tuning, "_known", {})
+    run: list[int] = []
+
+    def milliseconds(call: Callable[[], None]) -> float:
+        call()
+        return abs(run[-1] - 2) + 1.0
+
+    monkeypatch.setattr(triton_tuning, "_milliseconds", milliseconds)
+    ask = partial(triton_tuning.fastest, "kernel", (1024, torch.float32), [1, 2, 3], run.append, torch.ones(1))
+    assert (ask(), ask(), run) == (2, 2, [1, 2, 3])
+    triton_tuning._known.clear()  # as in another process
+    assert (ask(), run) == (2, [1, 2, 3])
+    assert triton_tuning.fastest("kernel", (2048, torch.float32), [1, 2, 3], run.append, torch.ones(1)) == 2
+    assert run == [1, 2, 3] * 2
+    for path in tmp_path.rglob("choice.txt"):
+        path.write_text("9")
+    triton_tuning._known.clear()
+    assert ask() == 2
+
+
+def test_triton_tunes_on_gpus_alone_and_not_where_bits_must_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not triton_tuning._times(torch.ones(1))
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    assert triton_tuning._times(on_gpu)
+    monkeypatch.setenv("GATELOOP_TRITON_TUNING", "off")
+    assert not triton_tuning._times(on_gpu)
+    monkeypatch.delenv("GATELOOP_TRITON_TUNING")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not triton_tuning._times(on_gpu)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("choice", [1, 2])
+def test_triton_gives_the_same_whatever_the_choice(choice: int) -> None:
+    call, arguments = loop("polar", True)
+    args = arguments(1, 20, 40, 1)
+    expected = values_and_gradients(lambda *x: call("triton", *x), args)
+    with triton_tuning.forced(choice):
+        assert_equal(values_and_gradients(lambda *x: call("triton", *x), args), expected, 1e-13)

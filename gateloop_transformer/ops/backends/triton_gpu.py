@@ -14,20 +14,21 @@ from torch import Tensor
 
 from gateloop_transformer.ops.backends import triton_matrix
 from gateloop_transformer.ops.backends.triton_launch import interpreted, launch, power, precision
+from gateloop_transformer.ops.backends.triton_tuning import fastest
 from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given
 from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 INSTALL_HINT = "needs Triton, which PyTorch for CUDA and ROCm brings along: pip install triton"
 _INSTALLED = importlib.util.find_spec("triton") is not None
-# Steps of a tile, forwards and, where more is held in registers, backwards; channels of both; warps. With these no
-# kernel spills: docs/results/gpu-compile.md.
+# Steps of a tile, forwards and, where more is held in registers, backwards.
 _FORWARD = 128
 _BACKWARD = 64
-_CHANNELS = 16
-_WARPS = 8
-_SCAN_WARPS = 4
-_GIVEN_WARPS = 16
+# Channels and warps of a tile, the ones to be tried: with these no kernel spills (docs/results/gpu-compile.md).
+_SCAN = ((16, 4), (32, 8))
+_LOOP_FORWARD = ((16, 8), (32, 8), (16, 4))
+_LOOP_BACKWARD = ((16, 8), (8, 4))
+_GIVEN_BACKWARD = ((16, 16), (8, 8))
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -86,10 +87,9 @@ class _Tiles(NamedTuple):
         room = x.new_empty(size * SLOTS.value * self.channels, dtype=dtype)
         return room, x.new_zeros(2 * size, dtype=torch.int32)
 
-    def options(self, dtype: torch.dtype, reverse: bool) -> dict[str, Any]:
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
             "W": precision(dtype),
-            "REVERSE": reverse,
             "MANY": self.tiles > 1,
             "TT": self.steps,
             "DD": self.channels,
@@ -97,11 +97,29 @@ class _Tiles(NamedTuple):
         }
 
 
-def _tiles(shape: torch.Size, most: int, warps: int = _WARPS) -> _Tiles:
+def _choices(shape: torch.Size, steps: int, blocks: tuple[tuple[int, int], ...]) -> list[_Tiles]:
+    """For tiles of so many steps; small shapes are all of them in one tile."""
     rows, T, D = shape
-    steps, channels = min(most, power(T)), min(_CHANNELS, power(D))
-    warps = max(1, warps * steps * channels // (most * _CHANNELS))
-    return _Tiles(rows, T, D, steps, channels, warps)
+    cut = min(steps, power(T))
+    found = []
+    for channels, warps in blocks:
+        width = min(channels, power(D))
+        found.append(_Tiles(rows, T, D, cut, width, max(1, warps * cut * width // (steps * channels))))
+    return list(dict.fromkeys(found)) if cut == steps else found[:1]
+
+
+def _launch(
+    kernel: Any, choices: list[_Tiles], like: Tensor, wide: torch.dtype, arguments: list[Any], **constants: Any
+) -> None:
+    """A kernel over all tiles, in the fastest of the given sizes."""
+
+    def run(tiles: _Tiles) -> None:
+        handed_on, sizes = tiles.handed_on(like, wide), (tiles.T, tiles.D, tiles.rows)
+        launch(kernel, tiles.grid, *arguments, *handed_on, *sizes, like=like, **constants, **tiles.options(wide))
+
+    rows, T, D = choices[0][:3]
+    shapes = power(rows), power(T), power(D), like.dtype, wide, tuple(constants.items())
+    run(fastest(kernel.__name__, shapes, choices, run, like))
 
 
 class _Marks(NamedTuple):
@@ -167,25 +185,13 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     parts = max(len(pair.parts()) for pair in (gates, inputs, initial) if pair is not None)
     dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
     wide = compute_dtype(dtype)
-    x, tiles = inputs.re, _tiles(inputs.re.shape, _FORWARD, _SCAN_WARPS)
+    x = inputs.re
     states = [x.new_empty(x.shape, dtype=wide if parts == 2 else dtype) for _ in range(parts)]
-    marks = _marks(layout, tiles.T, reverse)
+    marks = _marks(layout, x.shape[1], reverse)
     operands = [operand(part) for part in (gates.re, gates.im, x, inputs.im, *Pair(*states))]
-    launch(
-        scan_forward,
-        tiles.grid,
-        *operands,
-        *_pointers(initial),
-        marks.resets,
-        marks.begins,
-        *tiles.handed_on(x, wide),
-        tiles.T,
-        tiles.D,
-        tiles.rows,
-        COMPLEX=parts == 2,
-        **tiles.options(wide, reverse),
-        like=x,
-    )
+    arguments = [*operands, *_pointers(initial), marks.resets, marks.begins]
+    choices = _choices(x.shape, _FORWARD, _SCAN)
+    _launch(scan_forward, choices, x, wide, arguments, COMPLEX=parts == 2, REVERSE=reverse)
     return Pair(*states)
 
 
@@ -203,29 +209,15 @@ def linear_scan_backward(
 
     gates, inputs, grad, states = _one_width(gates, inputs, grad, states)
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
-    x, parts, tiles = inputs.re, len(states.parts()), _tiles(inputs.re.shape, _BACKWARD, _SCAN_WARPS)
+    x, parts = inputs.re, len(states.parts())
     d_gates, d_inputs = (pair.map(lambda part: part.new_empty(part.shape)) for pair in (gates, inputs))
     d_initial = _states(layout, None, parts, x, wide)
-    marks = _marks(layout, tiles.T, reverse)
+    marks = _marks(layout, x.shape[1], reverse)
     read = [operand(part) for pair in (grad, gates, states) for part in pair]
     written = [operand(part) for pair in (d_gates, d_inputs) for part in pair]
-    launch(
-        scan_backward,
-        tiles.grid,
-        *read,
-        *_pointers(initial),
-        *written,
-        *_pointers(d_initial),
-        marks.resets,
-        marks.begins,
-        *tiles.handed_on(x, wide),
-        tiles.T,
-        tiles.D,
-        tiles.rows,
-        COMPLEX=parts == 2,
-        **tiles.options(wide, reverse),
-        like=x,
-    )
+    arguments = [*read, *_pointers(initial), *written, *_pointers(d_initial), marks.resets, marks.begins]
+    choices = _choices(x.shape, _BACKWARD, _SCAN)
+    _launch(scan_backward, choices, x, wide, arguments, COMPLEX=parts == 2, REVERSE=reverse)
     return d_gates, d_inputs, Pair(*d_initial)
 
 
@@ -283,15 +275,12 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
     """y (B, T, D), the last states (N, D), and what is kept."""
     from gateloop_transformer.ops.backends.triton_loops import loop_forward as kernel
 
-    tiles, wide, x = _tiles(loop.queries.shape, _FORWARD), loop.wide, loop.queries
+    wide, x = loop.wide, loop.queries
     kept, y = loop_kept(loop), x.new_empty(x.shape)
     before, starts = _kept_states(loop, kept)
     final = _states(loop.layout, initial, loop.parts, x, wide)
     gates, pairs = _projections(loop.gates, loop.gate)
-    marks = _marks(loop.layout, tiles.T, loop.reverse)
-    launch(
-        kernel,
-        tiles.grid,
+    arguments = [
         *(operand(part) for part in (x, loop.keys, loop.values)),
         *gates,
         operand(loop.swish),
@@ -301,17 +290,10 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
         *_pointers(final),
         *_pointers(starts),
         before,
-        *marks,
-        *tiles.handed_on(x, wide),
-        tiles.T,
-        tiles.D,
-        tiles.rows,
-        KEPT=_BACKWARD,
-        GATE=_gate_code(loop),
-        PAIRS=pairs,
-        **tiles.options(wide, loop.reverse),
-        like=x,
-    )
+        *_marks(loop.layout, x.shape[1], loop.reverse),
+    ]
+    constants = {"KEPT": _BACKWARD, "GATE": _gate_code(loop), "PAIRS": pairs, "REVERSE": loop.reverse}
+    _launch(kernel, _choices(x.shape, _FORWARD, _LOOP_FORWARD), x, wide, arguments, **constants)
     return y, Pair(*final), kept
 
 
@@ -321,16 +303,13 @@ def _loop_backward(
     """Fills gradients of queries, keys, values, gates (two parts) and SiLU gate; returns those of bias and states."""
     from gateloop_transformer.ops.backends.triton_loops import loop_backward as kernel
 
-    warps = _GIVEN_WARPS if loop.gate == "given" else _WARPS
-    tiles, wide, x = _tiles(loop.queries.shape, _BACKWARD, warps), loop.wide, loop.queries
+    wide, x = loop.wide, loop.queries
+    choices = _choices(x.shape, _BACKWARD, _GIVEN_BACKWARD if loop.gate == "given" else _LOOP_BACKWARD)
     before, starts = _kept_states(loop, kept)
     d_initial = _states(loop.layout, grad_final, loop.parts, x, wide)
     gates, pairs = _projections(loop.gates, loop.gate)
-    sums = None if loop.bias is None else x.new_empty(tiles.rows * tiles.tiles, 2, tiles.D, dtype=wide)
-    marks = _marks(loop.layout, tiles.T, loop.reverse)
-    launch(
-        kernel,
-        tiles.grid,
+    sums = None if loop.bias is None else x.new_empty(x.shape[0] * choices[0].tiles, 2, x.shape[2], dtype=wide)
+    arguments = [
         *(operand(part) for part in (x, loop.keys, loop.values)),
         *gates,
         *(operand(part) for part in (loop.swish, grad, *results)),
@@ -340,17 +319,10 @@ def _loop_backward(
         *_pointers(grad_final),
         *_pointers(d_initial),
         before,
-        *marks,
-        *tiles.handed_on(x, wide),
-        tiles.T,
-        tiles.D,
-        tiles.rows,
-        FRACTION=loop.fraction,
-        GATE=_gate_code(loop),
-        PAIRS=pairs,
-        **tiles.options(wide, loop.reverse),
-        like=x,
-    )
+        *_marks(loop.layout, x.shape[1], loop.reverse),
+    ]
+    constants = {"FRACTION": loop.fraction, "GATE": _gate_code(loop), "PAIRS": pairs, "REVERSE": loop.reverse}
+    _launch(kernel, choices, x, wide, arguments, **constants)
     return None if sums is None else Pair(sums[:, 0].sum(0), sums[:, 1].sum(0)), Pair(*d_initial)
 
 

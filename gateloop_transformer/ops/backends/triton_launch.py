@@ -32,6 +32,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def listing() -> bool:
+    """Whether launches are only written down."""
+    return _written is not None
+
+
 def target() -> str:
     """Who multiplies: "interpreter", "cuda" or "hip"."""
     if _written is not None:
