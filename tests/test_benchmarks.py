@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -75,3 +76,35 @@ def test_a_task_that_fails_loses_no_other(
     rows = json.loads((tmp_path / "tasks.json").read_text())["rows"]
     assert [row["kind"] for row in rows] == tasks.TRACKING[1:]
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_the_benchmark_for_gpus_runs_all_its_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = load("gpu.py")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    assert "no GPU that torch can use" in capsys.readouterr().err
+    # As on a GPU, in the interpreter.
+    for name, value in {
+        "DEVICE": "cpu",
+        "RESULTS": tmp_path,
+        "SHAPES": ((1, 5, 4),),
+        "HEADS": ((1, 5, 2, 4),),
+        "ROUNDS": 1,
+        "bandwidth": lambda: 1e9,
+        "milliseconds": lambda function: (function(), 1.0)[1],
+    }.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    assert gpu.main() == 0
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert {row["library"] for row in rows} >= {"gateloop", "gateloop, complex gates", "attention (torch)"}
+    assert (tmp_path / "gpu.md").read_text().startswith("# On a GPU: a device")
+
+
+def test_the_roofline_is_that_of_the_kernels_blocks() -> None:
+    page = load("gpu_roofline.py").page()
+    assert page == (BENCHMARKS.parent / "docs" / "results" / "gpu-roofline.md").read_text()
