@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gateloop_transformer.data.tokenizer import TOKENIZER, Ids, printed_bytes, write_bytes, write_config
+from gateloop_transformer.data.tokenizer import TOKENIZER, Ids, printed_bytes, write_config
+from gateloop_transformer.data.writing import write_bytes
 
 END = "<|endoftext|>"
 # Texts are encoded in pieces of at least this many bytes, where tokens allow; none is longer than the second.

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gateloop_transformer.data.writing import sync
+
 _PARTIAL = ".partial"
 _DAY = 24 * 3600
 
@@ -104,13 +106,7 @@ def _publish(folder: Path, target: Path, whole: Callable[[Path], bool]) -> None:
 def _sync(folder: Path) -> None:
     """All files and the folder are on disk."""
     for path in [*folder.iterdir(), folder]:
-        if path.is_dir() and sys.platform == "win32":
-            continue
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
 
 def _clean(target: Path, locked: bool) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from gateloop_transformer.data.writing import write_bytes
 
 Ids = npt.NDArray[Any]
 # The files of a tokenizer in a folder, in the formats of Hugging Face.
@@ -152,13 +153,3 @@ def write_config(folder: Path, *, pad: str, end: str) -> None:
         "eos_token": end,
     }
     write_bytes(folder / TOKENIZER_CONFIG, json.dumps(values, ensure_ascii=False, indent=1).encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file, whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gateloop_transformer.data.writing import sync
 from gateloop_transformer.layers.state import TransformerState, load_state, save_state
 from gateloop_transformer.training.config import RunConfig
 from gateloop_transformer.training.folder import (
@@ -30,7 +31,6 @@ from gateloop_transformer.training.storage import (
     read_json,
     read_tensors,
     remove,
-    sync,
     write_tensors,
     write_text,
 )

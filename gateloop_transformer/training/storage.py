@@ -14,18 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gateloop_transformer.data.writing import sync, write_bytes
+
 
 class DamageError(ValueError):
     """A file of a run is missing or cannot be read."""
-
-
-def sync(path: Path) -> None:
-    """A file or a folder is on disk, not only in the system's memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -38,14 +31,7 @@ def remove(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file by `text`, whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    write_bytes(path, text.encode())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

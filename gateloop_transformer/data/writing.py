@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """A file or a folder is on disk, not only in the system's memory."""
+    # Windows keeps folders itself, and wants files opened for writing.
+    if path.is_dir() and sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file by `content`, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there still is.
+    """
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
