@@ -45,13 +45,13 @@ def linear_scan(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or no backend has that name.
-        NotImplementedError: the backend asked for cannot run these tensors.
+        NotImplementedError: the backend asked for cannot run these tensors, or lacks this operator.
 
     >>> linear_scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)).flatten().tolist()
     [1.0, 1.5, 1.75]
     """
     layout = checks.scan("linear_scan", gates, inputs, initial, resets, cu_seqlens)
-    chosen = choose(backend, inputs.device, inputs.dtype)
+    chosen = choose(backend, inputs.device, inputs.dtype, "linear_scan")
     if (ranks := current()) is not None:
         part = cleared(split(gates), resets), split(inputs), None if initial is None else split(initial)
         return _over_ranks(ranks.along(reverse), *part, reverse, chosen)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    HERE,
     INTERPRETED,
     LENGTHS,
     Loop,
@@ -44,7 +45,7 @@ SIZES = {"K3V5": {"K": 3, "V": 5}, "K1V1": {"K": 1, "V": 1}, "H9K3V5": {"H": 9, 
 # JAX compiles every shape for seconds: the laws run at one of its shapes, the comparisons below at all.
 EACH = [
     (name, size)
-    for name in TABLE
+    for name in HERE
     for size in SIZES
     if (name, size) != ("jax", "K1V1") and ("H9" not in size or name == "numba")
 ]
@@ -83,7 +84,7 @@ def parts(args: Loop) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_every_backend_is_compared() -> None:
-    assert set(TABLE) == {"eager", *(case.values[0] for case in comparisons())}
+    assert set(HERE) == {"eager", *(case.values[0] for case in comparisons())}
 
 
 @pytest.mark.parametrize(("backend", "T", "size", "direction", "kind"), comparisons())
