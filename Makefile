@@ -44,6 +44,9 @@ bench-gpu: .venv/dev
 results: .venv/dev
 	$(BIN)/python benchmarks/results.py
 	$(BIN)/python benchmarks/gpu_roofline.py
+# Pages of docs/results from the rows beside them, to which benchmarks/language/plan.py and benchmarks/tasks.py add,
+# and from the table of backends.
+	$(BIN)/python benchmarks/backends.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

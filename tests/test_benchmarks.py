@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from gateloop_transformer.ops.backends import jax_xla
+from gateloop_transformer.ops.dispatch import LACKS, TABLE
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def load(path: str) -> ModuleType:
@@ -56,6 +60,16 @@ def test_a_run_that_fails_loses_no_other(
     rows = json.loads((tmp_path / "shakespeare.json").read_text())["rows"]
     assert [row["lr"] for row in rows] == list(plan.RATES["gru"][1:])
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_page_of_backends_is_what_their_table_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = load("backends.py")
+    committed = (ROOT / "docs" / "results" / "backends.md").read_text()
+    assert backends.page() == committed, "run `make results`"
+    monkeypatch.setattr(jax_xla, "installed", lambda: False)
+    assert backends.page() == committed
+    assert all(f"| `{name}` |" in committed for name in TABLE)
+    assert all(why in committed for reasons in LACKS.values() for why in reasons.values())
 
 
 def test_a_task_that_fails_loses_no_other(

@@ -27,13 +27,11 @@ def installed() -> bool:
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """Needs JAX, tensors on the CPU, floating point or complex."""
-    if not installed():
-        return INSTALL_HINT
     if device.type != "cpu":
-        return f"the bridge to JAX is for CPU tensors, these are on {device.type}"
-    if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128):
-        return None
-    return "needs floating point or complex tensors"
+        return "the bridge to JAX is for tensors on the CPU"
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128):
+        return "needs floating point or complex tensors"
+    return None if installed() else INSTALL_HINT
 
 
 def _to_jax(value: Any) -> Any:
