@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gateloop_transformer.bench.report import about
 from gateloop_transformer.ops.channel_loop import channel_gate_loop
+from gateloop_transformer.ops.dispatch import available_backends
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.linear_scan import linear_scan
 from gateloop_transformer.training.storage import write_text
@@ -94,13 +95,16 @@ def matrices() -> dict[str, dict[str, Any]]:
         z = random(B, T, H, dtype=torch.float32)
         functions: dict[str, Any] = {}
 
-        def ours(q: Tensor, k: Tensor, v: Tensor, z: Tensor, turn: float) -> Tensor:
+        def ours(q: Tensor, k: Tensor, v: Tensor, z: Tensor, turn: float, backend: str = "triton") -> Tensor:
             size = torch.sigmoid(z + 3)
             gates = (size * torch.cos(turn * z), size * torch.sin(turn * z))
-            return gate_loop(q, k, v, gates if turn else gates[0], backend="triton")[0]
+            return gate_loop(q, k, v, gates if turn else gates[0], backend=backend)[0]
 
         functions["gateloop, complex gates"] = forward_and_backward(lambda *x, f=ours: f(*x, 1.0), q, k, v, z)
         functions["gateloop, real gates"] = forward_and_backward(lambda *x, f=ours: f(*x, 0.0), q, k, v, z)
+        if "fla" in available_backends(q):
+            doubled = forward_and_backward(lambda *x, f=ours: f(*x, 1.0, "fla"), q, k, v, z)
+            functions["fla, complex gates on doubled keys"] = doubled
         if (gla := optional("fla.ops.simple_gla", "chunk_simple_gla")) is not None:
             log = torch.nn.functional.logsigmoid
             functions["fla, simple_gla"] = forward_and_backward(
