@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Loop, assert_equal, cast, make_loop, rms_ratio, values_and_gradients
+from cases import Loop, assert_equal, cast, compiled, make_loop, rms_ratio, values_and_gradients
 from torch import Tensor
 
 from gateloop_transformer.ops import gate_loop, linear_scan
@@ -109,6 +109,17 @@ def test_phases_stay_exact_over_many_steps_in_float32() -> None:
     tensors = q, k, v, gates / gates.abs(), initial
     exact = gate_loop(*(x.to(torch.promote_types(x.dtype, torch.float64)) for x in tensors), backend="eager")[0]
     assert rms_ratio(gate_loop(*tensors, backend="fla")[0], exact) < 1e-5
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_it_compiles_into_one_graph() -> None:
+    def loop(*tensors: Tensor) -> Any:
+        q, k, v, re, im = tensors
+        return gate_loop(q, k, v, (re, im), backend="fla")
+
+    *inputs, gates, _ = arguments("complex gates")
+    tensors = [*inputs, gates.real.clone(), gates.imag.clone()]
+    assert_equal(values_and_gradients(compiled(loop), tensors), values_and_gradients(loop, tensors))
 
 
 @pytest.mark.usefixtures("stand_in")

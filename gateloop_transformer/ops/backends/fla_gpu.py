@@ -9,9 +9,10 @@ R = conj(U) S; complex numbers become two real blocks, which doubles K' (one blo
     q' = [q Re U, q Im U]    k' = [k Re U, k Im U]    state' = [Re R, -Im R]    g = log|a|
 
 Its arithmetic is the package's own: float32 products are TF32 where the GPU has it (TRITON_F32_DEFAULT=ieee changes
-that), states between chunks have the keys' dtype, and decays are differences of summed logarithms, so that gates near
-0 cost digits, and their gradients more. Phases are summed in float64. Every call waits for the GPU once, to see that
-no gate is 0.
+that), states between chunks have the keys' dtype, and decays are differences of summed logarithms. A gate's gradient
+is that of its logarithm divided by the gate, and so is its error: harmless where gates are sigmoids or exponentials,
+too large for gates near 0 that are parameters themselves. Phases are summed in float64. Every call waits for the GPU
+once, to see that no gate is 0.
 """
 
 from __future__ import annotations
