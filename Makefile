@@ -40,12 +40,11 @@ bench: .venv/dev .venv-peers/ready
 bench-gpu: .venv/dev
 	$(BIN)/python benchmarks/gpu.py
 
-# Pages of docs/results from the rows beside them; benchmarks/language/plan.py and benchmarks/tasks.py add rows.
+# Pages of docs/results from the rows beside them, to which benchmarks/language/plan.py and benchmarks/tasks.py add,
+# from the kernels' block sizes and from the table of backends.
 results: .venv/dev
 	$(BIN)/python benchmarks/results.py
 	$(BIN)/python benchmarks/gpu_roofline.py
-# Pages of docs/results from the rows beside them, to which benchmarks/language/plan.py and benchmarks/tasks.py add,
-# and from the table of backends.
 	$(BIN)/python benchmarks/backends.py
 
 format: .venv/dev

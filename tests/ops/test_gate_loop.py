@@ -53,7 +53,7 @@ DIRECTIONS = {"forward": False, "reverse": True}
 
 
 def comparisons() -> list[Any]:
-    """Everything with everything; for JAX, which compiles each case for seconds, every option somewhere."""
+    """Everything with everything; for those that take seconds for each case, every option somewhere."""
     cases = []
     for T in LENGTHS:
         for s, size in enumerate(SIZES):
@@ -70,6 +70,8 @@ def comparisons() -> list[Any]:
                         and (d + s) % 2 == LENGTHS.index(T) % 2
                     ):
                         cases.append(pytest.param("jax", T, size, direction, kind, id=f"jax-{id}"))
+                        marks = [pytest.mark.slow] * (LENGTHS[-1] == T)
+                        cases.append(pytest.param("triton", T, size, direction, kind, id=f"triton-{id}", marks=marks))
     return cases
 
 

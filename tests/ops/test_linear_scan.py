@@ -38,11 +38,13 @@ def run(backend: str, reverse: bool = False) -> Callable[..., Any]:
 
 
 def comparisons() -> list[Any]:
-    """Everything with everything; for JAX, which compiles each case for seconds, every option somewhere."""
+    """Everything with everything; for those that take seconds for each case, every option somewhere."""
     every = list(product(LENGTHS, (False, True), KINDS))
     chosen = [case for n, case in enumerate(every) if n % 8 == (n // 8 * 3) % 8]
-    fast = [(name, *case) for name in ("numba", "chunkwise") for case in every]
-    return fast + [("jax", *case) for case in chosen]
+    fast: list[Any] = [(name, *case) for name in ("numba", "chunkwise") for case in every]
+    few: list[Any] = [("jax", *case) for case in chosen]
+    few += [pytest.param("triton", *case, marks=[pytest.mark.slow] * (case[0] == LENGTHS[-1])) for case in chosen]
+    return fast + few
 
 
 @pytest.mark.parametrize(("backend", "T", "reverse", "kinds"), comparisons())
