@@ -130,12 +130,12 @@ class _Marks(NamedTuple):
     ends: Tensor | None
 
 
-def _marks(layout: Layout, T: int, reverse: bool) -> _Marks:
-    """No number is read back from the device for it."""
+def _marks(layout: Layout, x: Tensor, reverse: bool) -> _Marks:
+    """Of a batch x (B, T, D). No number is read back from the device for it; `cu_seqlens` may be elsewhere."""
     resets = None if layout.resets is None else layout.resets.contiguous().view(torch.uint8)
     if layout.cu_seqlens is None:
         return _Marks(resets, None, None)
-    bounds = layout.cu_seqlens.long()
+    T, bounds = x.shape[1], layout.cu_seqlens.to(x.device).long()
     empty = bounds[1:] == bounds[:-1]
     numbers = torch.arange(len(empty), dtype=torch.int32, device=bounds.device)
     places = bounds[:-1], bounds[1:] - 1
@@ -187,7 +187,7 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     wide = compute_dtype(dtype)
     x = inputs.re
     states = [x.new_empty(x.shape, dtype=wide if parts == 2 else dtype) for _ in range(parts)]
-    marks = _marks(layout, x.shape[1], reverse)
+    marks = _marks(layout, x, reverse)
     operands = [operand(part) for part in (gates.re, gates.im, x, inputs.im, *Pair(*states))]
     arguments = [*operands, *_pointers(initial), marks.resets, marks.begins]
     choices = _choices(x.shape, _FORWARD, _SCAN)
@@ -212,7 +212,7 @@ def linear_scan_backward(
     x, parts = inputs.re, len(states.parts())
     d_gates, d_inputs = (pair.map(lambda part: part.new_empty(part.shape)) for pair in (gates, inputs))
     d_initial = _states(layout, None, parts, x, wide)
-    marks = _marks(layout, x.shape[1], reverse)
+    marks = _marks(layout, x, reverse)
     read = [operand(part) for pair in (grad, gates, states) for part in pair]
     written = [operand(part) for pair in (d_gates, d_inputs) for part in pair]
     arguments = [*read, *_pointers(initial), *written, *_pointers(d_initial), marks.resets, marks.begins]
@@ -290,7 +290,7 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
         *_pointers(final),
         *_pointers(starts),
         before,
-        *_marks(loop.layout, x.shape[1], loop.reverse),
+        *_marks(loop.layout, x, loop.reverse),
     ]
     constants = {"KEPT": _BACKWARD, "GATE": _gate_code(loop), "PAIRS": pairs, "REVERSE": loop.reverse}
     _launch(kernel, _choices(x.shape, _FORWARD, _LOOP_FORWARD), x, wide, arguments, **constants)
@@ -319,7 +319,7 @@ def _loop_backward(
         *_pointers(grad_final),
         *_pointers(d_initial),
         before,
-        *_marks(loop.layout, x.shape[1], loop.reverse),
+        *_marks(loop.layout, x, loop.reverse),
     ]
     constants = {"FRACTION": loop.fraction, "GATE": _gate_code(loop), "PAIRS": pairs, "REVERSE": loop.reverse}
     _launch(kernel, choices, x, wide, arguments, **constants)
