@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -275,3 +276,14 @@ def test_triton_gives_the_same_whatever_the_choice(choice: int) -> None:
     expected = values_and_gradients(lambda *x: call("triton", *x), args)
     with triton_tuning.forced(choice):
         assert_equal(values_and_gradients(lambda *x: call("triton", *x), args), expected, 1e-13)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_triton_lets_no_nan_pass_unseen(gate: str) -> None:
+    call, arguments = loop(gate, False)
+    args = arguments(1, 5, 2, 1)
+    args[1][0, 2] = math.nan
+    y, final = call("triton", *args)
+    assert y[0, :2].isfinite().all()
+    assert y[0, 2:].isnan().all()
+    assert final[0].isnan().all()

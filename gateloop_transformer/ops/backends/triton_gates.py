@@ -25,7 +25,7 @@ _SMALLEST64 = tl.constexpr(1.4916681462400413e-154)
 @triton.jit
 def sigmoid(x):
     """σ(x) and 1 - σ(x), both with all their digits."""
-    e = tl.exp(tl.minimum(-x, 80.0))
+    e = tl.exp(tl.minimum(-x, 80.0, propagate_nan=tl.PropagateNan.ALL))
     m = 1.0 / (e + 1.0)
     return m, e * m
 
@@ -41,7 +41,7 @@ def silu(s):
 def _polar(re, im, W: tl.constexpr):
     """Of z = re + i·im: z/|z| (1 at 0), σ(|z|), σ(|z|)/|z| (0 at 0)."""
     smallest: tl.constexpr = _SMALLEST64 if W == tl.float64 else _SMALLEST32
-    size = tl.maximum(tl.abs(re), tl.abs(im))
+    size = tl.maximum(tl.abs(re), tl.abs(im), propagate_nan=tl.PropagateNan.ALL)
     # Large z are scaled by a power of two, so that their squares are finite.
     large = size >= 1152921504606846976.0
     down = tl.where(large, 5.421010862427522e-20, 1.0).to(W)

@@ -24,9 +24,10 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 # Steps of a tile, forwards and, where more is held in registers, backwards.
 _FORWARD = 128
 _BACKWARD = 64
-# Channels and warps of a tile, the ones to be tried: with these no kernel spills (docs/results/gpu-compile.md).
+# Channels and warps of a tile, the ones to be tried: with these no kernel spills (docs/results/gpu-compile.md). What a
+# tile publishes is stored by its first warp, which also sets the flag: AMD's barriers do not wait for others' stores.
 _SCAN = ((16, 4), (32, 8))
-_LOOP_FORWARD = ((16, 8), (32, 8), (16, 4))
+_LOOP_FORWARD = ((16, 4), (8, 4))
 _LOOP_BACKWARD = ((16, 8), (8, 4))
 _GIVEN_BACKWARD = ((16, 16), (8, 8))
 
@@ -44,7 +45,8 @@ def operand(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     """x (B, T, D), its strides of rows and steps; channels are made neighbours where they are not."""
     if x is None:
         return None, 0, 0
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    # Inside a tile offsets have 32 bits.
+    if (x.stride(-1) != 1 and x.shape[-1] > 1) or x.stride(1) * _FORWARD >= 2**31:
         x = x.contiguous()
     return x, x.stride(0), x.stride(1)
 

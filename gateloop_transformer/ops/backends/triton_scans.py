@@ -184,20 +184,26 @@ def carried(chain, flags, product, product_im, end, end_im, order, part, T, D, d
             tl.store(own + 3 * DD, end_im, mask=mask)
         _publish(flags + order * 2)
         first = order // GROUP * GROUP
-        if first > 0:
-            _wait(flags + first * 2 + 1)
-            state = _peek(published + (first * SLOTS + 4) * DD, mask)
-            if COMPLEX:
-                state_im = _peek(published + (first * SLOTS + 5) * DD, mask)
+        # All that the group knows first: from group to group there is then one wait, not one for each tile.
+        whole, whole_im = tl.full((DD,), 1.0, end.dtype), tl.zeros_like(end)
         for n in range(first, order):
             _wait(flags + n * 2)
             theirs = published + n * SLOTS * DD
             a, x = _peek(theirs, mask), _peek(theirs + DD, mask)
             if COMPLEX:
                 a_im, x_im = _peek(theirs + 2 * DD, mask), _peek(theirs + 3 * DD, mask)
-                state, state_im = a * state - a_im * state_im + x, a * state_im + a_im * state + x_im
+                whole, whole_im, state, state_im = _complex(whole, whole_im, state, state_im, a, a_im, x, x_im)
             else:
-                state = a * state + x
+                whole, state = _real(whole, state, a, x)
+        if first > 0:
+            _wait(flags + first * 2 + 1)
+            before = _peek(published + (first * SLOTS + 4) * DD, mask)
+            if COMPLEX:
+                before_im = _peek(published + (first * SLOTS + 5) * DD, mask)
+                more, more_im = times(whole, whole_im, before, before_im, COMPLEX)
+                state, state_im = state + more, state_im + more_im
+            else:
+                state += whole * before
         if (order % GROUP == GROUP - 1) & (order + 1 < tiles):
             ours, ours_im = times(product, product_im, state, state_im, COMPLEX)
             tl.store(own + (SLOTS + 4) * DD, ours + end, mask=mask)
