@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,13 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 
 def forward_and_backward(function: Callable[..., Tensor], *arguments: Tensor) -> dict[str, Callable[[], Any]]:
     """Both directions of a function of tensors, ready to be timed."""
-    given = leaves(*arguments)
-    grad = torch.randn_like(function(*given))
+    given, grad = leaves(*arguments), []
 
     def both() -> Any:
-        return torch.autograd.grad(function(*given), given, grad)
+        result = function(*given)
+        if not grad:
+            grad.append(torch.randn_like(result))
+        return torch.autograd.grad(result, given, grad[0])
 
     def forward() -> Any:
         with torch.no_grad():
@@ -61,16 +64,15 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
-def elementwise() -> dict[str, dict[str, Any]]:
+def elementwise() -> Iterator[tuple[str, dict[str, Any]]]:
     """Functions of one width, by what they compute and whose they are."""
-    found: dict[str, dict[str, Any]] = {}
     for B, T, D in SHAPES:
         shape = f"({B}, {T}, {D}) bfloat16"
         qkv, z, s = random(B, T, 3 * D), random(B, T, 2 * D), random(B, T, D)
         ours = forward_and_backward(
             lambda *x: channel_gate_loop(x[0], x[1], swish=x[2], backend="triton")[0], qkv, z, s
         )
-        found[f"gate loop, head size 1 {shape}"] = {"gateloop": ours, "bytes": 7 * B * T * D * 2}
+        yield f"gate loop, head size 1 {shape}", {"gateloop": ours, "bytes": 7 * B * T * D * 2}
         a, x = torch.rand_like(s) * 0.1 + 0.9, random(B, T, D)
         scans = {"gateloop": forward_and_backward(lambda a, x: linear_scan(a, x, backend="triton"), a, x)}
         if (scan := optional("accelerated_scan.warp", "scan")) is not None and T <= 65536:
@@ -78,18 +80,16 @@ def elementwise() -> dict[str, dict[str, Any]]:
             scans["accelerated-scan (its layout)"] = forward_and_backward(scan, *turned)
         if (hgrn := optional("fla.ops.hgrn", "chunk_hgrn")) is not None:
             scans["fla, hgrn"] = forward_and_backward(lambda x, g, f=hgrn: f(x, g)[0], x, a.log())
-        found[f"linear scan, real {shape}"] = {**scans, "bytes": 3 * B * T * D * 2}
+        yield f"linear scan, real {shape}", {**scans, "bytes": 3 * B * T * D * 2}
         if (selective := optional("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")) is not None:
             u, delta = (random(B, D, T) for _ in range(2))
             A, BC = -torch.rand(D, 16, device=DEVICE), random(B, 16, T)
             mamba = forward_and_backward(lambda u, d, A=A, b=BC, f=selective: f(u, d.sigmoid(), A, b, b), u, delta)
-            found[f"selective scan of 16 states {shape}"] = {"mamba-ssm": mamba}
-    return found
+            yield f"selective scan of 16 states {shape}", {"mamba-ssm": mamba}
 
 
-def matrices() -> dict[str, dict[str, Any]]:
+def matrices() -> Iterator[tuple[str, dict[str, Any]]]:
     """Functions of heads, by what they compute and whose they are."""
-    found: dict[str, dict[str, Any]] = {}
     for B, T, H, K in HEADS:
         q, k, v = (random(B, T, H, K) for _ in range(3))
         z = random(B, T, H, dtype=torch.float32)
@@ -113,8 +113,7 @@ def matrices() -> dict[str, dict[str, Any]]:
         attend = torch.nn.functional.scaled_dot_product_attention
         turned = [x.transpose(1, 2) for x in (q, k, v)]
         functions["attention (torch)"] = forward_and_backward(lambda *x, f=attend: f(*x, is_causal=True), *turned)
-        found[f"gate loop ({B}, {T}, {H} heads of {K}) bfloat16"] = {**functions, "bytes": 4 * B * T * H * K * 2}
-    return found
+        yield f"gate loop ({B}, {T}, {H} heads of {K}) bfloat16", {**functions, "bytes": 4 * B * T * H * K * 2}
 
 
 def optional(module: str, name: str) -> Any:
@@ -143,28 +142,41 @@ def bandwidth() -> float:
     return 2 * x.numel() / (milliseconds(lambda: y.copy_(x)) / 1e3)
 
 
-def rows() -> list[dict[str, Any]]:
-    """All cases: every round times all functions of a case in turn."""
-    found = []
-    for what, functions in {**elementwise(), **matrices()}.items():
+def timed(run: Callable[[], Any], foreign: bool) -> float | str:
+    """Milliseconds, or what a foreign library says that cannot run this."""
+    try:
+        return milliseconds(run)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        if foreign:
+            return str(error)
+        raise
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """All cases: every round times all functions of a case in turn. A library that fails has a row that says so."""
+    for what, functions in itertools.chain(elementwise(), matrices()):
         needed = functions.pop("bytes", None)
         for direction in ("forward", "forward and backward"):
             runs = {whose: both[direction] for whose, both in functions.items()}
-            for run in runs.values():
-                run()
             taken: dict[str, list[float]] = {whose: [] for whose in runs}
             copies = []
-            for _ in range(ROUNDS):
+            for round in range(ROUNDS + 1):
                 copies.append(bandwidth())
-                for whose, run in runs.items():
-                    taken[whose].append(milliseconds(run))
+                for whose in list(taken):
+                    time = timed(runs[whose], foreign=not whose.startswith("gateloop"))
+                    if isinstance(time, str):
+                        del taken[whose]
+                        yield {"case": what, "direction": direction, "library": whose, "failed": time}
+                    else:
+                        taken[whose].append(time)
+                if round == 0:
+                    # Kernels are compiled in the first.
+                    copies, taken = [], {whose: [] for whose in taken}
             for whose, times in taken.items():
                 row = {"case": what, "direction": direction, "library": whose, "milliseconds": statistics.median(times)}
                 if needed is not None and direction == "forward":
                     row["bound_milliseconds"] = needed / statistics.median(copies) * 1e3
-                found.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
-    return found
+                yield row
 
 
 def table(rows: list[dict[str, Any]], device: str) -> str:
@@ -173,7 +185,8 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
     lines += ["| case | direction | library | ms | ms at a copy's bandwidth |", "|---|---|---|---|---|"]
     for row in rows:
         bound = f"{row['bound_milliseconds']:.3f}" if "bound_milliseconds" in row else ""
-        lines.append(f"| {row['case']} | {row['direction']} | {row['library']} | {row['milliseconds']:.3f} | {bound} |")
+        time = f"{row['milliseconds']:.3f}" if "milliseconds" in row else "failed"
+        lines.append(f"| {row['case']} | {row['direction']} | {row['library']} | {time} | {bound} |")
     return "\n".join(lines) + "\n"
 
 
@@ -183,10 +196,14 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py: this machine has no GPU that torch can use", file=sys.stderr)
         return 2
-    found, device = rows(), torch.cuda.get_device_name()
-    about_run = {**about(), "device": device}
-    write_text(RESULTS / "gpu.json", json.dumps({**about_run, "rows": found}, indent=1) + "\n")
-    write_text(RESULTS / "gpu.md", table(found, device))
+    found: list[dict[str, Any]] = []
+    device = torch.cuda.get_device_name()
+    for row in rows():
+        # Written at once: what fails later loses nothing.
+        found.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        write_text(RESULTS / "gpu.json", json.dumps({**about(), "device": device, "rows": found}, indent=1) + "\n")
+        write_text(RESULTS / "gpu.md", table(found, device))
     return 0
 
 

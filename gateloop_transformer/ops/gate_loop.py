@@ -61,9 +61,10 @@ def gate_loop(
 ) -> tuple[Tensor, Tensor | RealPair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t]): the operator of GateLoop.
 
-    Gate and state arithmetic is float32 or better whatever the dtype of the arguments. No state is kept per
-    step when K or V exceeds 1; memory is linear in T. Differentiable (once) in every tensor argument and through
-    both results, also under `torch.compile`.
+    Gate and state arithmetic is float32 or better whatever the dtype of the arguments; on the backend `triton` states
+    are rounded where they are multiplied with bfloat16 inputs. No state is kept per step when K or V exceeds 1; memory
+    is linear in T. Differentiable (once) in every tensor argument and through both results, also under
+    `torch.compile`.
 
     Args:
         queries: q (B, T, H, K).
