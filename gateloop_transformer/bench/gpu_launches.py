@@ -32,7 +32,7 @@ def launches(target: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[
     """
     for dtype in dtypes:
         kind = str(dtype).removeprefix("torch.")
-        for choice in range(3):
+        for choice in range(2):
             with forced(choice):
                 # Where there are fewer choices the last comes again.
                 listed = list(itertools.chain(_scans(dtype), _loops(dtype), _others(dtype) if not choice else ()))

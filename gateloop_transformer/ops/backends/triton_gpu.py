@@ -26,9 +26,9 @@ _FORWARD = 128
 _BACKWARD = 64
 # Channels and warps of a tile, the ones to be tried: with these no kernel spills (docs/results/gpu-compile.md). What a
 # tile publishes is stored by its first warp, which also sets the flag: AMD's barriers do not wait for others' stores.
-_SCAN = ((16, 4), (32, 8))
-_LOOP_FORWARD = ((16, 4), (8, 4))
-_LOOP_BACKWARD = ((16, 8), (8, 4))
+_SCAN = ((16, 4), (8, 4))
+_LOOP_FORWARD = ((16, 4), (8, 8))
+_LOOP_BACKWARD = ((16, 8), (8, 8))
 _GIVEN_BACKWARD = ((16, 16), (8, 8))
 
 
