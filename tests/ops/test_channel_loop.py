@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_equal, compiled, nan_filled_memory, rms_ratio, values_and_gradients
+from cases import INTERPRETED, assert_equal, compiled, nan_filled_memory, rms_ratio, values_and_gradients
 from torch import Tensor
 
 from gateloop_transformer.ops.channel_loop import _backward, _forward, channel_gate_loop, simple_gate_loop
@@ -16,7 +16,7 @@ from gateloop_transformer.ops.dispatch import FUSED
 from gateloop_transformer.ops.gates import GATES
 
 # JAX compiles every shape for seconds, and runs no kernel of its own here.
-BACKENDS = ["numba", "chunkwise", "eager"]
+BACKENDS = ["numba", "triton", "chunkwise", "eager"]
 
 
 def arguments(B: int = 2, T: int = 21, D: int = 5, gate: str = "polar", swish: bool = True) -> list[Tensor]:
@@ -74,13 +74,14 @@ def test_gradcheck(backend: str, gate: str) -> None:
         y, final = channel_gate_loop(qkv, z, (re, im), backend=backend, **options)
         return y, *final
 
-    assert torch.autograd.gradcheck(call, args)
+    assert torch.autograd.gradcheck(call, args, fast_mode=backend in INTERPRETED)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_simple_gradcheck(backend: str) -> None:
     qkva, _, h, _ = arguments(1, 7, 2, swish=False)
-    assert torch.autograd.gradcheck(simple(backend), [qkva.requires_grad_(), h.requires_grad_()])
+    given = [qkva.requires_grad_(), h.requires_grad_()]
+    assert torch.autograd.gradcheck(simple(backend), given, fast_mode=backend in INTERPRETED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
