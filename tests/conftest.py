@@ -9,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
-from cases import HERE
+from cases import HERE, INTERPRETED
 
 # XLA compiles each shape for seconds; most of that is optimisation, which no law depends on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -22,6 +22,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is left in the user's cache; processes that tests start inherit this."""
     os.environ["GATELOOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+# What calls an operator very often: `make slow` runs it where kernels are interpreted, for seconds or minutes.
+OFTEN = (
+    "test_gradcheck",
+    "test_gradcheck_with_a_complex_state_on_real_gates",
+    "test_autocast_narrows_nothing_inside",
+    "test_a_split_sequence_carries_its_gradient",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark these as slow on backends that are interpreted here."""
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case is not None and case.params.get("backend") in INTERPRETED and item.originalname in OFTEN:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=HERE)

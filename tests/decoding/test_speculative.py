@@ -160,7 +160,7 @@ def drawn(model: Table, draft: Table, prompt: Tensor, rows: int, **options: Any)
     return counts.reshape([VOCABULARY] * STEPS), report.rate
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_distribution_is_that_of_the_model_alone(name: str, rows: int) -> None:
     model, draft, prompt = Table(1), Table(2), torch.tensor([[1, 2]])

@@ -115,6 +115,7 @@ for dtype in (torch.float32, torch.float64):
 """
 
 
+@pytest.mark.slow
 def test_processes_share_the_cache_of_compiled_kernels(tmp_path: Path) -> None:
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CACHED]

@@ -78,10 +78,10 @@ def loop(gate: str, swish: bool, **options: Any) -> tuple[Function, Callable[[in
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize(("T", "D", "reverse"), [(1, 1, False), (9, 5, True), (75, 17, False)], ids=str)
+@pytest.mark.parametrize(("T", "D", "reverse"), [(1, 1, False), (9, 5, True), (37, 17, False), (75, 3, True)], ids=str)
 def test_triton_loop_equals_eager(gate: str, T: int, D: int, reverse: bool) -> None:
     call, arguments = loop(gate, T != 9, reverse=reverse)
-    compare(call, arguments(2 if T < 75 else 1, T, D, 2 if T < 75 else 1))
+    compare(call, arguments(2 if T < 37 else 1, T, D, 2 if T < 37 else 1))
 
 
 @pytest.mark.usefixtures("small_tiles")
