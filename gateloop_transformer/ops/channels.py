@@ -5,6 +5,7 @@ B batch, T time, H heads of size 1, D channels, which are the same; N documents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,29 @@ class ChannelLoop(NamedTuple):
     def parts(self) -> int:
         """1: real states, 2: complex ones."""
         return 1 if self.gate == "sigmoid" or (self.gate == "given" and self.gates.im is None) else 2
+
+
+def gradient_memory(
+    loop: ChannelLoop, packed: Tensor, new: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], list[Tensor | None]]:
+    """Memory for gradients, as `new` makes it like a tensor.
+
+    Args:
+        loop: queries, keys and values of it are parts of `packed`, with "sigmoid" the gates too.
+        packed: (B, T, 3·D).
+        new: fresh memory in the shape and dtype of its argument.
+
+    Returns:
+        Of packed inputs, projections and SiLU gate; and, in the same memory, of queries, keys, values, both parts of
+        the gates and SiLU gate, None for what the loop has not.
+    """
+    d_packed = new(packed)
+    first, second, third = d_packed.chunk(3, -1)
+    d_swish = None if loop.swish is None else new(loop.swish)
+    if loop.gate == "sigmoid":
+        return (d_packed, third, d_swish), [first, None, second, third, None, d_swish]
+    d_gates = new(loop.gates.re)
+    return (d_packed, d_gates, d_swish), [first, second, third, d_gates, None, d_swish]
 
 
 def elementwise(keys: Tensor, values: Tensor) -> bool:

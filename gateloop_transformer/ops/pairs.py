@@ -78,6 +78,13 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if any(dtype in wide for dtype in dtypes) else torch.float32
 
 
+def one_width(*pairs: Pair) -> tuple[Pair, ...]:
+    """All in float64 if one is: a kernel computes in one precision."""
+    if not any(pair.re.dtype == torch.float64 for pair in pairs):
+        return pairs
+    return tuple(pair.to(torch.float64) for pair in pairs)
+
+
 def split(value: Tensor | tuple[Tensor, Tensor]) -> Pair:
     """A real tensor, a complex tensor or a tuple (real, imaginary) as a Pair."""
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):

@@ -26,8 +26,6 @@ from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, split
 
-pytest.importorskip("triton")
-
 
 def triton_loop(loop: Loop, reverse: bool = False, layout: Layout = PLAIN, start: bool = True) -> list[Tensor]:
     """y, the last state, and the gradients of everything through both, in the order of `eager_loop`."""

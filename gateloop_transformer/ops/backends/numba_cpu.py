@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gateloop_transformer.ops.backends import chunkwise, numba_matrix
 from gateloop_transformer.ops.backends.numba_memory import in_huge_pages, kind_of, new_memory, start_of
-from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given
+from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given, gradient_memory
 from gateloop_transformer.ops.layout import PLAIN, Layout
-from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, one_width
 
 if TYPE_CHECKING:
     from gateloop_transformer.ops.backends.numba_launch import Kernel
@@ -158,13 +158,6 @@ def _bits(number: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
-def _one_width(*pairs: Pair) -> tuple[Pair, ...]:
-    """All in float64 if one is: a kernel computes in one precision."""
-    if not any(pair.re.dtype == torch.float64 for pair in pairs):
-        return pairs
-    return tuple(pair.to(torch.float64) for pair in pairs)
-
-
 # ---- h[t] = a[t] h[t-1] + x[t] ----------------------------------------------------------------------------
 
 
@@ -174,7 +167,7 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
 
     if initial is not None and initial.im is not None and gates.im is None:
         inputs = inputs.as_complex()
-    gates, inputs = _one_width(gates, inputs)
+    gates, inputs = one_width(gates, inputs)
     parts = 2 if gates.im is not None or inputs.im is not None else 1
     dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
     wide = compute_dtype(dtype)
@@ -215,7 +208,7 @@ def linear_scan_backward(
     """One pass against the order of the first."""
     from gateloop_transformer.ops.backends.numba_scans import scan_backward
 
-    gates, inputs, grad, states = _one_width(gates, inputs, grad, states)
+    gates, inputs, grad, states = one_width(gates, inputs, grad, states)
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
     c = _channels(inputs.re.shape, wide == torch.float64, layout)
     parts = len(states.parts())
@@ -348,16 +341,9 @@ def loop_backward(
     loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, packed: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
     """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of the bias and the initial state."""
-    d_packed = new_memory(packed, *packed.shape)
-    first, second, third = d_packed.chunk(3, -1)
-    d_swish = None if loop.swish is None else new_memory(loop.swish, *loop.swish.shape)
-    if loop.gate == "sigmoid":
-        d_gates, results = third, [first, None, second, third, None, d_swish]
-    else:
-        d_gates = new_memory(loop.gates.re, *loop.gates.re.shape)
-        results = [first, second, third, d_gates, None, d_swish]
+    gradients, results = gradient_memory(loop, packed, lambda x: new_memory(x, *x.shape))
     d_bias, d_initial = _loop_backward(loop, grad, grad_final, kept, results)
-    return (d_packed, d_gates, d_swish), d_bias, d_initial
+    return gradients, d_bias, d_initial
 
 
 def gate_loop_forward(

@@ -15,9 +15,9 @@ from torch import Tensor
 from gateloop_transformer.ops.backends import triton_matrix
 from gateloop_transformer.ops.backends.triton_launch import interpreted, launch, power, precision
 from gateloop_transformer.ops.backends.triton_tuning import fastest
-from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given
+from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given, gradient_memory
 from gateloop_transformer.ops.layout import PLAIN, Layout
-from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, one_width
 
 INSTALL_HINT = "needs Triton, which PyTorch for CUDA and ROCm brings along: pip install triton"
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -120,7 +120,8 @@ def _launch(
         launch(kernel, tiles.grid, *arguments, *handed_on, *sizes, like=like, **constants, **tiles.options(wide))
 
     rows, T, D = choices[0][:3]
-    shapes = power(rows), power(T), power(D), like.dtype, wide, tuple(constants.items())
+    sizes = tuple((tiles.steps, tiles.channels, tiles.warps) for tiles in choices)
+    shapes = power(rows), power(T), power(D), like.dtype, wide, tuple(constants.items()), sizes
     run(fastest(kernel.__name__, shapes, choices, run, like))
 
 
@@ -172,18 +173,11 @@ def _pointers(state: Pair | list[Tensor] | None) -> list[Tensor | None]:
 # ---- h[t] = a[t] h[t-1] + x[t] ----------------------------------------------------------------------------
 
 
-def _one_width(*pairs: Pair) -> tuple[Pair, ...]:
-    """All in float64 if one is: a kernel computes in one precision."""
-    if not any(pair.re.dtype == torch.float64 for pair in pairs):
-        return pairs
-    return tuple(pair.to(torch.float64) for pair in pairs)
-
-
 def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
     """h[t] = a[t] h[t-1] + x[t]."""
     from gateloop_transformer.ops.backends.triton_scans import scan_forward
 
-    gates, inputs = _one_width(gates, inputs)
+    gates, inputs = one_width(gates, inputs)
     parts = max(len(pair.parts()) for pair in (gates, inputs, initial) if pair is not None)
     dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
     wide = compute_dtype(dtype)
@@ -209,7 +203,7 @@ def linear_scan_backward(
     """One pass against the order of the first."""
     from gateloop_transformer.ops.backends.triton_scans import scan_backward
 
-    gates, inputs, grad, states = _one_width(gates, inputs, grad, states)
+    gates, inputs, grad, states = one_width(gates, inputs, grad, states)
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
     x, parts = inputs.re, len(states.parts())
     d_gates, d_inputs = (pair.map(lambda part: part.new_empty(part.shape)) for pair in (gates, inputs))
@@ -332,16 +326,9 @@ def loop_backward(
     loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, packed: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
     """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of the bias and the initial state."""
-    d_packed = packed.new_empty(packed.shape)
-    first, second, third = d_packed.chunk(3, -1)
-    d_swish = None if loop.swish is None else loop.swish.new_empty(loop.swish.shape)
-    if loop.gate == "sigmoid":
-        d_gates, results = third, [first, None, second, third, None, d_swish]
-    else:
-        d_gates = loop.gates.re.new_empty(loop.gates.re.shape)
-        results = [first, second, third, d_gates, None, d_swish]
+    gradients, results = gradient_memory(loop, packed, lambda x: x.new_empty(x.shape))
     d_bias, d_initial = _loop_backward(loop, grad, grad_final, kept, results)
-    return (d_packed, d_gates, d_swish), d_bias, d_initial
+    return gradients, d_bias, d_initial
 
 
 def _as_wide(x: Tensor, gates: Pair) -> Tensor:

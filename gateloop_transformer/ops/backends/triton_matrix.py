@@ -165,9 +165,8 @@ class _Loop:
         """Parts (sequences, H, K, V) of their own memory, zero for None."""
         given = [] if state is None else state.parts()[: self.parts]
         shape = self.sequences, self.H, self.K, self.V
-        parts = [torch.zeros(shape, dtype=self.wide, device=self.device) for _ in range(self.parts)]
-        for part, start in zip(parts, given, strict=False):
-            part.copy_(start)
+        parts = [part.to(self.wide, copy=True, memory_format=torch.contiguous_format) for part in given]
+        parts += [torch.zeros(shape, dtype=self.wide, device=self.device) for _ in range(self.parts - len(given))]
         return Pair(*parts)
 
     def states(self, x: Tensor, y: Tensor, state: Pair, adjoint: bool) -> Tensor:
