@@ -287,3 +287,15 @@ def test_triton_lets_no_nan_pass_unseen(gate: str) -> None:
     assert y[0, :2].isfinite().all()
     assert y[0, 2:].isnan().all()
     assert final[0].isnan().all()
+
+
+def test_triton_lengths_of_one_class_are_timed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton_tuning, "_times", lambda _x: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a device")
+    monkeypatch.setattr(triton_tuning, "_known", {})
+    timed: list[Callable[[], None]] = []
+    monkeypatch.setattr(triton_tuning, "_milliseconds", lambda run: float(len(timed.append(run) or timed)))
+    for T, classes in ((130, 1), (200, 1), (256, 1), (257, 2)):
+        linear_scan(torch.ones(1, T, 16), torch.ones(1, T, 16), backend="triton")
+        assert len(timed) == 2 * classes, T

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from gateloop_transformer.ops.backends.triton_launch import listing
 Choice = TypeVar("Choice")
 
 _FILE = "choice.txt"
-_known: dict[str, int] = {}
+_known: dict[tuple[Any, ...], int] = {}
 _forced: int | None = None
 
 
@@ -43,7 +43,7 @@ def fastest(
 
     Args:
         kernel: its name.
-        shapes: the class of what it is run on: what was timed once in it is not timed again.
+        shapes: the class of what it is run on, and what the choices are: what was timed once in it is not again.
         choices: the first is taken where nothing is to be timed.
         run: launches the kernel; may be called several times.
         x: a tensor on the device.
@@ -52,17 +52,26 @@ def fastest(
         return choices[min(_forced, len(choices) - 1)]
     if len(choices) == 1 or not _times(x):
         return choices[0]
+    # Looked up at every launch: what is hashed for the disk is so only where this is not known.
+    place = (x.device, kernel, shapes)
+    if place not in _known:
+        _known[place] = _found(place, choices, run)
+    return choices[_known[place]]
+
+
+def _found(place: tuple[Any, ...], choices: Sequence[Choice], run: Callable[[Choice], None]) -> int:
+    """The number of the fastest, from disk if an earlier process has timed them."""
     import triton
 
-    about = (torch.cuda.get_device_name(x.device), triton.__version__, kernel, shapes, tuple(choices))
+    device, kernel, shapes = place
+    about = (torch.cuda.get_device_name(device), triton.__version__, kernel, shapes)
     key = hashlib.sha256(repr(about).encode()).hexdigest()
-    if key not in _known:
-        _known[key] = _read(key, len(choices))
-    if _known[key] < 0:
+    number = _read(key, len(choices))
+    if number < 0:
         times = [_milliseconds(partial(run, choice)) for choice in choices]
-        _known[key] = times.index(min(times))
-        _write(key, _known[key])
-    return choices[_known[key]]
+        number = times.index(min(times))
+        _write(key, number)
+    return number
 
 
 def _times(x: Tensor) -> bool:
