@@ -1,0 +1,190 @@
+"""Parameters to and from safetensors and the folders that the torch side reads and writes. To the bit, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gateloop_transformer.data.writing import write_bytes
+from gateloop_transformer.jax.model import Transformer
+from gateloop_transformer.jax.pairs import Array
+from gateloop_transformer.jax.parts import Params
+from gateloop_transformer.training.config import RunConfig, flat, is_flat, read_flat
+
+CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def flatten(params: Params) -> dict[str, Array]:
+    """A tree of parameters as arrays by torch's names.
+
+    >>> flatten({"to_out": {"1": {"bias": jnp.zeros(2)}}}).keys()
+    dict_keys(['to_out.1.bias'])
+    """
+    found: dict[str, Array] = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{rest}": array for rest, array in flatten(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def unflatten(tensors: dict[str, Any]) -> Params:
+    """The inverse of `flatten`: arrays by torch's names (of JAX, NumPy, or torch's `.numpy()`) as a tree.
+
+    >>> unflatten({"to_out.1.bias": jnp.zeros(2)})["to_out"]["1"]["bias"].shape
+    (2,)
+    """
+    params: Params = {}
+    for name, value in tensors.items():
+        *path, last = name.split(".")
+        place = params
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = jnp.asarray(value)
+    return params
+
+
+def save_params(path: str | os.PathLike[str], params: Params) -> None:
+    """Write a tree of parameters, of a model or of a layer, to a safetensors file that torch's `load_state_dict` fits.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _write(Path(path), params, {})
+
+
+def _write(path: Path, params: Params, metadata: dict[str, str]) -> None:
+    from safetensors.flax import save
+
+    write_bytes(path, save(flatten(params), {"format": "pt", **metadata}))
+
+
+def load_params(path: str | os.PathLike[str]) -> Params:
+    """The parameters in a safetensors file, in the types that they have there.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.flax import load_file
+
+    if not Path(path).is_file():
+        raise ValueError(f"no file {str(path)!r}")
+    try:
+        return unflatten(load_file(path))
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
+
+
+def save_model(folder: str | os.PathLike[str], model: Transformer, params: Params) -> None:
+    """Write config.json and model.safetensors: what `gateloop_transformer.load_model` and transformers read.
+
+    Args:
+        folder: made if it is not there.
+        model: the description.
+        params: its parameters.
+
+    Raises:
+        ValueError: the parameters are not this model's, or the folder holds a run, which is not replaced.
+    """
+    path = Path(folder)
+    check_fit(model, params, "params")
+    if (path / CONFIG).is_file() and not is_flat(_read_json(path / CONFIG)):
+        raise ValueError(f"{str(folder)!r} holds a run; choose another folder")
+    path.mkdir(parents=True, exist_ok=True)
+    _write(path / MODEL, params, {"model": json.dumps(vars(model.config), sort_keys=True)})
+    write_bytes(path / CONFIG, (json.dumps(flat(model.config, model.num_tokens), indent=2) + "\n").encode())
+
+
+def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
+    """The model in a folder that `gateloop train`, transformers or `save_model` wrote.
+
+    Returns:
+        The description, and its parameters in the types that they are stored in.
+
+    Raises:
+        ValueError: the folder holds no model, has no weights yet, or a file is damaged or does not fit.
+    """
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{str(folder)!r} holds no model: it has no {CONFIG}")
+    values, where = _read_json(path / CONFIG), repr(str(path / CONFIG))
+    if is_flat(values):
+        config, size = read_flat(values, where)
+    else:
+        run = RunConfig.from_json(values, where)
+        config, size = run.model, run.tokenizer.size
+    model = Transformer.of(config, size)
+    params = unflatten({name: x for file in _weight_files(path) for name, x in flatten(load_params(file)).items()})
+    check_fit(model, params, repr(str(path / MODEL)))
+    return model, params
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not (folder / INDEX).is_file():
+        if not (folder / MODEL).is_file():
+            raise ValueError(f"{str(folder)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
+        return [folder / MODEL]
+    index = _read_json(folder / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
+        raise ValueError(f"{str(folder / INDEX)!r} is no index of weights")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def check_fit(model: Transformer, params: Params, where: str) -> None:
+    """A tree has the names and shapes of a model's parameters.
+
+    Raises:
+        ValueError: it has not.
+    """
+    own, given = flatten(jax.eval_shape(model.init, jax.random.key(0))), flatten(params)
+    problems = [f"missing {name}" for name in sorted(own.keys() - given.keys())]
+    problems += [f"unknown {name}" for name in sorted(given.keys() - own.keys())]
+    problems += [
+        f"{name} is {given[name].shape}, the model has {own[name].shape}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ValueError(f"{where} does not fit the model: {problems[0]}{more}")
+
+
+def parameter_groups(params: Params) -> Params:
+    """For each parameter how it is trained, in words, as `optax.multi_transform` takes them.
+
+    "gate": what decides the gates, to be trained with a lower learning rate and no weight decay; "matrix": weights of
+    linear maps, decayed; "other": norms, biases, embeddings and convolutions; "fixed": not trained.
+    """
+
+    def group(name: str, x: Any) -> str:
+        parts = name.split(".")
+        if "to_a" in parts or parts[-1] in ("ring_logit", "ring_phase"):
+            return "gate"
+        if parts[-1] == "freqs":
+            return "fixed"
+        return "matrix" if parts[-1] == "weight" and x.ndim == 2 and "token_emb" not in parts else "other"
+
+    flattened = flatten(params)
+    groups: Params = {}
+    for name, x in flattened.items():
+        *path, last = name.split(".")
+        place = groups
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = group(name, x)
+    return groups

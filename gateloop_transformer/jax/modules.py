@@ -1,0 +1,77 @@
+"""Equinox modules: a description and its parameters in one object that is a tree to JAX.
+
+    model = modules.Transformer(128, num_tokens=256, depth=4, key=jax.random.key(0))
+    logits = model(ids)
+
+`model.description` and `model.params` are what the functions take; so `eqx.filter_grad`, `optax` and `eqx.tree_at` work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+
+from gateloop_transformer.jax import attention, layers
+from gateloop_transformer.jax import generation as _generation
+from gateloop_transformer.jax import model as _model
+from gateloop_transformer.jax.pairs import Array
+from gateloop_transformer.jax.parts import Params
+
+__all__ = ["CausalFullAttention", "GateLoopedAttention", "Module", "SimpleGateLoopLayer", "Transformer"]
+
+
+class Module(eqx.Module):  # type: ignore[misc]
+    """Any description with its parameters.
+
+    Args:
+        description: what has `init` and `apply`.
+        params: its parameters, for example from a file.
+    """
+
+    description: Any = eqx.field(static=True)
+    params: Params
+
+    def __call__(self, x: Array, *arguments: Any, **options: Any) -> Any:
+        """`description.apply` with the parameters."""
+        return self.description.apply(self.params, x, *arguments, **options)
+
+
+class GateLoopedAttention(Module):
+    """`gateloop_transformer.jax.GateLoopedAttention` with parameters of its own; its arguments, and a key."""
+
+    def __init__(self, *arguments: Any, key: Array, **options: Any) -> None:
+        self.description = layers.GateLoopedAttention(*arguments, **options)
+        self.params = self.description.init(key)
+
+
+class CausalFullAttention(Module):
+    """`gateloop_transformer.jax.CausalFullAttention` with parameters of its own; its arguments, and a key."""
+
+    def __init__(self, *arguments: Any, key: Array, **options: Any) -> None:
+        self.description = attention.CausalFullAttention(*arguments, **options)
+        self.params = self.description.init(key)
+
+
+class SimpleGateLoopLayer(Module):
+    """`gateloop_transformer.jax.SimpleGateLoopLayer` with parameters of its own; its arguments, and a key."""
+
+    def __init__(self, *arguments: Any, key: Array, **options: Any) -> None:
+        self.description = layers.SimpleGateLoopLayer(*arguments, **options)
+        self.params = self.description.init(key)
+
+
+class Transformer(Module):
+    """`gateloop_transformer.jax.Transformer` with parameters of its own; its arguments, and a key."""
+
+    def __init__(self, *arguments: Any, key: Array, **options: Any) -> None:
+        self.description = _model.Transformer(*arguments, **options)
+        self.params = self.description.init(key)
+
+    def loss(self, ids: Array, *arguments: Any, **options: Any) -> Any:
+        """`Transformer.loss` with the parameters."""
+        return self.description.loss(self.params, ids, *arguments, **options)
+
+    def generate(self, ids: Array, max_new_tokens: int, **options: Any) -> Array:
+        """`generate` with the parameters."""
+        return _generation.generate(self.description, self.params, ids, max_new_tokens, **options)

@@ -1,0 +1,60 @@
+"""Complex arrays as pairs of real ones: what the recurrences compute with, on every device in real arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Pair(NamedTuple):
+    """A real array, or the real and imaginary parts of a complex one. A tree of one or two leaves."""
+
+    re: Array
+    im: Array | None = None
+
+    def map(self, function: Callable[[Array], Array]) -> Pair:
+        """`function` applied to each part."""
+        return Pair(function(self.re), None if self.im is None else function(self.im))
+
+    def times(self, other: Pair) -> Pair:
+        """The product; no arithmetic is spent on parts that are not there."""
+        if self.im is None:
+            return other.map(lambda part: self.re * part)
+        if other.im is None:
+            return self.map(lambda part: part * other.re)
+        return Pair(self.re * other.re - self.im * other.im, self.re * other.im + self.im * other.re)
+
+    def plus(self, other: Pair) -> Pair:
+        """The sum."""
+        if self.im is None or other.im is None:
+            return Pair(self.re + other.re, other.im if self.im is None else self.im)
+        return Pair(self.re + other.re, self.im + other.im)
+
+    def conj(self) -> Pair:
+        """The complex conjugate."""
+        return Pair(self.re, None if self.im is None else -self.im)
+
+    def as_complex(self) -> Pair:
+        """With an imaginary part, 0 where there was none."""
+        return self if self.im is not None else Pair(self.re, jnp.zeros_like(self.re))
+
+    def join(self) -> Array:
+        """One array, real or complex."""
+        return self.re if self.im is None else jax.lax.complex(self.re, self.im)
+
+
+def split(value: Array | tuple[Array, Array]) -> Pair:
+    """A real or complex array, or a tuple (real, imaginary), as a pair."""
+    if isinstance(value, tuple):
+        return Pair(*value)
+    return Pair(value.real, value.imag) if jnp.iscomplexobj(value) else Pair(value)
+
+
+def compute_dtype(*dtypes: Any) -> Any:
+    """float64 if one is, else float32: narrower types are computed in float32."""
+    return jnp.float64 if any(dtype in (jnp.float64, jnp.complex128) for dtype in dtypes) else jnp.float32

@@ -1,0 +1,83 @@
+"""A recurrence whose time axis is sharded over devices, inside of `jax.shard_map`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gateloop_transformer.jax.pairs import Array, Pair
+
+
+def varying_like(x: Any, like: Array) -> Any:
+    """Arrays that the devices of a mesh hold alike, marked as differing where `like` does: loops carry both as one."""
+    axes = getattr(jax.typeof(like), "vma", frozenset())
+
+    def mark(value: Array) -> Array:
+        missing = tuple(axes - getattr(jax.typeof(value), "vma", frozenset()))
+        return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+    return jax.tree.map(mark, x)
+
+
+def over_axis(
+    axis_name: str,
+    run: Callable[[Pair | None], tuple[Any, Pair]],
+    product: Callable[[], Pair],
+    initial: Pair | None,
+    reverse: bool,
+) -> tuple[Any, Pair]:
+    """A part's outputs, and the state after all parts.
+
+    Every device reports the state that its part ends in from nothing and the product of its gates; what they hand on is
+    put together in order, then each runs its part again from there. What is sent does not grow with T.
+
+    Args:
+        axis_name: of the mesh, along which time is cut in order.
+        run: from the state before the part to its outputs and the state after it.
+        product: of the gates of the part, to be multiplied with states.
+        initial: the state before the whole sequence, the same on all devices; None: zero.
+        reverse: the last part comes first.
+    """
+    _, end = run(None)
+    ends, wholes = jax.lax.all_gather((end, product()), axis_name)
+    size, place = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    zero = end.map(jnp.zeros_like)
+    state = zero if initial is None else _with_parts(zero, initial)
+    before = state
+    for n in range(size)[:: -1 if reverse else 1]:
+        before = _where(place == n, state, before)
+        state = _at(wholes, n).times(state).plus(_at(ends, n))
+    y, _ = run(before)
+    return y, state
+
+
+def _at(pair: Pair, n: int) -> Pair:
+    return pair.map(lambda x: x[n])
+
+
+def _with_parts(like: Pair, initial: Pair) -> Pair:
+    return initial if like.im is None else initial.as_complex()
+
+
+def _where(condition: Array, new: Pair, old: Pair) -> Pair:
+    if new.im is None or old.im is None:
+        return Pair(jnp.where(condition, new.re, old.re))
+    return Pair(jnp.where(condition, new.re, old.re), jnp.where(condition, new.im, old.im))
+
+
+def inputs_before(axis_name: str, x: Array, count: int, reverse: bool) -> Array:
+    """The last `count` steps of the part before this one (B, count, D), zeros before the first part.
+
+    Raises:
+        ValueError: a part is shorter than that.
+    """
+    if x.shape[1] < count:
+        raise ValueError(f"a part of {x.shape[1]} steps is too short for a convolution that looks back {count}")
+    size = jax.lax.axis_size(axis_name)
+    order = [(n + 1, n) if reverse else (n, n + 1) for n in range(size - 1)]
+    sent = x[:, :count] if reverse else x[:, x.shape[1] - count :]
+    before: Array = jax.lax.ppermute(sent, axis_name, order)
+    return before
