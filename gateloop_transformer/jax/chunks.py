@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gateloop_transformer.jax.pairs import Array, Pair
+from gateloop_transformer.jax.pairs import Array, Pair, alike
 
 
 class Packed(NamedTuple):
@@ -116,6 +116,7 @@ def chunked_loop(
         initial: S before the first step (B, H, K, V), or of each document (N, H, K, V), complex where gates are.
         packed: documents, in a batch of one row.
     """
+    queries, keys, values, gates, initial = alike(queries, keys, values, gates, initial)
     T, K, V = queries.shape[1], queries.shape[-1], values.shape[-1]
     C = chunk_length(K, V, gates.re.shape[-1] > 1)
     # Real gates turn no phase: both parts of a state are decayed alike, only the real one is added to and read.

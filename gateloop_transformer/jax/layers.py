@@ -188,7 +188,7 @@ class GateLoopedAttention:
             params["conv"] = new_convolution(next(keys), self.dim, self.conv_size, self.conv_silu)
         params["to_qkv"] = new_linear(next(keys), self.dim, 3 * self.inner, bias=self.qkv_bias)
         if self.qkv_bias:
-            params["to_qkv"]["bias"] = (jnp.arange(3 * self.inner) < 2 * self.inner).astype(jnp.float32)
+            params["to_qkv"]["bias"] = (jnp.arange(3 * self.inner) < 2 * self.inner).astype(params["to_qkv"]["weight"].dtype)
         if not self.fixed_gates:
             params["to_a"] = {"0": new_linear(next(keys), self.dim, 2 * self.count, bias=self.gate != "ring")}
         if self.gate == "ring":

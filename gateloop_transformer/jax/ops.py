@@ -16,7 +16,7 @@ from gateloop_transformer.jax.chunks import Packed, chunked_loop
 from gateloop_transformer.jax.gates import check_gate, head_gates
 from gateloop_transformer.jax.pairs import Array, Pair, compute_dtype, split
 from gateloop_transformer.jax.recurrence import recurrence
-from gateloop_transformer.jax.sharding import over_axis, varying_like
+from gateloop_transformer.jax.sharding import over_axis
 
 RealPair = tuple[Array, Array]
 
@@ -84,8 +84,7 @@ def _scan(
         _refuse_documents("a sharded time axis", packed)
 
         def run(start: Pair | None) -> tuple[Pair, Pair]:
-            first = inputs.map(lambda x: jnp.zeros_like(x[:, 0])) if start is None else start
-            return _scan(gates, inputs, varying_like(first, inputs.re), reverse, None)
+            return _scan(gates, inputs, start, reverse, None)
 
         def product() -> Pair:
             return split(jnp.prod(gates.join(), axis=1))
@@ -289,8 +288,7 @@ def _loop(
         start = _zero_state(B, H, K, V, gates, initial)
 
         def run(before: Pair | None) -> tuple[Array, Pair]:
-            first = start.map(jnp.zeros_like) if before is None else before
-            return _loop(q, k, v, gates, varying_like(first, q), reverse, None)
+            return _loop(q, k, v, gates, start.map(jnp.zeros_like) if before is None else before, reverse, None)
 
         def product() -> Pair:
             return split(jnp.prod(gates.join(), axis=1)).map(lambda x: x.reshape(B, H, -1, 1))

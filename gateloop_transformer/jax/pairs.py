@@ -58,3 +58,25 @@ def split(value: Array | tuple[Array, Array]) -> Pair:
 def compute_dtype(*dtypes: Any) -> Any:
     """float64 if one is, else float32: narrower types are computed in float32."""
     return jnp.float64 if any(dtype in (jnp.float64, jnp.complex128) for dtype in dtypes) else jnp.float32
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """Axes of a mesh along which devices hold different values of x, inside of `jax.shard_map`."""
+    kind = jax.typeof(x)
+    # Before JAX 0.10 it had another name.
+    axes: frozenset[str] = kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", frozenset())
+    return axes
+
+
+def alike(*trees: Any) -> tuple[Any, ...]:
+    """All arrays marked as differing between devices where one of them does: a loop carries only what is of one kind."""
+    axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(trees)))
+
+    def mark(x: Array) -> Array:
+        missing = tuple(sorted(axes - _varying(x)))
+        if not missing:
+            return x
+        marked: Array = jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
+        return marked
+
+    return tuple(jax.tree.map(mark, tree) for tree in trees)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gateloop_transformer.jax.checks import Layout
 from gateloop_transformer.jax.pairs import Array, compute_dtype
-from gateloop_transformer.jax.sharding import inputs_before
+from gateloop_transformer.jax.sharding import from_device, inputs_before
 
 Params = dict[str, Any]
 
@@ -111,8 +111,7 @@ def convolution(
     y, left = _rows(weight, x, past, resets) if bounds is None else _documents(weight, x, past, resets, bounds)
     if axis_name is not None:
         # After the whole sequence is what the last part leaves.
-        gathered = jax.lax.all_gather(left, axis_name)
-        left = gathered[0 if reverse else -1]
+        left = from_device(axis_name, 0 if reverse else jax.lax.axis_size(axis_name) - 1, left)
     y = jax.nn.silu(y) if silu else y
     if reverse:
         y, left = jnp.flip(y, 1), jnp.flip(left, 1)

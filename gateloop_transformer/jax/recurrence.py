@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gateloop_transformer.jax.pairs import Array, Pair
+from gateloop_transformer.jax.pairs import Array, Pair, alike
 
 
 def _at(pair: Pair, t: Array) -> Pair:
@@ -104,4 +104,5 @@ def recurrence(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool = 
         inputs, start = inputs.as_complex(), start.as_complex()
     if not inputs.re.size:
         return inputs
+    gates, inputs, start = alike(gates, inputs, start)
     return _recurrence(gates, inputs, start, reverse)

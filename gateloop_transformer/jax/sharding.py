@@ -11,17 +11,6 @@ import jax.numpy as jnp
 from gateloop_transformer.jax.pairs import Array, Pair
 
 
-def varying_like(x: Any, like: Array) -> Any:
-    """Arrays that the devices of a mesh hold alike, marked as differing where `like` does: loops carry both as one."""
-    axes = getattr(jax.typeof(like), "vma", frozenset())
-
-    def mark(value: Array) -> Array:
-        missing = tuple(axes - getattr(jax.typeof(value), "vma", frozenset()))
-        return jax.lax.pcast(value, missing, to="varying") if missing else value
-
-    return jax.tree.map(mark, x)
-
-
 def over_axis(
     axis_name: str,
     run: Callable[[Pair | None], tuple[Any, Pair]],
@@ -51,7 +40,13 @@ def over_axis(
         before = _where(place == n, state, before)
         state = _at(wholes, n).times(state).plus(_at(ends, n))
     y, _ = run(before)
-    return y, state
+    return y, state.map(lambda x: from_device(axis_name, 0, x))
+
+
+def from_device(axis_name: str, place: int, x: Array) -> Array:
+    """What the device at that place has, on all of them, known to be the same."""
+    shared: Array = jax.lax.psum(jnp.where(jax.lax.axis_index(axis_name) == place, x, 0), axis_name)
+    return shared
 
 
 def _at(pair: Pair, n: int) -> Pair:
