@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from gateloop_transformer.jax.checks import array, floating, same_shape
 from gateloop_transformer.jax.pairs import Array, compute_dtype
+from gateloop_transformer.jax.phases import cos_sin
 
 
 def _wide(first: Any, second: Any, gate: str) -> tuple[Array, Array]:
@@ -47,17 +48,34 @@ def polar(real: Array, imaginary: Array) -> tuple[Array, Array]:
     >>> [float(part) for part in polar(jnp.array(0.0), jnp.array(0.0))]
     [0.5, 0.0]
     """
-    re, im = _wide(real, imaginary, "polar")
-    # The scale is a constant for the gradient: z/|z| does not depend on it.
-    scale = jax.lax.stop_gradient(jnp.maximum(jnp.abs(re), jnp.abs(im)))
+    return _polar(*_wide(real, imaginary, "polar"))
+
+
+@jax.custom_jvp
+def _polar(re: Array, im: Array) -> tuple[Array, Array]:
+    x, y, size = _direction(re, im)
+    magnitude = jax.nn.sigmoid(size)
+    return magnitude * x, magnitude * y
+
+
+def _direction(re: Array, im: Array) -> tuple[Array, Array, Array]:
+    """z/|z| and |z|; 1 and 0 where |z| is too small to be squared."""
+    scale = jnp.maximum(jnp.abs(re), jnp.abs(im))
     zero = scale < jnp.finfo(re.dtype).tiny ** 0.5
     scale = jnp.where(zero, 1.0, scale)
     x, y = jnp.where(zero, 1.0, re / scale), jnp.where(zero, 0.0, im / scale)
     ratio = jnp.sqrt(x * x + y * y)
-    # The phase's gradient, of size 1/|z|, is summed apart: the magnitude's would lose its digits to it.
-    size = jnp.hypot(jnp.where(zero, 1.0, re), jnp.where(zero, 0.0, im))
-    magnitude = jax.nn.sigmoid(jnp.where(zero, 0.0, size))
-    return magnitude * (x / ratio), magnitude * (y / ratio)
+    return x / ratio, y / ratio, jnp.where(zero, 0.0, scale * ratio)
+
+
+@_polar.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Along z the magnitude changes by σ'(|z|), across it the phase by 1/|z|; where |z| counts as 0 nothing changes."""
+    x, y, size = _direction(*primals)
+    (dx, dy), magnitude, zero = tangents, jax.nn.sigmoid(size), size == 0
+    along = jnp.where(zero, 0.0, magnitude * (1 - magnitude)) * (x * dx + y * dy)
+    across = jnp.where(zero, 0.0, magnitude / jnp.where(zero, 1.0, size)) * (x * dy - y * dx)
+    return (magnitude * x, magnitude * y), (along * x - across * y, along * y + across * x)
 
 
 def paper(logit: Array, phase: Array) -> tuple[Array, Array]:
@@ -76,8 +94,8 @@ def paper(logit: Array, phase: Array) -> tuple[Array, Array]:
     Source: T. Katsch, GateLoop (2023), section 3.1.
     """
     logit, phase = _wide(logit, phase, "paper")
-    magnitude = jax.nn.sigmoid(logit)
-    return magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)
+    magnitude, (cos, sin) = jax.nn.sigmoid(logit), cos_sin(phase)
+    return magnitude * cos, magnitude * sin
 
 
 def ring(logit: Array, phase: Array) -> tuple[Array, Array]:
@@ -113,8 +131,21 @@ def ring_input_scale(logit: Array) -> Array:
     Returns:
         The scale, same shape, in float32 or better.
     """
-    logit = logit.astype(compute_dtype(logit.dtype))
-    return jnp.exp(0.5 * jax.nn.log_sigmoid(-logit)) * jnp.sqrt(1.0 + jax.nn.sigmoid(logit))
+    return _input_scale(logit.astype(compute_dtype(logit.dtype)))
+
+
+@jax.custom_jvp
+def _input_scale(logit: Array) -> Array:
+    return jnp.sqrt(jax.nn.sigmoid(-logit) * (1.0 + jax.nn.sigmoid(logit)))
+
+
+@_input_scale.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """-|a|² √((1 - |a|) / (1 + |a|)): no quotient that vanishes."""
+    (logit,), (tangent,) = primals, tangents
+    magnitude, rest = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
+    slope = -magnitude * magnitude * jnp.sqrt(rest / (1.0 + magnitude))
+    return _input_scale(logit), slope * tangent
 
 
 def ring_start(key: Array, heads: int, max_memory: float, min_memory: float = 1.0) -> tuple[Array, Array]:

@@ -6,6 +6,8 @@ B batch, T time, D channels. Kept for the gradient are the gates and the states,
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,17 @@ def _at(pair: Pair, t: Array) -> Pair:
 
 
 def _put(pair: Pair, value: Pair, t: Array) -> Pair:
-    """`value` as step t of `pair`; inside of a loop it is written in place."""
+    """`value` as step t of `pair`, of which it may have fewer parts; inside of a loop it is written in place."""
     parts = [
         None if x is None or y is None else jax.lax.dynamic_update_index_in_dim(x, y, t, 1)
         for x, y in zip(pair, value, strict=True)
     ]
     return Pair(*parts)  # type: ignore[arg-type]
+
+
+def _room(inputs: Pair, like: Pair) -> Pair:
+    """Zeros (B, T, D) with the parts of `like`."""
+    return like.map(lambda _: jnp.zeros_like(inputs.re))
 
 
 def _step_by_step(gates: Pair, inputs: Pair, initial: Pair, reverse: bool) -> Pair:
@@ -35,59 +42,94 @@ def _step_by_step(gates: Pair, inputs: Pair, initial: Pair, reverse: bool) -> Pa
         h = _at(gates, t).times(carried[0]).plus(_at(inputs, t))
         return h, _put(carried[1], h, t)
 
-    return jax.lax.fori_loop(0, T, step, (initial, inputs.map(jnp.zeros_like)))[1]
+    return jax.lax.fori_loop(0, T, step, (initial, _room(inputs, initial)))[1]
 
 
 def _as_a_tree(gates: Pair, inputs: Pair, initial: Pair, reverse: bool) -> Pair:
     """In a logarithm of T rounds, as devices want it for which a step is too little work."""
     first = -1 if reverse else 0
     carried = gates.map(lambda x: x[:, first]).times(initial)
-    x = Pair(*(None if x is None else x.at[:, first].add(c) for x, c in zip(inputs, carried, strict=True)))  # type: ignore[arg-type, union-attr]
+    whole = inputs if initial.im is None else inputs.as_complex()
+    x = [None if x is None or c is None else x.at[:, first].add(c) for x, c in zip(whole, carried, strict=True)]
 
     def combine(early: tuple[Pair, Pair], late: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
         return early[0].times(late[0]), late[0].times(early[1]).plus(late[1])
 
-    states: Pair = jax.lax.associative_scan(combine, (gates, x), reverse=reverse, axis=1)[1]
+    pairs = gates, Pair(*x)  # type: ignore[arg-type]
+    states: Pair = jax.lax.associative_scan(combine, pairs, reverse=reverse, axis=1)[1]
     return states
 
 
-def _all_states(gates: Pair, inputs: Pair, initial: Pair, reverse: bool) -> Pair:
-    ways = (functools.partial(way, reverse=reverse) for way in (_step_by_step, _as_a_tree))
-    cpu, default = ways
-    states: Pair = jax.lax.platform_dependent(gates, inputs, initial, cpu=cpu, default=default)
-    return states
+def _gradients_step_by_step(gates: Pair, states: Pair, initial: Pair, grad: Pair, reverse: bool) -> tuple[Pair, ...]:
+    """g[t] = dh[t] + conj(a[t+1]) g[t+1]; da[t] = g[t] conj(h[t-1]); dx = g; dh0 = conj(a[1]) g[1]: in one pass."""
+    T = grad.re.shape[1]
+
+    def step(n: Array, carried: tuple[Pair, Pair, Pair]) -> tuple[Pair, Pair, Pair]:
+        after, d_inputs, d_gates = carried
+        t, before = (n, jnp.minimum(n + 1, T - 1)) if reverse else (T - 1 - n, jnp.maximum(T - 2 - n, 0))
+        h = _where(n == T - 1, initial, _at(states, before))
+        g = _at(grad, t).plus(after)
+        d_gates = _put(d_gates, g.times(h.conj()), t)
+        return _at(gates, t).conj().times(g), _put(d_inputs, g, t), d_gates
+
+    room = _room(grad, grad), _room(grad, gates)
+    d_initial, d_inputs, d_gates = jax.lax.fori_loop(0, T, step, (initial.map(jnp.zeros_like), *room))
+    return d_gates, d_inputs, d_initial
+
+
+def _gradients_as_trees(gates: Pair, states: Pair, initial: Pair, grad: Pair, reverse: bool) -> tuple[Pair, ...]:
+    """The same in a logarithm of T rounds."""
+    first, last = (-1, 0) if reverse else (0, -1)
+    # The scan the other way round; nothing comes after its first step, whatever the gate there.
+    later = gates.map(lambda x: _shifted(x, x[:, last], not reverse)).conj()
+    g = _as_a_tree(later, grad, initial.map(jnp.zeros_like), not reverse)
+    before = [None if h is None or h0 is None else _shifted(h, h0, reverse) for h, h0 in zip(states, initial, strict=True)]
+    d_initial = gates.map(lambda x: x[:, first]).conj().times(g.map(lambda x: x[:, first]))
+    return g.times(Pair(*before).conj()), g, d_initial  # type: ignore[arg-type]
+
+
+def _shifted(x: Array, first: Array, reverse: bool) -> Array:
+    """x (B, T, ...) one step later in the order of the scan, `first` (B, ...) coming in."""
+    edge = jnp.expand_dims(first, 1)
+    return jnp.concatenate([x[:, 1:], edge] if reverse else [edge, x[:, :-1]], 1)
+
+
+def _where(condition: Array, new: Pair, old: Pair) -> Pair:
+    parts = (None if x is None or y is None else jnp.where(condition, x, y) for x, y in zip(new, old, strict=True))
+    return Pair(*parts)  # type: ignore[arg-type]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _recurrence(gates: Pair, inputs: Pair, initial: Pair, reverse: bool) -> Pair:
-    return _all_states(gates, inputs, initial, reverse)
+    """All states; they have the parts that `initial` has."""
+    cpu, default = (functools.partial(way, reverse=reverse) for way in (_step_by_step, _as_a_tree))
+    states: Pair = jax.lax.platform_dependent(gates, inputs, initial, cpu=cpu, default=default)
+    return states
 
 
-def _forward(gates: Pair, inputs: Pair, initial: Pair, reverse: bool) -> tuple[Pair, tuple[Pair, Pair, Pair]]:
-    states = _all_states(gates, inputs, initial, reverse)
-    return states, (gates, states, initial)
+def _forward(gates: Pair, inputs: Pair, initial: Pair, reverse: bool) -> tuple[Pair, tuple[Any, ...]]:
+    states = _recurrence(gates, inputs, initial, reverse)
+    # For the form alone: whether there was an imaginary part.
+    return states, (gates, states, initial, inputs.im is None)
 
 
-def _backward(reverse: bool, kept: tuple[Pair, Pair, Pair], grad: Pair) -> tuple[Pair, Pair, Pair]:
-    """g[t] = dh[t] + conj(a[t+1]) g[t+1]; da[t] = g[t] conj(h[t-1]); dx = g; dh0 = conj(a[1]) g[1]."""
-    gates, states, initial = kept
-    first, last = (-1, 0) if reverse else (0, -1)
-    # The scan the other way round; nothing comes after its first step, whatever the gate there.
-    later = gates.map(lambda x: shifted(x, x[:, last], not reverse)).conj()
-    g = _all_states(later, grad, grad.map(lambda x: jnp.zeros_like(x[:, 0])), not reverse)
-    before = Pair(*(None if h is None else shifted(h, h0, reverse) for h, h0 in zip(states, initial, strict=True)))  # type: ignore[arg-type]
-    d_gates = g.times(before.conj())
-    d_initial = gates.map(lambda x: x[:, first]).conj().times(g.map(lambda x: x[:, first]))
-    return Pair(d_gates.re, None if gates.im is None else d_gates.im), g, d_initial
+def _backward(reverse: bool, kept: tuple[Any, ...], grad: Pair) -> tuple[Pair, Pair, Pair]:
+    gates, states, initial, real_inputs = kept
+    ways = (_gradients_step_by_step, _gradients_as_trees)
+    cpu, default = (functools.partial(_fitting, way, reverse) for way in ways)
+    d_gates, d_inputs, d_initial = jax.lax.platform_dependent(gates, states, initial, grad, cpu=cpu, default=default)
+    return d_gates, Pair(d_inputs.re) if real_inputs else d_inputs, d_initial
+
+
+def _fitting(
+    way: Callable[..., tuple[Pair, ...]], reverse: bool, gates: Pair, states: Pair, initial: Pair, grad: Pair
+) -> tuple[Pair, ...]:
+    """The gradient of real gates is real."""
+    d_gates, d_inputs, d_initial = way(gates, states, initial, grad, reverse)
+    return Pair(d_gates.re, None if gates.im is None else d_gates.im), d_inputs, d_initial
 
 
 _recurrence.defvjp(_forward, _backward)
-
-
-def shifted(x: Array, first: Array, reverse: bool) -> Array:
-    """x (B, T, ...) one step later in the order of the scan, `first` (B, ...) coming in."""
-    edge = jnp.expand_dims(first, 1)
-    return jnp.concatenate([x[:, 1:], edge] if reverse else [edge, x[:, :-1]], 1)
 
 
 def recurrence(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool = False) -> Pair:
@@ -99,10 +141,10 @@ def recurrence(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool = 
         initial: h before the first step (B, D); zero when None.
         reverse: from the last step to the first.
     """
-    start = inputs.map(lambda x: jnp.zeros(x.shape[:1] + x.shape[2:], x.dtype)) if initial is None else initial
+    start = Pair(jnp.zeros((inputs.re.shape[0], inputs.re.shape[2]), inputs.re.dtype)) if initial is None else initial
     if any(pair.im is not None for pair in (gates, inputs, start)):
-        inputs, start = inputs.as_complex(), start.as_complex()
+        start = start.as_complex()
     if not inputs.re.size:
-        return inputs
+        return _room(inputs, start)
     gates, inputs, start = alike(gates, inputs, start)
     return _recurrence(gates, inputs, start, reverse)
