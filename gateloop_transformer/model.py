@@ -9,34 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gateloop_transformer.arguments import check_fraction, check_start, parse_pattern
 from gateloop_transformer.generation import generate, stream
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
-from gateloop_transformer.layers.gate_looped import GateLoopedAttention, check_fraction, check_start
+from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.state import TransformerState
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gates import check_gate
 from gateloop_transformer.ops.layout import Layout, read_layout
-
-
-def parse_pattern(pattern: str, depth: int) -> list[str]:
-    """The mixer of each layer: the words of `pattern` ("gate", "attention"), repeated up to `depth`.
-
-    Raises:
-        ValueError: the pattern is empty or has another word.
-
-    >>> parse_pattern("gate gate attention", 4)
-    ['gate', 'gate', 'attention', 'gate']
-    """
-    words = pattern.split()
-    unknown = sorted(set(words) - {"gate", "attention"})
-    if not words or unknown:
-        raise ValueError(
-            f"layer_pattern must be words 'gate' and 'attention', for example 'gate gate attention', not {pattern!r}"
-        )
-    return [words[n % len(words)] for n in range(depth)]
 
 
 class Transformer(nn.Module):

@@ -13,7 +13,7 @@ from cases import assert_equal
 from torch import Tensor
 
 from gateloop_transformer import CausalFullAttention, GateLoopedAttention, Transformer
-from gateloop_transformer.model import parse_pattern
+from gateloop_transformer.arguments import parse_pattern
 
 
 def build(**options: Any) -> Transformer:

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from gateloop_transformer.arguments import parse_pattern
 from gateloop_transformer.configuration import TransformerConfig
-from gateloop_transformer.model import parse_pattern
 from gateloop_transformer.training.config import FOREIGN, FORMAT, IDENTITY, RunConfig, read_flat
 
 _OWN = {item.name for item in dataclasses.fields(TransformerConfig)}

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gateloop_transformer.arguments import check_fraction
 from gateloop_transformer.jax.checks import Layout
 from gateloop_transformer.jax.gates import polar, scale_gradient
-from gateloop_transformer.jax.layers import check_fraction, check_input
+from gateloop_transformer.jax.layers import check_input
 from gateloop_transformer.jax.ops import gate_loop
 from gateloop_transformer.jax.pairs import Array, Pair, compute_dtype
 from gateloop_transformer.jax.parts import Params, linear, new_linear, rms_norm
@@ -268,8 +269,8 @@ class CausalFullAttention:
         past = state.keys.shape[2]
         if self.window is None or past < self.window:
             return state
-        parts = (part[:, :, max(part.shape[2] - self.window + 1, 0) :] for part in state[:3])
-        return AttentionState(*parts, state.seen)
+        start = max(past - self.window + 1, 0)
+        return state.map_steps(lambda part: part[:, :, max(part.shape[2] - past + start, 0) :])
 
     def _project(self, params: Params, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries (scaled), keys and values (B, heads, T, dim_head)."""
@@ -291,9 +292,7 @@ class CausalFullAttention:
         real, imaginary = z[..., 0], z[..., 1]
         return Pair(*polar(real, jnp.zeros_like(imaginary) if ablate_complex else imaginary))
 
-    def _channel_gates(
-        self, params: Params, x: Array, q: Array, k: Array, ablate_complex: bool
-    ) -> tuple[Array, Array]:
+    def _channel_gates(self, params: Params, x: Array, q: Array, k: Array, ablate_complex: bool) -> tuple[Array, Array]:
         """As released: q times the real part of the product of gates over channel pairs, k by its inverse.
 
         Both in float32 or better: the inverse reaches 1e10.
@@ -314,7 +313,9 @@ class CausalFullAttention:
         if ablate_state_transition:
             ones = jnp.ones((*x.shape[:2], self.heads, self.dim_head), compute_dtype(x.dtype))
             return ones, jnp.zeros_like(ones)
-        real, imaginary = (jnp.repeat(part, 2, -1) for part in self._gates(params, x, ablate_complex) if part is not None)
+        real, imaginary = (
+            jnp.repeat(part, 2, -1) for part in self._gates(params, x, ablate_complex) if part is not None
+        )
         return real, imaginary
 
     def _gated_scores(

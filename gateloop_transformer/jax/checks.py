@@ -96,7 +96,7 @@ class Layout:
     @property
     def states(self) -> int:
         """How many initial and final states there are."""
-        return self.rows if self.packed is None else self.packed.count
+        return self.rows if self.packed is None else self.packed.number
 
     @property
     def letter(self) -> str:

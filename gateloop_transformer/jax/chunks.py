@@ -7,7 +7,8 @@ are those of docs/math.md; products of gates are never divided, so gates of 0 an
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ class Packed(NamedTuple):
     bounds: Array
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """N."""
         return self.bounds.shape[0] - 1
 
@@ -52,12 +53,12 @@ def decay_products(gates: Pair) -> Pair:
         low, high = D.map(lambda x: x[..., 0::2, :, :]), D.map(lambda x: x[..., 1::2, :, :])
         prefix = gates.map(lambda x, size=size: x[..., size :: 2 * size, None]).times(high.map(lambda x: x[..., :, 0]))  # type: ignore[misc]
         corner = prefix.map(lambda x: x[..., None]).times(low.map(lambda x: x[..., -1:, :]))
-        parts = [
-            None if lo is None else jnp.block([[lo, jnp.zeros_like(lo)], [co, hi]])
-            for lo, co, hi in zip(low, corner, high, strict=True)
-        ]
-        D, size = Pair(*parts), 2 * size  # type: ignore[arg-type]
+        D, size = Pair.of_parts(_grown, low, corner, high), 2 * size
     return D.map(lambda x: x[..., 0, :, :])
+
+
+def _grown(low: Array, corner: Array, high: Array) -> Array:
+    return jnp.block([[low, jnp.zeros_like(low)], [corner, high]])
 
 
 def _turned(x: Array) -> Array:
@@ -119,11 +120,11 @@ def chunked_loop(
     queries, keys, values, gates, initial = alike(queries, keys, values, gates, initial)
     T, K, V = queries.shape[1], queries.shape[-1], values.shape[-1]
     C = chunk_length(K, V, gates.re.shape[-1] > 1)
-    # Real gates turn no phase: both parts of a state are decayed alike, only the real one is added to and read.
     slots, length = (None, -(-T // C) * C) if packed is None else _slots(packed, T, C)
     cut = functools.partial(_cut, C=C, slots=slots, length=length)
     a = Pair(cut(gates.re, fill=1.0), None if gates.im is None else cut(gates.im, fill=0.0)).map(_turned)
-    parts = _Part(*(cut(x, fill=0.0) for x in (queries, keys, values)), a)
+    q, k, v = (cut(x, fill=0.0) for x in (queries, keys, values))
+    parts = _Part(q, k, v, a)
     step = jax.checkpoint(_chunk)
     with jax.default_matmul_precision("highest"):
         if packed is None:
@@ -139,29 +140,26 @@ def _slots(packed: Packed, T: int, C: int) -> tuple[Array, int]:
     chunks = -(-packed.lengths() // C)
     begin = (jnp.cumsum(chunks) - chunks) * C
     slots = begin[document] + jnp.arange(T) - packed.bounds[document]
-    return slots, (T // C + packed.count) * C
+    return slots, (T // C + packed.number) * C
 
 
-def _documents(step: object, initial: Pair, parts: _Part, packed: Packed, C: int) -> tuple[Array, Pair]:
+def _documents(step: Callable[..., Any], initial: Pair, parts: _Part, packed: Packed, C: int) -> tuple[Array, Pair]:
     """Chunks one after the other, each document from its own state; the state after each is looked up at its end."""
     chunks = -(-packed.lengths() // C)
     ends = jnp.cumsum(chunks)
     numbers = jnp.arange(parts.q.shape[0])
-    document = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), packed.count - 1)
+    document = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), packed.number - 1)
     begins = numbers == (ends - chunks)[document]
 
     def run(state: Pair, part: tuple[_Part, Array, Array]) -> tuple[Pair, tuple[Array, Pair]]:
         chunk, document, begins = part
         own = initial.map(lambda x: jax.lax.dynamic_slice_in_dim(x, document, 1))
-        state = Pair(*(None if s is None else jnp.where(begins, o, s) for s, o in zip(state, own, strict=True)))  # type: ignore[arg-type]
-        state, y = step(state, chunk)  # type: ignore[operator]
+        state = own.where(begins, state)
+        state, y = step(state, chunk)
         return state, (y, state)
 
     first = initial.map(lambda x: jnp.zeros_like(x[:1]))
     _, (y, after) = jax.lax.scan(run, first, (parts, document, begins))
     there = (chunks > 0)[:, None, None, None]
     last = jnp.maximum(ends - 1, 0)
-    final = [
-        None if x is None else jnp.where(there, x[last, 0], start) for x, start in zip(after, initial, strict=True)
-    ]
-    return y, Pair(*final)  # type: ignore[arg-type]
+    return y, Pair.of_parts(lambda x, start: jnp.where(there, x[last, 0], start), after, initial)

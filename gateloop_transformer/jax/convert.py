@@ -1,4 +1,4 @@
-"""Parameters to and from safetensors and the folders that the torch side reads and writes. To the bit, without torch."""
+"""Parameters to and from safetensors and the folders that the torch side reads and writes: to the bit, no torch."""
 
 from __future__ import annotations
 

@@ -114,8 +114,7 @@ def _with_room(model: Transformer, state: TransformerState, count: int) -> Trans
             return layer
         past = layer.keys.shape[2]
         more = count if model.attn_window is None else min(count, model.attn_window - 1 - past)
-        parts = (jnp.pad(x, ((0, 0), (0, 0), (more if x.shape[2] else 0, 0), (0, 0))) for x in layer[:3])
-        return AttentionState(*parts, layer.seen)
+        return layer.map_steps(lambda x: jnp.pad(x, ((0, 0), (0, 0), (more if x.shape[2] else 0, 0), (0, 0))))
 
     return TransformerState(tuple(room(layer) for layer in state.layers))
 
@@ -125,8 +124,8 @@ def _of_one_size(before: TransformerState, after: TransformerState) -> Transform
 
     def crop(old: Any, new: Any) -> Any:
         if isinstance(new, AttentionState):
-            parts = (y[:, :, y.shape[2] - x.shape[2] :] for x, y in zip(old[:3], new[:3], strict=True))
-            new = AttentionState(*parts, new.seen)
+            more = new.keys.shape[2] - old.keys.shape[2]
+            new = new.map_steps(lambda x: x[:, :, more if x.shape[2] else 0 :])
         return jax.tree.map(lambda x, y: y.astype(x.dtype), old, new)
 
     return TransformerState(tuple(crop(*pair) for pair in zip(before.layers, after.layers, strict=True)))

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from gateloop_transformer.arguments import check_fraction, check_start
 from gateloop_transformer.jax.checks import Layout, array
 from gateloop_transformer.jax.gates import check_gate, head_gates, ring_start
 from gateloop_transformer.jax.ops import channel_gate_loop, gate_loop, simple_gate_loop
@@ -52,30 +53,6 @@ def check_input(layer: str, x: Any, dim: int) -> Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{layer}: input must be floating point, not {x.dtype}")
     return x
-
-
-def check_fraction(layer: str, name: str, fraction: float) -> None:
-    """A factor on a gradient is a finite number.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not math.isfinite(fraction):
-        raise ValueError(f"{layer}: {name} must be finite, not {fraction}")
-
-
-def check_start(layer: str, gate: str, spread_start: bool | None, fixed_gates: bool) -> None:
-    """A start or an independence of the data that is asked for is one that this kind of gate can have.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if spread_start and gate == "polar":
-        raise ValueError(f"{layer}: spread_start needs gate 'ring' or 'paper': memories of 'polar' gates are 2 or more")
-    if fixed_gates and gate != "ring":
-        raise ValueError(f"{layer}: fixed_gates needs gate 'ring', not {gate!r}")
-    if fixed_gates and spread_start is False:
-        raise ValueError(f"{layer}: fixed_gates need a spread start, as nothing else sets the memories apart")
 
 
 @dataclass(frozen=True)
@@ -188,7 +165,9 @@ class GateLoopedAttention:
             params["conv"] = new_convolution(next(keys), self.dim, self.conv_size, self.conv_silu)
         params["to_qkv"] = new_linear(next(keys), self.dim, 3 * self.inner, bias=self.qkv_bias)
         if self.qkv_bias:
-            params["to_qkv"]["bias"] = (jnp.arange(3 * self.inner) < 2 * self.inner).astype(params["to_qkv"]["weight"].dtype)
+            params["to_qkv"]["bias"] = (jnp.arange(3 * self.inner) < 2 * self.inner).astype(
+                params["to_qkv"]["weight"].dtype
+            )
         if not self.fixed_gates:
             params["to_a"] = {"0": new_linear(next(keys), self.dim, 2 * self.count, bias=self.gate != "ring")}
         if self.gate == "ring":
@@ -266,9 +245,7 @@ class GateLoopedAttention:
             y, final = self._channels(params, x, mixed, state, marks)
             real, imaginary = (part[..., None, None] for part in final)
         else:
-            y, (real, imaginary) = self._heads(
-                params, mixed, state, marks, ablate_complex, ablate_state_transition
-            )
+            y, (real, imaginary) = self._heads(params, mixed, state, marks, ablate_complex, ablate_state_transition)
             y = self._output(params, x, y)
         return (y, GateLoopState(real, imaginary, past)) if return_state else y
 

@@ -1,4 +1,4 @@
-"""Transformer: token embedding, depth × (time mixer, feed-forward), logits, as a description with `init` and `apply`."""
+"""Transformer: token embedding, depth × (time mixer, feed-forward), logits: a description, its `init` and `apply`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gateloop_transformer.arguments import check_fraction, check_start, parse_pattern
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.jax.attention import CausalFullAttention
 from gateloop_transformer.jax.checks import Layout, array
 from gateloop_transformer.jax.gates import check_gate
-from gateloop_transformer.jax.layers import GateLoopedAttention, check_fraction, check_start
+from gateloop_transformer.jax.layers import GateLoopedAttention
 from gateloop_transformer.jax.pairs import Array
 from gateloop_transformer.jax.parts import Params, layer_norm, linear, new_layer_norm, new_linear, rms_norm
 from gateloop_transformer.jax.states import TransformerState
-
-
-def parse_pattern(pattern: str, depth: int) -> list[str]:
-    """The mixer of each layer: the words of `pattern` ("gate", "attention"), repeated up to `depth`.
-
-    Raises:
-        ValueError: the pattern is empty or has another word.
-    """
-    words = pattern.split()
-    if not words or set(words) - {"gate", "attention"}:
-        raise ValueError(
-            f"layer_pattern must be words 'gate' and 'attention', for example 'gate gate attention', not {pattern!r}"
-        )
-    return [words[n % len(words)] for n in range(depth)]
 
 
 @dataclass(frozen=True)
@@ -118,8 +105,10 @@ class Transformer:
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
-        names = ("dim", "num_tokens", "depth", "dim_head", "heads")
-        names += ("gate_loop_heads", "dim_gate_looped_attn", "attn_window")
+        names = (
+            *("dim", "num_tokens", "depth", "dim_head", "heads"),
+            *("gate_loop_heads", "dim_gate_looped_attn", "attn_window"),
+        )
         sizes = {name: getattr(self, name) for name in names}
         wrong = [f"{name}={size}" for name, size in sizes.items() if size is not None and size < 1]
         if wrong:
@@ -267,6 +256,7 @@ class Transformer:
             "resets": resets,
             "cu_seqlens": cu_seqlens,
             "axis_name": axis_name,
+            "return_state": return_state,
         }
         weight = params["token_emb"]["weight"]
         x = (weight if dtype is None else weight.astype(dtype))[ids]
@@ -275,11 +265,8 @@ class Transformer:
         for n, mixer in enumerate(self.mixers):
             block = params["layers"][str(n)]
             past = None if state is None else state.layers[n]
-            y, new = mixer.apply(
-                block["0"]["fn"], self._before(block["0"], x), past, return_state=True, **options
-            ) if return_state else (
-                mixer.apply(block["0"]["fn"], self._before(block["0"], x), past, **options), None
-            )
+            mixed = mixer.apply(block["0"]["fn"], self._before(block["0"], x), past, **options)
+            y, new = mixed if return_state else (mixed, None)
             states.append(new)
             x = self._after(block["0"], x, y, keys[2 * n])
             if self.ff_mult:

@@ -3,7 +3,7 @@
     model = modules.Transformer(128, num_tokens=256, depth=4, key=jax.random.key(0))
     logits = model(ids)
 
-`model.description` and `model.params` are what the functions take; so `eqx.filter_grad`, `optax` and `eqx.tree_at` work.
+`model.description` and `model.params` are what the functions take; `eqx.filter_grad` and `eqx.tree_at` work on them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gateloop_transformer.jax.parts import Params
 __all__ = ["CausalFullAttention", "GateLoopedAttention", "Module", "SimpleGateLoopLayer", "Transformer"]
 
 
-class Module(eqx.Module):  # type: ignore[misc]
+class Module(eqx.Module):
     """Any description with its parameters.
 
     Args:

@@ -45,7 +45,8 @@ def linear_scan(
         cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n being
             steps cu_seqlens[n] to cu_seqlens[n + 1]; each is computed as if alone, `initial` holds one state for each.
             Under `jit` they are not checked.
-        axis_name: inside of `jax.shard_map`: T is sharded along this axis of the mesh, `initial` is the same everywhere.
+        axis_name: inside of `jax.shard_map`: T is sharded along this axis of the mesh; `initial` is the same everywhere
+            and cu_seqlens is None.
 
     Returns:
         All states (B, T, D): complex if any argument is, in the precision that gates and inputs promote to.
@@ -109,7 +110,7 @@ def _scan_documents(
 ) -> tuple[Pair, Pair]:
     """Each document begins with a gate of 0, its own state coming in with its first input."""
     T = inputs.re.shape[1]
-    zeros = inputs.map(lambda x: jnp.zeros((packed.count, x.shape[2]), x.dtype))
+    zeros = inputs.map(lambda x: jnp.zeros((packed.number, x.shape[2]), x.dtype))
     start = zeros if initial is None else initial
     if any(pair.im is not None for pair in (gates, inputs, start)):
         inputs, start = inputs.as_complex(), start.as_complex()
@@ -121,14 +122,11 @@ def _scan_documents(
     # An empty document has no step: what is written to step T is dropped.
     into = jnp.where(there, first, T)
     carried = gates.map(lambda a: a[0, jnp.minimum(into, T - 1)]).times(start)
-    x = Pair(*(None if p is None else p.at[0, into].add(c, mode="drop") for p, c in zip(inputs, carried, strict=True)))  # type: ignore[arg-type]
+    x = Pair.of_parts(lambda part, c: part.at[0, into].add(c, mode="drop"), inputs, carried)
     a = gates.map(lambda part: part.at[0, into].set(0, mode="drop"))
     states = recurrence(a, x, None, reverse)
-    kept = (
-        None if h is None else jnp.where(there[:, None], h[0, jnp.maximum(last, 0)], h0)
-        for h, h0 in zip(states, start, strict=True)
-    )
-    return states, Pair(*kept)  # type: ignore[arg-type]
+    kept = Pair.of_parts(lambda h, h0: jnp.where(there[:, None], h[0, jnp.maximum(last, 0)], h0), states, start)
+    return states, kept
 
 
 @overload
@@ -215,14 +213,10 @@ def gate_loop(
     a, start = _pair("gates", gates), None if initial is None else _pair("initial", initial)
     layout = _check_loop(q, k, v, a, start, resets, cu_seqlens)
     dtype = compute_dtype(q.dtype, a.re.dtype)
-    y, final = _loop(
-        *(x.astype(dtype) for x in (q, k, v)),
-        layout.cleared(a.map(lambda x: x.astype(dtype))),
-        None if start is None else start.map(lambda x: x.astype(dtype)),
-        reverse,
-        layout.packed,
-        axis_name,
-    )
+    marked = layout.cleared(a.map(lambda x: x.astype(dtype)))
+    before = None if start is None else start.map(lambda x: x.astype(dtype))
+    wide = [x.astype(dtype) for x in (q, k, v)]
+    y, final = _loop(wide[0], wide[1], wide[2], marked, before, reverse, layout.packed, axis_name)
     y = y.astype(q.dtype)
     if isinstance(gates, tuple):
         final = final.as_complex()
@@ -294,7 +288,7 @@ def _loop(
             return split(jnp.prod(gates.join(), axis=1)).map(lambda x: x.reshape(B, H, -1, 1))
 
         return over_axis(axis_name, run, product, start, reverse)
-    start = _zero_state(B if packed is None else packed.count, H, K, V, gates, initial)
+    start = _zero_state(B if packed is None else packed.number, H, K, V, gates, initial)
     if not q.size or not v.size:
         return jnp.zeros((B, T, H, V), q.dtype), start
     if K == V == 1:

@@ -39,6 +39,17 @@ class Pair(NamedTuple):
         """The complex conjugate."""
         return Pair(self.re, None if self.im is None else -self.im)
 
+    @staticmethod
+    def of_parts(function: Callable[..., Array], *pairs: Pair) -> Pair:
+        """`function` of the real parts, and of the imaginary parts where all have one."""
+        imaginary = [pair.im for pair in pairs]
+        im = None if any(part is None for part in imaginary) else function(*imaginary)
+        return Pair(function(*(pair.re for pair in pairs)), im)
+
+    def where(self, condition: Array, other: Pair) -> Pair:
+        """Its numbers where `condition` holds, elsewhere those of `other`."""
+        return Pair.of_parts(lambda x, y: jnp.where(condition, x, y), self, other)
+
     def as_complex(self) -> Pair:
         """With an imaginary part, 0 where there was none."""
         return self if self.im is not None else Pair(self.re, jnp.zeros_like(self.re))
@@ -69,14 +80,15 @@ def _varying(x: Array) -> frozenset[str]:
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:
-    """All arrays marked as differing between devices where one of them does: a loop carries only what is of one kind."""
+    """All arrays marked as differing between devices where one of them does: a loop carries what is of one kind."""
     axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(trees)))
 
     def mark(x: Array) -> Array:
         missing = tuple(sorted(axes - _varying(x)))
         if not missing:
             return x
-        marked: Array = jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
-        return marked
+        # Before JAX 0.8 it had another name.
+        convert: Any = getattr(jax.lax, "pcast", None)
+        return convert(x, missing, to="varying") if convert else getattr(jax.lax, "pvary")(x, missing)  # noqa: B009
 
     return tuple(jax.tree.map(mark, tree) for tree in trees)

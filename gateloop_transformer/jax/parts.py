@@ -1,10 +1,11 @@
-"""What layers are made of, as functions of their parameters: linear maps, norms, the short convolution, and their start.
+"""What layers are made of, as functions of their parameters: linear maps, norms, the short convolution.
 
 Parameters are trees of dictionaries, keyed as torch names them: joined by dots they are the names in model.safetensors.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gateloop_transformer.jax.checks import Layout
-from gateloop_transformer.jax.pairs import Array, compute_dtype
+from gateloop_transformer.jax.pairs import Array, alike, compute_dtype
 from gateloop_transformer.jax.sharding import from_device, inputs_before
 
 Params = dict[str, Any]
@@ -121,16 +122,43 @@ def convolution(
 
 def _filter(weight: Array, inputs: Array, segment: Array | None) -> Array:
     """Outputs from the taps-th input on; with `segment` (B, L), of inputs of one segment each."""
+    return _taps(*alike(weight, inputs), segment)
+
+
+@jax.custom_vjp
+def _taps(weight: Array, inputs: Array, segment: Array | None) -> Array:
+    parts = (_seen(inputs, segment, tap, weight.shape[1]) * weight[:, tap] for tap in range(weight.shape[1]))
+    return functools.reduce(jnp.add, parts)
+
+
+def _seen(x: Array, segment: Array | None, tap: int, taps: int) -> Array:
+    """What each output sees of x (B, L, D) at a tap."""
+    T = x.shape[1] - taps + 1
+    part = x[:, tap : tap + T]
+    return part if segment is None else _within(part, segment, tap, taps)
+
+
+def _within(part: Array, segment: Array, tap: int, taps: int) -> Array:
+    same = segment[:, tap : tap + part.shape[1]] == segment[:, taps - 1 :]
+    return jnp.where(same[..., None], part, 0)
+
+
+def _taps_backward(kept: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, None]:
+    """Written out: what JAX derives sums over time with a stride, six times slower on a CPU."""
+    weight, inputs, segment = kept
     taps = weight.shape[1]
-    T = inputs.shape[1] - taps + 1
-    y = inputs[:, taps - 1 :] * weight[:, -1]
-    for tap in range(taps - 1):
-        part = inputs[:, tap : tap + T] * weight[:, tap]
-        if segment is not None:
-            same = segment[:, tap : tap + T] == segment[:, taps - 1 :]
-            part = jnp.where(same[..., None], part, 0)
-        y = y + part
-    return y
+    wide = compute_dtype(dy.dtype)
+    sums = [(_seen(inputs, segment, tap, taps) * dy).astype(wide).sum((0, 1)) for tap in range(taps)]
+    parts = []
+    for tap in range(taps):
+        part = dy if segment is None else _within(dy, segment, tap, taps)
+        parts.append(jnp.pad(part * weight[:, tap], ((0, 0), (tap, taps - 1 - tap), (0, 0))))
+    return jnp.stack(sums, -1).astype(weight.dtype), functools.reduce(jnp.add, parts), None
+
+
+_taps.defvjp(
+    lambda weight, inputs, segment: (_taps(weight, inputs, segment), (weight, inputs, segment)), _taps_backward
+)
 
 
 def _rows(weight: Array, x: Array, past: Array, resets: Array | None) -> tuple[Array, Array]:

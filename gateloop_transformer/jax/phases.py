@@ -1,4 +1,4 @@
-"""Cosine and sine together. XLA calls a library for each number on a CPU; polynomials are vectorised, six times faster."""
+"""Cosine and sine together. On a CPU XLA calls a library for each number; polynomials are vectorised and faster."""
 
 from __future__ import annotations
 

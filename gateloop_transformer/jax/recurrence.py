@@ -21,11 +21,7 @@ def _at(pair: Pair, t: Array) -> Pair:
 
 def _put(pair: Pair, value: Pair, t: Array) -> Pair:
     """`value` as step t of `pair`, of which it may have fewer parts; inside of a loop it is written in place."""
-    parts = [
-        None if x is None or y is None else jax.lax.dynamic_update_index_in_dim(x, y, t, 1)
-        for x, y in zip(pair, value, strict=True)
-    ]
-    return Pair(*parts)  # type: ignore[arg-type]
+    return Pair.of_parts(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, t, 1), pair, value)
 
 
 def _room(inputs: Pair, like: Pair) -> Pair:
@@ -50,13 +46,12 @@ def _as_a_tree(gates: Pair, inputs: Pair, initial: Pair, reverse: bool) -> Pair:
     first = -1 if reverse else 0
     carried = gates.map(lambda x: x[:, first]).times(initial)
     whole = inputs if initial.im is None else inputs.as_complex()
-    x = [None if x is None or c is None else x.at[:, first].add(c) for x, c in zip(whole, carried, strict=True)]
+    x = Pair.of_parts(lambda x, c: x.at[:, first].add(c), whole, carried)
 
     def combine(early: tuple[Pair, Pair], late: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
         return early[0].times(late[0]), late[0].times(early[1]).plus(late[1])
 
-    pairs = gates, Pair(*x)  # type: ignore[arg-type]
-    states: Pair = jax.lax.associative_scan(combine, pairs, reverse=reverse, axis=1)[1]
+    states: Pair = jax.lax.associative_scan(combine, (gates, x), reverse=reverse, axis=1)[1]
     return states
 
 
@@ -67,7 +62,7 @@ def _gradients_step_by_step(gates: Pair, states: Pair, initial: Pair, grad: Pair
     def step(n: Array, carried: tuple[Pair, Pair, Pair]) -> tuple[Pair, Pair, Pair]:
         after, d_inputs, d_gates = carried
         t, before = (n, jnp.minimum(n + 1, T - 1)) if reverse else (T - 1 - n, jnp.maximum(T - 2 - n, 0))
-        h = _where(n == T - 1, initial, _at(states, before))
+        h = initial.where(n == T - 1, _at(states, before))
         g = _at(grad, t).plus(after)
         d_gates = _put(d_gates, g.times(h.conj()), t)
         return _at(gates, t).conj().times(g), _put(d_inputs, g, t), d_gates
@@ -83,20 +78,15 @@ def _gradients_as_trees(gates: Pair, states: Pair, initial: Pair, grad: Pair, re
     # The scan the other way round; nothing comes after its first step, whatever the gate there.
     later = gates.map(lambda x: _shifted(x, x[:, last], not reverse)).conj()
     g = _as_a_tree(later, grad, initial.map(jnp.zeros_like), not reverse)
-    before = [None if h is None or h0 is None else _shifted(h, h0, reverse) for h, h0 in zip(states, initial, strict=True)]
+    before = Pair.of_parts(lambda h, h0: _shifted(h, h0, reverse), states, initial)
     d_initial = gates.map(lambda x: x[:, first]).conj().times(g.map(lambda x: x[:, first]))
-    return g.times(Pair(*before).conj()), g, d_initial  # type: ignore[arg-type]
+    return g.times(before.conj()), g, d_initial
 
 
 def _shifted(x: Array, first: Array, reverse: bool) -> Array:
     """x (B, T, ...) one step later in the order of the scan, `first` (B, ...) coming in."""
     edge = jnp.expand_dims(first, 1)
     return jnp.concatenate([x[:, 1:], edge] if reverse else [edge, x[:, :-1]], 1)
-
-
-def _where(condition: Array, new: Pair, old: Pair) -> Pair:
-    parts = (None if x is None or y is None else jnp.where(condition, x, y) for x, y in zip(new, old, strict=True))
-    return Pair(*parts)  # type: ignore[arg-type]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

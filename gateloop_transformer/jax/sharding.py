@@ -37,7 +37,7 @@ def over_axis(
     state = zero if initial is None else _with_parts(zero, initial)
     before = state
     for n in range(size)[:: -1 if reverse else 1]:
-        before = _where(place == n, state, before)
+        before = state.where(place == n, before)
         state = _at(wholes, n).times(state).plus(_at(ends, n))
     y, _ = run(before)
     return y, state.map(lambda x: from_device(axis_name, 0, x))
@@ -55,12 +55,6 @@ def _at(pair: Pair, n: int) -> Pair:
 
 def _with_parts(like: Pair, initial: Pair) -> Pair:
     return initial if like.im is None else initial.as_complex()
-
-
-def _where(condition: Array, new: Pair, old: Pair) -> Pair:
-    if new.im is None or old.im is None:
-        return Pair(jnp.where(condition, new.re, old.re))
-    return Pair(jnp.where(condition, new.re, old.re), jnp.where(condition, new.im, old.im))
 
 
 def inputs_before(axis_name: str, x: Array, count: int, reverse: bool) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gateloop_transformer.jax.pairs import Array
@@ -37,6 +38,10 @@ class AttentionState(NamedTuple):
     keys_imaginary: Array
     values: Array
     seen: Array
+
+    def map_steps(self, function: Callable[[Array], Array]) -> AttentionState:
+        """`function` applied to what holds a step in each place of its third dimension."""
+        return AttentionState(function(self.keys), function(self.keys_imaginary), function(self.values), self.seen)
 
 
 class TransformerState(NamedTuple):

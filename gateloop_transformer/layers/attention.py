@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gateloop_transformer.arguments import check_fraction
 from gateloop_transformer.layers.earlier import Earlier
-from gateloop_transformer.layers.gate_looped import check_fraction, check_input
+from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.state import AttentionState, check_state

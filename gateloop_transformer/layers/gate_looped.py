@@ -8,6 +8,7 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor, nn
 
+from gateloop_transformer.arguments import check_fraction, check_start
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.short_conv import ShortConv
@@ -37,30 +38,6 @@ def check_input(layer: str, x: Tensor, dim: int, module: nn.Module) -> None:
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     if x.dtype == torch.float64 and (own := next(module.parameters()).dtype) in narrow:
         raise ValueError(f"{layer}: input is {x.dtype} but the layer {own}: convert one of them")
-
-
-def check_fraction(layer: str, name: str, fraction: float) -> None:
-    """A factor on a gradient is a finite number.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not math.isfinite(fraction):
-        raise ValueError(f"{layer}: {name} must be finite, not {fraction}")
-
-
-def check_start(layer: str, gate: str, spread_start: bool | None, fixed_gates: bool) -> None:
-    """A start or an independence of the data that is asked for is one that this kind of gate can have.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if spread_start and gate == "polar":
-        raise ValueError(f"{layer}: spread_start needs gate 'ring' or 'paper': memories of 'polar' gates are 2 or more")
-    if fixed_gates and gate != "ring":
-        raise ValueError(f"{layer}: fixed_gates needs gate 'ring', not {gate!r}")
-    if fixed_gates and spread_start is False:
-        raise ValueError(f"{layer}: fixed_gates need a spread start, as nothing else sets the memories apart")
 
 
 class GateLoopedAttention(nn.Module):

@@ -1,0 +1,47 @@
+"""What arguments of layers and models must be on either side, torch or JAX. Imports neither."""
+
+from __future__ import annotations
+
+import math
+
+
+def check_fraction(layer: str, name: str, fraction: float) -> None:
+    """A factor on a gradient is a finite number.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not math.isfinite(fraction):
+        raise ValueError(f"{layer}: {name} must be finite, not {fraction}")
+
+
+def check_start(layer: str, gate: str, spread_start: bool | None, fixed_gates: bool) -> None:
+    """A start or an independence of the data that is asked for is one that this kind of gate can have.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if spread_start and gate == "polar":
+        raise ValueError(f"{layer}: spread_start needs gate 'ring' or 'paper': memories of 'polar' gates are 2 or more")
+    if fixed_gates and gate != "ring":
+        raise ValueError(f"{layer}: fixed_gates needs gate 'ring', not {gate!r}")
+    if fixed_gates and spread_start is False:
+        raise ValueError(f"{layer}: fixed_gates need a spread start, as nothing else sets the memories apart")
+
+
+def parse_pattern(pattern: str, depth: int) -> list[str]:
+    """The mixer of each layer: the words of `pattern` ("gate", "attention"), repeated up to `depth`.
+
+    Raises:
+        ValueError: the pattern is empty or has another word.
+
+    >>> parse_pattern("gate gate attention", 4)
+    ['gate', 'gate', 'attention', 'gate']
+    """
+    words = pattern.split()
+    unknown = sorted(set(words) - {"gate", "attention"})
+    if not words or unknown:
+        raise ValueError(
+            f"layer_pattern must be words 'gate' and 'attention', for example 'gate gate attention', not {pattern!r}"
+        )
+    return [words[n % len(words)] for n in range(depth)]
