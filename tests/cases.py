@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,18 @@ INTERPRETED = ("triton",)
 LENGTHS = (1, 2, 63, 129, 1000)
 MAGNITUDES = (0.0, 0.5, 1 - 1e-7)
 PHASES = (0.0, math.pi, -math.pi)
+# Of the gate loop: kinds of gates and sizes that every law runs on, on both sides.
+KINDS = {
+    "real-head": {"is_complex": False, "per_channel": False},
+    "real-channel": {"is_complex": False, "per_channel": True},
+    "complex-head": {"is_complex": True, "per_channel": False},
+    "complex-channel": {"is_complex": True, "per_channel": True},
+}
+# Many heads of a small size have kernels of their own in one backend.
+SIZES = {"K3V5": {"K": 3, "V": 5}, "K1V1": {"K": 1, "V": 1}, "H9K3V5": {"H": 9, "K": 3, "V": 5}}
+# Of the linear scan: real (r) or complex (c) gates, inputs, initial state.
+SCAN_KINDS = ["".join(kinds) for kinds in itertools.product("rc", repeat=3)]
+DIRECTIONS = {"forward": False, "reverse": True}
 PAIRS = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 

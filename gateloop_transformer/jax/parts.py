@@ -90,7 +90,7 @@ def convolution(
     Args:
         params: weight (D, 1, taps).
         x: (B, T, D).
-        past: the taps - 1 inputs before x (B or N, taps - 1, D), in the order of time.
+        past: the taps - 1 inputs before x (B or N, taps - 1, D), in the order of the scan.
         layout: where sequences begin; nothing is seen across.
         silu: y goes through a SiLU.
         reverse: the last step comes first; `past` is then what follows x.
@@ -105,7 +105,7 @@ def convolution(
         past = jnp.where(place == (size - 1 if reverse else 0), past, received)
     resets, bounds = layout.resets, None if layout.packed is None else layout.packed.bounds
     if reverse:
-        x, past = jnp.flip(x, 1), jnp.flip(past, 1)
+        x = jnp.flip(x, 1)
         resets = None if resets is None else jnp.flip(resets, 1)
         if bounds is not None:
             bounds, past = bounds[-1] - bounds[::-1], past[::-1]
@@ -115,7 +115,7 @@ def convolution(
         left = from_device(axis_name, 0 if reverse else jax.lax.axis_size(axis_name) - 1, left)
     y = jax.nn.silu(y) if silu else y
     if reverse:
-        y, left = jnp.flip(y, 1), jnp.flip(left, 1)
+        y = jnp.flip(y, 1)
         left = left[::-1] if bounds is not None else left
     return y, left
 

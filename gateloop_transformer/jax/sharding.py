@@ -58,7 +58,7 @@ def _with_parts(like: Pair, initial: Pair) -> Pair:
 
 
 def inputs_before(axis_name: str, x: Array, count: int, reverse: bool) -> Array:
-    """The last `count` steps of the part before this one (B, count, D), zeros before the first part.
+    """The last `count` steps of the part before this one (B, count, D), in the order of the scan; at the start 0.
 
     Raises:
         ValueError: a part is shorter than that.
@@ -67,6 +67,6 @@ def inputs_before(axis_name: str, x: Array, count: int, reverse: bool) -> Array:
         raise ValueError(f"a part of {x.shape[1]} steps is too short for a convolution that looks back {count}")
     size = jax.lax.axis_size(axis_name)
     order = [(n + 1, n) if reverse else (n, n + 1) for n in range(size - 1)]
-    sent = x[:, :count] if reverse else x[:, x.shape[1] - count :]
+    sent = jnp.flip(x[:, :count], 1) if reverse else x[:, x.shape[1] - count :]
     before: Array = jax.lax.ppermute(sent, axis_name, order)
     return before

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    DIRECTIONS,
     HERE,
     INTERPRETED,
+    KINDS,
     LENGTHS,
+    SIZES,
     Loop,
     assert_equal,
     cast,
@@ -34,14 +37,6 @@ from gateloop_transformer.ops import gate_loop
 from gateloop_transformer.ops.dispatch import TABLE
 from gateloop_transformer.ops.gate_loop import _backward, _forward
 
-KINDS = {
-    "real-head": {"is_complex": False, "per_channel": False},
-    "real-channel": {"is_complex": False, "per_channel": True},
-    "complex-head": {"is_complex": True, "per_channel": False},
-    "complex-channel": {"is_complex": True, "per_channel": True},
-}
-# Many heads of a small size have kernels of their own in one backend.
-SIZES = {"K3V5": {"K": 3, "V": 5}, "K1V1": {"K": 1, "V": 1}, "H9K3V5": {"H": 9, "K": 3, "V": 5}}
 # JAX compiles every shape for seconds: the laws run at one of its shapes, the comparisons below at all.
 EACH = [
     (name, size)
@@ -49,7 +44,6 @@ EACH = [
     for size in SIZES
     if (name, size) != ("jax", "K1V1") and ("H9" not in size or name == "numba")
 ]
-DIRECTIONS = {"forward": False, "reverse": True}
 
 
 def comparisons() -> list[Any]:

@@ -22,6 +22,7 @@ from cases import (
     rms_ratio,
     values_and_gradients,
 )
+from cases import SCAN_KINDS as KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,7 +31,6 @@ from gateloop_transformer.ops import linear_scan
 from gateloop_transformer.ops.linear_scan import _backward, _forward
 
 # Real (r) or complex (c): gates, inputs, initial state.
-KINDS = ["".join(kinds) for kinds in product("rc", repeat=3)]
 
 
 def run(backend: str, reverse: bool = False) -> Callable[..., Any]:
