@@ -217,7 +217,7 @@ def head_gates(
         raise ValueError("head_gates: 'ring' needs a bias (logits, phases), other gates take none")
     floating("head_gates", ("projections",), projections=projections)
     z = scale_gradient(projections, fraction)
-    z = z.astype(compute_dtype(z.dtype)).reshape(*z.shape[:-1], -1, 2)
+    z = z.astype(compute_dtype(z.dtype)).reshape(*z.shape[:-1], z.shape[-1] // 2, 2)
     first, second = z[..., 0], z[..., 1]
     if bias is not None:
         for part in bias:

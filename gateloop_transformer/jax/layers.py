@@ -267,8 +267,7 @@ class GateLoopedAttention:
         fused = self.add_swish_gating and not self.sub_ln
         initial = None
         if state is not None:
-            rows = state.real.shape[0]
-            initial = state.real.reshape(rows, -1), state.imaginary.reshape(rows, -1)
+            initial = state.real[..., 0, 0], state.imaginary[..., 0, 0]
         y, final = channel_gate_loop(
             linear(params["to_qkv"], mixed),
             self._projections(params, mixed),
