@@ -11,9 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+GUIDE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "jax.md").read_text(), re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Those that train or export for long run by `make slow`; tests of what they show run always.
-LONG = ("finetune_with_trainer", "onnx_generate", "train_on_a_task")
+LONG = ("finetune_with_trainer", "jax_train", "onnx_generate", "train_on_a_task")
 FEW_STEPS = {
     "classify_digits": ["--steps", "2"],
     "filter_a_signal": ["--steps", "2", "--window", "64", "--samples", "600", "--plot", "signal.png"],
@@ -29,13 +30,19 @@ def run(code: str | Path, cwd: Path, *arguments: str) -> str:
 
 
 def test_the_readme_has_its_snippets() -> None:
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
 
 
 @pytest.mark.parametrize(
-    "snippet", SNIPPETS, ids=["operator", "layer", "model", "documents", "processes", "huggingface"]
+    "snippet", SNIPPETS, ids=["operator", "layer", "model", "documents", "processes", "huggingface", "jax"]
 )
 def test_snippets_run(snippet: str, tmp_path: Path) -> None:
+    run(snippet, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("snippet", GUIDE, ids=["operators", "models", "devices"])
+def test_snippets_of_the_guide_to_jax_run(snippet: str, tmp_path: Path) -> None:
     run(snippet, tmp_path)
 
 
@@ -45,7 +52,7 @@ def test_snippets_run(snippet: str, tmp_path: Path) -> None:
 )
 def test_examples_run_and_are_short(example: Path, tmp_path: Path) -> None:
     few = FEW_STEPS.get(example.stem, [])
-    assert len(example.read_text().splitlines()) <= (180 if few else 40)
+    assert len(example.read_text().splitlines()) <= (180 if few else 60 if "jax" in example.stem else 40)
     assert run(example, tmp_path, *few)
 
 
