@@ -71,7 +71,7 @@ def rotary(x: Array, positions: Array, freqs: Array) -> Array:
     """
     wide = compute_dtype(x.dtype)
     angles = positions.astype(wide)[..., None] * freqs.astype(wide)
-    pairs = x.astype(wide).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(wide).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd, cos, sin = pairs[..., 0], pairs[..., 1], jnp.cos(angles), jnp.sin(angles)
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
     return turned.reshape(x.shape).astype(x.dtype)

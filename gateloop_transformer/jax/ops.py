@@ -285,7 +285,7 @@ def _loop(
             return _loop(q, k, v, gates, start.map(jnp.zeros_like) if before is None else before, reverse, None)
 
         def product() -> Pair:
-            return split(jnp.prod(gates.join(), axis=1)).map(lambda x: x.reshape(B, H, -1, 1))
+            return split(jnp.prod(gates.join(), axis=1)).map(lambda x: x.reshape(B, H, *x.shape[2:] or (1,), 1))
 
         return over_axis(axis_name, run, product, start, reverse)
     start = _zero_state(B if packed is None else packed.number, H, K, V, gates, initial)
@@ -293,7 +293,7 @@ def _loop(
         return jnp.zeros((B, T, H, V), q.dtype), start
     if K == V == 1:
         flat = gates.map(lambda x: x.reshape(B, T, H))
-        before = start.map(lambda x: x.reshape(-1, H))
+        before = start.map(lambda x: x.reshape(x.shape[:2]))
         states, last = _scan(flat, Pair(k[..., 0] * v[..., 0]), before, reverse, packed)
         return q * states.re[..., None], last.map(lambda x: x[:, :, None, None])
     if reverse:
