@@ -111,6 +111,25 @@ class Layout:
         return gates.map(lambda x: jnp.where(marks, 0, x))
 
 
+def real_pair(
+    operator: str, name: str, value: Any, expected: tuple[int, ...], meaning: str
+) -> tuple[Array, Array] | None:
+    """A tuple of two real arrays of one shape, or None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ValueError(f"{operator}: {name} must be a tuple of two arrays, not {type(value).__name__}")
+    first, second = (array(operator, f"{name}[{n}]", part) for n, part in enumerate(value))
+    for n, part in enumerate((first, second)):
+        same_shape(operator, name, part, expected, meaning)
+        floating(operator, (f"{name}[{n}]",), **{f"{name}[{n}]": part})
+    return first, second
+
+
 def packed_inputs(operator: str, name: str, x: Any) -> Array:
     """Three arrays side by side (B, T, 3·D), real.
 

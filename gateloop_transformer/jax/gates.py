@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gateloop_transformer.jax.checks import array, floating, same_shape
+from gateloop_transformer.jax.checks import array, floating, real_pair
 from gateloop_transformer.jax.pairs import Array, compute_dtype
 from gateloop_transformer.jax.phases import cos_sin
 
@@ -220,8 +220,8 @@ def head_gates(
     z = z.astype(compute_dtype(z.dtype)).reshape(*z.shape[:-1], z.shape[-1] // 2, 2)
     first, second = z[..., 0], z[..., 1]
     if bias is not None:
-        for part in bias:
-            same_shape("head_gates", "bias", part, (projections.shape[-1] // 2,), "(H,)")
+        bias = real_pair("head_gates", "bias", bias, (projections.shape[-1] // 2,), "(H,)")
+        assert bias is not None
         first, second = first + bias[0].astype(z.dtype), second + bias[1].astype(z.dtype)
     re, im = GATES[gate](first, jnp.zeros_like(second) if real else second)
     return re, None if real else im, ring_input_scale(first) if gate == "ring" else None

@@ -227,6 +227,8 @@ def gate_loop(
 
 def _pair(name: str, value: Any) -> Pair:
     if isinstance(value, tuple):
+        if len(value) != 2:
+            raise ValueError(f"gate_loop: {name} must be an array or a tuple (real, imaginary), not {len(value)} parts")
         re, im = (checks.array("gate_loop", f"{name}[{n}]", part) for n, part in enumerate(value))
         return Pair(re, im)
     return split(checks.array("gate_loop", name, value))
@@ -361,14 +363,16 @@ def channel_gate_loop(
     check_gate(operator, gate)
     qkv = checks.packed_inputs(operator, "qkv", qkv)
     B, T, D = *qkv.shape[:2], qkv.shape[2] // 3
+    projections = checks.array(operator, "projections", projections)
     checks.same_shape(operator, "projections", projections, (B, T, 2 * D), "(B, T, 2·D)")
     if swish is not None:
+        swish = checks.array(operator, "swish", swish)
         checks.same_shape(operator, "swish", swish, (B, T, D), "(B, T, D)")
     if (bias is not None) != (gate == "ring"):
         raise ValueError(f"{operator}: 'ring' needs a bias (logits, phases), other gates take none")
     layout = checks.Layout(operator, qkv, resets, cu_seqlens)
-    for part in initial or ():
-        checks.same_shape(operator, "initial", part, (layout.states, D), f"({layout.letter}, D)")
+    initial = checks.real_pair(operator, "initial", initial, (layout.states, D), f"({layout.letter}, D)")
+    bias = checks.real_pair(operator, "bias", bias, (D,), "(D,)")
     for name, x in (("projections", projections), ("swish", swish)):
         if x is not None and x.dtype != qkv.dtype:
             raise ValueError(f"{operator}: {name} must have qkv's dtype {qkv.dtype}, not {x.dtype}")
@@ -427,6 +431,7 @@ def simple_gate_loop(
     dtype = compute_dtype(qkva.dtype)
     start = None
     if initial is not None:
+        initial = checks.array(operator, "initial", initial)
         shape = (layout.states, qkva.shape[2] // 3)
         checks.same_shape(operator, "initial", initial, shape, f"({layout.letter}, D)")
         checks.floating(operator, ("initial",), initial=initial)

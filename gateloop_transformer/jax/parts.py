@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gateloop_transformer.jax.checks import Layout
+from gateloop_transformer.jax.checks import Layout, array, floating
 from gateloop_transformer.jax.pairs import Array, alike, compute_dtype
 from gateloop_transformer.jax.sharding import from_device, inputs_before
 
@@ -43,13 +43,15 @@ def rms_norm(x: Array, gamma: Array) -> Array:
         gamma: (D,), or (G, D).
 
     Raises:
-        ValueError: gamma's shape is not that of x's last dimensions.
+        ValueError: gamma's shape is not that of x's last dimensions, or one is not real floating point.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), with the original's limit.
 
     >>> float(jnp.square(rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2))).mean())
     1.0
     """
+    x, gamma = array("rms_norm", "x", x), array("rms_norm", "gamma", gamma)
+    floating("rms_norm", ("x", "gamma"), x=x, gamma=gamma)
     if gamma.ndim not in (1, 2) or x.shape[x.ndim - gamma.ndim :] != gamma.shape or x.ndim < gamma.ndim:
         raise ValueError(
             f"rms_norm: gamma must be (D,) or (G, D), the last dimensions of x, not {gamma.shape} for x {x.shape}"
