@@ -101,7 +101,8 @@ def convolution(
     weight = params["weight"][:, 0].astype(x.dtype)
     past = past.astype(x.dtype)
     if axis_name is not None:
-        received = inputs_before(axis_name, x, past.shape[1], reverse)
+        visible = x if layout.resets is None else jnp.where(_since_reset(layout.resets, reverse)[..., None], x, 0)
+        received = inputs_before(axis_name, visible, past.shape[1], reverse)
         # The first part in the order of the scan has the state's inputs before it.
         size, place = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
         past = jnp.where(place == (size - 1 if reverse else 0), past, received)
@@ -120,6 +121,13 @@ def convolution(
         y = jnp.flip(y, 1)
         left = left[::-1] if bounds is not None else left
     return y, left
+
+
+def _since_reset(resets: Array, reverse: bool) -> Array:
+    """(B, T), True where no reset comes later in the order of the scan: what the next part sees."""
+    later = resets if reverse else jnp.flip(resets, 1)
+    count = later.cumsum(1) - later
+    return (count if reverse else jnp.flip(count, 1)) == 0
 
 
 def _filter(weight: Array, inputs: Array, segment: Array | None) -> Array:
