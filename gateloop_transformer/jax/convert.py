@@ -99,6 +99,8 @@ def save_model(folder: str | os.PathLike[str], model: Transformer, params: Param
         raise ValueError(f"{str(folder)!r} holds a run; choose another folder")
     path.mkdir(parents=True, exist_ok=True)
     _write(path / MODEL, params, {"model": json.dumps(vars(model.config), sort_keys=True)})
+    # One left from before would be read in place of what was written.
+    (path / INDEX).unlink(missing_ok=True)
     write_bytes(path / CONFIG, (json.dumps(flat(model.config, model.num_tokens), indent=2) + "\n").encode())
 
 
