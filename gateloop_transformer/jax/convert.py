@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.writing import write_bytes
 from gateloop_transformer.jax.model import Transformer
 from gateloop_transformer.jax.pairs import Array
 from gateloop_transformer.jax.parts import Params
-from gateloop_transformer.training.config import RunConfig, flat, is_flat, read_flat
+from gateloop_transformer.training.config import RunConfig, flat, is_flat, read_flat, with_later_fields
 
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -124,8 +126,25 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
         config, size = run.model, run.tokenizer.size
     model = Transformer.of(config, size)
     params = unflatten({name: x for file in _weight_files(path) for name, x in flatten(load_params(file)).items()})
+    for file in _weight_files(path):
+        _check_written_for(file, config)
     check_fit(model, params, repr(str(path / MODEL)))
     return model, params
+
+
+def _check_written_for(file: Path, config: TransformerConfig) -> None:
+    """Other models may have the same shapes: a file says whose weights it holds."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as opened:
+        text = (opened.metadata() or {}).get("model")
+    if text is None:
+        return
+    described = None
+    with contextlib.suppress(json.JSONDecodeError, TypeError):
+        described = with_later_fields(TransformerConfig, json.loads(text), 1)
+    if described != vars(config):
+        raise ValueError(f"{str(file)!r} does not fit {CONFIG}: it was written for {text}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
