@@ -14,7 +14,17 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 GUIDE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "jax.md").read_text(), re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Those that train or export for long run by `make slow`; tests of what they show run always.
-LONG = ("finetune_with_trainer", "jax_train", "onnx_generate", "train_on_a_task")
+LONG = (
+    *(
+        "classify_digits",
+        "filter_a_signal",
+        "finetune_with_trainer",
+        "jax_train",
+        "onnx_generate",
+        "talk_in_a_pipeline",
+    ),
+    "train_on_a_task",
+)
 FEW_STEPS = {
     "classify_digits": ["--steps", "2"],
     "filter_a_signal": ["--steps", "2", "--window", "64", "--samples", "600", "--plot", "signal.png"],

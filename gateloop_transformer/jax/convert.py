@@ -71,14 +71,21 @@ def load_params(path: str | os.PathLike[str]) -> Params:
     """The parameters in a safetensors file, in the types that they have there.
 
     Raises:
-        ValueError: there is no such file, or it is damaged.
+        ValueError: there is no such file, it is damaged, or it holds float64 and JAX is not set to have that.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.flax import load_file
 
     if not Path(path).is_file():
         raise ValueError(f"no file {str(path)!r}")
     try:
+        with safe_open(path, "numpy") as file:
+            wide = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F64"]  # noqa: SIM118
+        if wide and jnp.zeros(0, float).dtype != jnp.float64:
+            raise ValueError(
+                f"{str(path)!r} holds float64 ({wide[0]}), which JAX narrows to float32 unless told otherwise: "
+                'jax.config.update("jax_enable_x64", True)'
+            )
         return unflatten(load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
@@ -116,6 +123,10 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
         ValueError: the folder holds no model, has no weights yet, or a file is damaged or does not fit.
     """
     path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"{str(folder)!r} is a file, not the folder of a model")
+    if not path.is_dir():
+        raise ValueError(f"no folder {str(folder)!r}")
     if not (path / CONFIG).is_file():
         raise ValueError(f"{str(folder)!r} holds no model: it has no {CONFIG}")
     values, where = _read_json(path / CONFIG), repr(str(path / CONFIG))

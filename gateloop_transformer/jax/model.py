@@ -232,7 +232,8 @@ class Transformer:
             ablate_state_transition: gates are 1; None: as constructed.
             resets: (B, T) booleans: such a token begins a document; None: never.
             cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
-                being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
+                being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N
+                rows, and layers of attention have none then.
             return_state: return (logits, state).
             axis_name: inside of `jax.shard_map`: T is sharded along this axis of the mesh.
             dtype: what layers compute in, for example jnp.bfloat16; gates, states and norms stay float32 or better,

@@ -253,7 +253,11 @@ def _check(
         ("initial", initial, states, f"({layout.letter}, D)"),
         ("bias", bias, (D,), "(D,)"),
     ):
-        for n, part in enumerate(pair or ()):
+        if pair is None:
+            continue
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{operator}: {name} must be a tuple of two tensors, each {meaning} = {shape}")
+        for n, part in enumerate(pair):
             checks.same_shape(operator, name, part, shape, meaning)
             tensors[f"{name}[{n}]"] = part
     checks.floating(operator, tuple(tensors), **tensors)

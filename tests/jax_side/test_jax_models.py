@@ -165,6 +165,12 @@ def test_what_is_no_model_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no model: it has no config.json"):
         gj.load_model(tmp_path)
     gj.save_model(tmp_path, described, params)
+    jax.config.update("jax_enable_x64", False)
+    with pytest.raises(ValueError, match=r"holds float64 \(layers"):
+        gj.load_model(tmp_path)
+    jax.config.update("jax_enable_x64", True)
+    with pytest.raises(ValueError, match="is a file, not the folder"):
+        gj.load_model(tmp_path / "config.json")
     other = gj.Transformer(16, num_tokens=12, depth=1)
     with pytest.raises(ValueError, match=r"weight is \(11, 16\), the model has \(12, 16\) and 1 more"):
         gj.save_model(tmp_path, other, params)

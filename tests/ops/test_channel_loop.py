@@ -204,3 +204,10 @@ def test_wrong_arguments_of_simple_are_named() -> None:
 
 def test_every_fused_backend_is_tested() -> None:
     assert set(FUSED) <= set(BACKENDS)
+
+
+@pytest.mark.parametrize("bias", [(torch.zeros(2),), torch.zeros(2, 2)])
+def test_a_pair_of_another_form_is_refused(bias: Any) -> None:
+    qkv, projections = torch.zeros(1, 3, 6), torch.zeros(1, 3, 4)
+    with pytest.raises(ValueError, match="bias must be a tuple of two tensors"):
+        channel_gate_loop(qkv, projections, gate="ring", bias=bias)

@@ -78,7 +78,10 @@ def loop(gate: str, swish: bool, **options: Any) -> tuple[Function, Callable[[in
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize(("T", "D", "reverse"), [(1, 1, False), (9, 5, True), (37, 17, False), (75, 3, True)], ids=str)
+@pytest.mark.parametrize(
+    ("T", "D", "reverse"),
+    [(1, 1, False), (9, 5, True), (37, 17, False), pytest.param(75, 3, True, marks=pytest.mark.slow)],
+)
 def test_triton_loop_equals_eager(gate: str, T: int, D: int, reverse: bool) -> None:
     call, arguments = loop(gate, T != 9, reverse=reverse)
     compare(call, arguments(2 if T < 37 else 1, T, D, 2 if T < 37 else 1))
@@ -269,7 +272,7 @@ def test_triton_tunes_on_gpus_alone_and_not_where_bits_must_stay(monkeypatch: py
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("choice", [1, 2])
+@pytest.mark.parametrize("choice", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_triton_gives_the_same_whatever_the_choice(choice: int) -> None:
     call, arguments = loop("polar", True)
     args = arguments(1, 20, 40, 1)

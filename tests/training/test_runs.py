@@ -148,7 +148,15 @@ def test_a_run_leaves_model_config_metrics_curve_and_checkpoints(text: Path, tmp
     assert stored["model"]["gate"] == "ring"
 
 
-@pytest.mark.parametrize("flags", [[], ["--dropout", "0.3", "--accumulate", "2"], ["--precision", "bf16"], CARRIED])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--dropout", "0.3", "--accumulate", "2"],
+        pytest.param(["--precision", "bf16"], marks=pytest.mark.slow),
+        pytest.param(CARRIED, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_equals_one_never_stopped(text: Path, tmp_path: Path, flags: list[str]) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert train(text, whole, *flags, steps=10) == 0
@@ -165,7 +173,7 @@ def test_a_resumed_run_equals_one_never_stopped(text: Path, tmp_path: Path, flag
     assert (halves / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("flags", [["--dropout", "0.3"], CARRIED])
+@pytest.mark.parametrize("flags", [pytest.param(["--dropout", "0.3"], marks=pytest.mark.slow), CARRIED])
 def test_a_killed_run_continues_to_the_last_digit(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
@@ -672,7 +680,13 @@ def test_eval_reads_any_bytes(text: Path, tmp_path: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["bytes"] == 512
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "checksums.json", "progress.json"])
+OTHER_FILES = ("optimizer.safetensors", "checksums.json")
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["model.safetensors", "progress.json", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_FILES)],
+)
 def test_a_damaged_checkpoint_is_refused(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
@@ -697,9 +711,11 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "harm"),
     [
-        ("progress.json", Path.unlink),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-10])),
-        ("optimizer.safetensors", flip),
+        pytest.param("progress.json", Path.unlink, marks=pytest.mark.slow),
+        pytest.param(
+            "model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-10]), marks=pytest.mark.slow
+        ),
+        pytest.param("optimizer.safetensors", flip, marks=pytest.mark.slow),
         ("checksums.json", flip),
     ],
 )
