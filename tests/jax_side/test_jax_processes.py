@@ -42,12 +42,13 @@ for K, V, reverse, check in ((1, 1, False, True), (3, 5, True, False))[-len(sys.
         for f in (parts, whole)
     ]
     close(*slopes)
-layer = gj.GateLoopedAttention(4, heads=2, conv_size=3, gate="ring")
-params, x = layer.init(next(key)), normal(1, 16, 4)
 resets = jnp.zeros((1, 16), bool).at[0, jnp.array([3, 10])].set(True)
-run = lambda axis: lambda x, resets: layer.apply(params, x, resets=resets, axis_name=axis)
-parts = jax.shard_map(run("time"), mesh=mesh, in_specs=(t, t), out_specs=t)
-close(jax.jit(parts)(x, resets), jax.jit(run(None))(x, resets))
+for reverse in (False, True):
+    layer = gj.GateLoopedAttention(4, heads=2, conv_size=3, gate="ring", reverse=reverse)
+    params, x = layer.init(next(key)), normal(1, 16, 4)
+    run = lambda axis: lambda x, resets: layer.apply(params, x, resets=resets, axis_name=axis)
+    parts = jax.shard_map(run("time"), mesh=mesh, in_specs=(t, t), out_specs=t)
+    close(jax.jit(parts)(x, resets), jax.jit(run(None))(x, resets))
 if len(sys.argv) < 2:
     raise SystemExit(print("equal"))
 model = gj.Transformer(8, num_tokens=11, depth=2, gate="ring", conv_size=3, conv_silu=True, ff_mult=0)
