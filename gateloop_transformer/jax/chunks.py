@@ -44,6 +44,11 @@ class _Part(NamedTuple):
     gates: Pair
 
 
+def _turned(x: Array) -> Array:
+    return x.swapaxes(-1, -2)
+
+
+@jax.custom_vjp
 def decay_products(gates: Pair) -> Pair:
     """Products D[i, j] = a[j+1] ··· a[i] for i ≥ j, 0 above the diagonal: (..., C) → (..., C, C), C a power of 2."""
     C = gates.re.shape[-1]
@@ -57,12 +62,29 @@ def decay_products(gates: Pair) -> Pair:
     return D.map(lambda x: x[..., 0, :, :])
 
 
+def _decay_backward(D: Pair, grad: Pair) -> tuple[Pair]:
+    """da[t] = Σ_{i ≥ t > j} W[i, j] conj(D[i, t] D[t-1, j]), without a quotient.
+
+    JAX's own way back through the doubling is five times slower.
+    """
+    adjoint = D.conj().map(_turned)
+    X = Pair(adjoint.re @ grad.re)
+    if adjoint.im is not None and grad.im is not None:
+        X = Pair(X.re - adjoint.im @ grad.im, adjoint.re @ grad.im + adjoint.im @ grad.re)
+    before = D.conj().map(lambda x: jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)]))
+    return (X.times(before).map(lambda x: x.sum(-1)),)
+
+
+def _decay_forward(gates: Pair) -> tuple[Pair, Pair]:
+    D = decay_products(gates)
+    return D, D
+
+
+decay_products.defvjp(_decay_forward, _decay_backward)
+
+
 def _grown(low: Array, corner: Array, high: Array) -> Array:
     return jnp.block([[low, jnp.zeros_like(low)], [corner, high]])
-
-
-def _turned(x: Array) -> Array:
-    return x.swapaxes(-1, -2)
 
 
 def _chunk(state: Pair, part: _Part) -> tuple[Pair, Array]:
