@@ -122,3 +122,9 @@ def test_the_benchmark_for_gpus_runs_all_its_cases(
 def test_the_roofline_is_that_of_the_kernels_blocks() -> None:
     page = load("gpu_roofline.py").page()
     assert page == (BENCHMARKS.parent / "docs" / "results" / "gpu-roofline.md").read_text()
+
+
+def test_the_page_of_jax_is_made_of_its_figures() -> None:
+    results = ROOT / "docs" / "results"
+    page = load("jax_scan.py").page(json.loads((results / "jax.json").read_text()))
+    assert (results / "jax.md").read_text() == page
