@@ -42,14 +42,19 @@ def unflatten(tensors: dict[str, Any]) -> Params:
     >>> unflatten({"to_out.1.bias": jnp.zeros(2)})["to_out"]["1"]["bias"].shape
     (2,)
     """
-    params: Params = {}
-    for name, value in tensors.items():
+    return _nested({name: jnp.asarray(value) for name, value in tensors.items()})
+
+
+def _nested(values: dict[str, Any]) -> Params:
+    """Values by names with dots as dictionaries within dictionaries."""
+    tree: Params = {}
+    for name, value in values.items():
         *path, last = name.split(".")
-        place = params
+        place = tree
         for part in path:
             place = place.setdefault(part, {})
-        place[last] = jnp.asarray(value)
-    return params
+        place[last] = value
+    return tree
 
 
 def save_params(path: str | os.PathLike[str], params: Params) -> None:
@@ -73,20 +78,26 @@ def load_params(path: str | os.PathLike[str]) -> Params:
     Raises:
         ValueError: there is no such file, it is damaged, or it holds float64 and JAX is not set to have that.
     """
+    return _nested(_read(Path(path))[0])
+
+
+def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The arrays of a safetensors file by name, and what else it says."""
     from safetensors import SafetensorError, safe_open
     from safetensors.flax import load_file
 
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"no file {str(path)!r}")
     try:
         with safe_open(path, "numpy") as file:
             wide = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F64"]  # noqa: SIM118
+            metadata = file.metadata() or {}
         if wide and jnp.zeros(0, float).dtype != jnp.float64:
             raise ValueError(
                 f"{str(path)!r} holds float64 ({wide[0]}), which JAX narrows to float32 unless told otherwise: "
                 'jax.config.update("jax_enable_x64", True)'
             )
-        return unflatten(load_file(path))
+        return load_file(path), metadata
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
 
@@ -136,20 +147,19 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
         run = RunConfig.from_json(values, where)
         config, size = run.model, run.tokenizer.size
     model = Transformer.of(config, size)
-    params = unflatten({name: x for file in _weight_files(path) for name, x in flatten(load_params(file)).items()})
+    tensors: dict[str, Array] = {}
     for file in _weight_files(path):
-        _check_written_for(file, config)
+        part, metadata = _read(file)
+        _check_written_for(file, metadata, config)
+        tensors |= part
+    params = _nested(tensors)
     check_fit(model, params, repr(str(path / MODEL)))
     return model, params
 
 
-def _check_written_for(file: Path, config: TransformerConfig) -> None:
+def _check_written_for(file: Path, metadata: dict[str, str], config: TransformerConfig) -> None:
     """Other models may have the same shapes: a file says whose weights it holds."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="numpy") as opened:
-        text = (opened.metadata() or {}).get("model")
-    if text is None:
+    if (text := metadata.get("model")) is None:
         return
     described = None
     with contextlib.suppress(json.JSONDecodeError, TypeError):
@@ -211,12 +221,4 @@ def parameter_groups(params: Params) -> Params:
             return "fixed"
         return "matrix" if parts[-1] == "weight" and x.ndim == 2 and "token_emb" not in parts else "other"
 
-    flattened = flatten(params)
-    groups: Params = {}
-    for name, x in flattened.items():
-        *path, last = name.split(".")
-        place = groups
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = group(name, x)
-    return groups
+    return _nested({name: group(name, x) for name, x in flatten(params).items()})

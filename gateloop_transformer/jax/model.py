@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -141,7 +142,7 @@ class Transformer:
         words = {False: "none", True: "released", "gate_loop": "gate_loop"}
         return TransformerConfig(**(values | {"data_dependent_rel_pos": words[self.data_dependent_rel_pos]}))
 
-    @property
+    @functools.cached_property
     def mixers(self) -> list[GateLoopedAttention | CausalFullAttention]:
         """The time mixer of each block."""
         default = "gate" if self.use_gate_looped_attn else "attention"

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 
@@ -37,36 +37,38 @@ class Module(eqx.Module):
         return self.description.apply(self.params, x, *arguments, **options)
 
 
-class GateLoopedAttention(Module):
+class _New(Module):
+    """A description of its `kind` with parameters of its own."""
+
+    kind: ClassVar[type]
+
+    def __init__(self, *arguments: Any, key: Array, **options: Any) -> None:
+        self.description = self.kind(*arguments, **options)
+        self.params = self.description.init(key)
+
+
+class GateLoopedAttention(_New):
     """`gateloop_transformer.jax.GateLoopedAttention` with parameters of its own; its arguments, and a key."""
 
-    def __init__(self, *arguments: Any, key: Array, **options: Any) -> None:
-        self.description = layers.GateLoopedAttention(*arguments, **options)
-        self.params = self.description.init(key)
+    kind = layers.GateLoopedAttention
 
 
-class CausalFullAttention(Module):
+class CausalFullAttention(_New):
     """`gateloop_transformer.jax.CausalFullAttention` with parameters of its own; its arguments, and a key."""
 
-    def __init__(self, *arguments: Any, key: Array, **options: Any) -> None:
-        self.description = attention.CausalFullAttention(*arguments, **options)
-        self.params = self.description.init(key)
+    kind = attention.CausalFullAttention
 
 
-class SimpleGateLoopLayer(Module):
+class SimpleGateLoopLayer(_New):
     """`gateloop_transformer.jax.SimpleGateLoopLayer` with parameters of its own; its arguments, and a key."""
 
-    def __init__(self, *arguments: Any, key: Array, **options: Any) -> None:
-        self.description = layers.SimpleGateLoopLayer(*arguments, **options)
-        self.params = self.description.init(key)
+    kind = layers.SimpleGateLoopLayer
 
 
-class Transformer(Module):
+class Transformer(_New):
     """`gateloop_transformer.jax.Transformer` with parameters of its own; its arguments, and a key."""
 
-    def __init__(self, *arguments: Any, key: Array, **options: Any) -> None:
-        self.description = _model.Transformer(*arguments, **options)
-        self.params = self.description.init(key)
+    kind = _model.Transformer
 
     def loss(self, ids: Array, *arguments: Any, **options: Any) -> Any:
         """`Transformer.loss` with the parameters."""

@@ -96,8 +96,12 @@ def _scan(
     states = recurrence(gates, inputs, initial, reverse)
     if inputs.re.shape[1]:
         return states, states.map(lambda h: h[:, 0 if reverse else -1])
-    start = inputs.map(lambda x: jnp.zeros((x.shape[0], x.shape[2]), x.dtype)) if initial is None else initial
-    return states, start
+    return states, _or_zero(initial, inputs, inputs.re.shape[0])
+
+
+def _or_zero(initial: Pair | None, inputs: Pair, rows: int) -> Pair:
+    """`initial`, or zeros (rows, D)."""
+    return inputs.map(lambda x: jnp.zeros((rows, x.shape[2]), x.dtype)) if initial is None else initial
 
 
 def _refuse_documents(what: str, packed: Packed | None) -> None:
@@ -110,8 +114,7 @@ def _scan_documents(
 ) -> tuple[Pair, Pair]:
     """Each document begins with a gate of 0, its own state coming in with its first input."""
     T = inputs.re.shape[1]
-    zeros = inputs.map(lambda x: jnp.zeros((packed.number, x.shape[2]), x.dtype))
-    start = zeros if initial is None else initial
+    start = _or_zero(initial, inputs, packed.number)
     if any(pair.im is not None for pair in (gates, inputs, start)):
         inputs, start = inputs.as_complex(), start.as_complex()
     if not inputs.re.size:

@@ -34,7 +34,7 @@ def over_axis(
     ends, wholes = jax.lax.all_gather((end, product()), axis_name)
     size, place = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     zero = end.map(jnp.zeros_like)
-    state = zero if initial is None else _with_parts(zero, initial)
+    state = zero if initial is None else initial if zero.im is None else initial.as_complex()
     before = state
     for n in range(size)[:: -1 if reverse else 1]:
         before = state.where(place == n, before)
@@ -51,10 +51,6 @@ def from_device(axis_name: str, place: int, x: Array) -> Array:
 
 def _at(pair: Pair, n: int) -> Pair:
     return pair.map(lambda x: x[n])
-
-
-def _with_parts(like: Pair, initial: Pair) -> Pair:
-    return initial if like.im is None else initial.as_complex()
 
 
 def inputs_before(axis_name: str, x: Array, count: int, reverse: bool) -> Array:
