@@ -137,8 +137,8 @@ def run(arguments: argparse.Namespace) -> None:
     from gateloop_transformer.data.documents import count
     from gateloop_transformer.training.config import TokenizerConfig
     from gateloop_transformer.training.engine import LostError, launched
-    from gateloop_transformer.training.folder import CONFIG
     from gateloop_transformer.training.preparation import prepare
+    from gateloop_transformer.training.weights import CONFIG
 
     _check_flags(arguments)
     if arguments.resume_or_start:

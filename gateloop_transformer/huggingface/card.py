@@ -13,8 +13,9 @@ from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import GateLoopForCausalLM
 from gateloop_transformer.training.config import RunConfig, is_flat
 from gateloop_transformer.training.curves import read_records
-from gateloop_transformer.training.folder import CONFIG, CURVE, METRICS, load_model, load_tokenizer, read_config
+from gateloop_transformer.training.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
 from gateloop_transformer.training.storage import read_json, write_text
+from gateloop_transformer.training.weights import CONFIG
 
 CARD = "README.md"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,14 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.writing import write_bytes
 from gateloop_transformer.jax.model import Transformer
 from gateloop_transformer.jax.pairs import Array
 from gateloop_transformer.jax.parts import Params
-from gateloop_transformer.training.config import RunConfig, flat, is_flat, read_flat, with_later_fields
-
-CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+from gateloop_transformer.training.config import RunConfig, flat, is_flat, read_flat
+from gateloop_transformer.training.storage import read_json, write_text
+from gateloop_transformer.training.weights import (
+    CONFIG,
+    MODEL,
+    check_written_for,
+    describe,
+    misfit,
+    published,
+    weight_files,
+)
 
 
 def flatten(params: Params) -> dict[str, Array]:
@@ -115,13 +121,11 @@ def save_model(folder: str | os.PathLike[str], model: Transformer, params: Param
     """
     path = Path(folder)
     check_fit(model, params, "params")
-    if (path / CONFIG).is_file() and not is_flat(_read_json(path / CONFIG)):
+    if (path / CONFIG).is_file() and not is_flat(read_json(path / CONFIG)):
         raise ValueError(f"{str(folder)!r} holds a run; choose another folder")
     path.mkdir(parents=True, exist_ok=True)
-    _write(path / MODEL, params, {"model": json.dumps(vars(model.config), sort_keys=True)})
-    # One left from before would be read in place of what was written.
-    (path / INDEX).unlink(missing_ok=True)
-    write_bytes(path / CONFIG, (json.dumps(flat(model.config, model.num_tokens), indent=2) + "\n").encode())
+    _write(path / MODEL, params, {"model": describe(model.config)})
+    write_text(path / CONFIG, json.dumps(flat(model.config, model.num_tokens), indent=2) + "\n")
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
@@ -140,7 +144,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
         raise ValueError(f"no folder {str(folder)!r}")
     if not (path / CONFIG).is_file():
         raise ValueError(f"{str(folder)!r} holds no model: it has no {CONFIG}")
-    values, where = _read_json(path / CONFIG), repr(str(path / CONFIG))
+    values, where = read_json(path / CONFIG), repr(str(path / CONFIG))
     if is_flat(values):
         config, size = read_flat(values, where)
     else:
@@ -148,43 +152,13 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
         config, size = run.model, run.tokenizer.size
     model = Transformer.of(config, size)
     tensors: dict[str, Array] = {}
-    for file in _weight_files(path):
+    for file in weight_files(published(path)):
         part, metadata = _read(file)
-        _check_written_for(file, metadata, config)
+        check_written_for(file, metadata, config)
         tensors |= part
     params = _nested(tensors)
     check_fit(model, params, repr(str(path / MODEL)))
     return model, params
-
-
-def _check_written_for(file: Path, metadata: dict[str, str], config: TransformerConfig) -> None:
-    """Other models may have the same shapes: a file says whose weights it holds."""
-    if (text := metadata.get("model")) is None:
-        return
-    described = None
-    with contextlib.suppress(json.JSONDecodeError, TypeError):
-        described = with_later_fields(TransformerConfig, json.loads(text), 1)
-    if described != vars(config):
-        raise ValueError(f"{str(file)!r} does not fit {CONFIG}: it was written for {text}")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).is_file():
-        if not (folder / MODEL).is_file():
-            raise ValueError(f"{str(folder)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
-        return [folder / MODEL]
-    index = _read_json(folder / INDEX)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
-        raise ValueError(f"{str(folder / INDEX)!r} is no index of weights")
-    return [folder / name for name in sorted(set(names.values()))]
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def check_fit(model: Transformer, params: Params, where: str) -> None:
@@ -194,16 +168,8 @@ def check_fit(model: Transformer, params: Params, where: str) -> None:
         ValueError: it has not.
     """
     own, given = flatten(jax.eval_shape(model.init, jax.random.key(0))), flatten(params)
-    problems = [f"missing {name}" for name in sorted(own.keys() - given.keys())]
-    problems += [f"unknown {name}" for name in sorted(given.keys() - own.keys())]
-    problems += [
-        f"{name} is {given[name].shape}, the model has {own[name].shape}"
-        for name in own
-        if name in given and given[name].shape != own[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise ValueError(f"{where} does not fit the model: {problems[0]}{more}")
+    if (problem := misfit(own, given)) is not None:
+        raise ValueError(f"{where} does not fit the model: {problem}")
 
 
 def parameter_groups(params: Params) -> Params:

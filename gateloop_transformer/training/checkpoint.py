@@ -15,16 +15,7 @@ from torch import Tensor
 from gateloop_transformer.data.writing import sync
 from gateloop_transformer.layers.state import TransformerState, load_state, save_state
 from gateloop_transformer.training.config import RunConfig
-from gateloop_transformer.training.folder import (
-    CHECKPOINTS,
-    MODEL,
-    describe,
-    load_model,
-    publish,
-    published,
-    read_weights,
-    steps,
-)
+from gateloop_transformer.training.folder import CHECKPOINTS, load_model, publish, published_in, read_weights, steps
 from gateloop_transformer.training.storage import (
     DamageError,
     digest,
@@ -34,6 +25,7 @@ from gateloop_transformer.training.storage import (
     write_tensors,
     write_text,
 )
+from gateloop_transformer.training.weights import MODEL, describe
 
 # Where users found it before there was `gateloop_transformer.load_model`.
 __all__ = ["load_model"]
@@ -144,7 +136,7 @@ def weights_file(folder: Path, which: str) -> Path:
         ValueError: there is no such checkpoint, or nothing is published.
     """
     if which == "last":
-        return published(folder)
+        return published_in(folder)
     found = {str(int(path.name.removeprefix("step-"))): path for path in steps(folder)}
     path = best_checkpoint(folder) if which == "best" else found.get(which)
     if path is None:

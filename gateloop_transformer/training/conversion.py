@@ -16,10 +16,10 @@ from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, Byt
 from gateloop_transformer.data.writing import sync
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.training.config import flat, is_flat
-from gateloop_transformer.training.folder import CONFIG, MODEL, describe
 from gateloop_transformer.training.original import Arguments, infer
 from gateloop_transformer.training.state_dicts import find_model, read_file
 from gateloop_transformer.training.storage import read_json, remove, write_tensors, write_text
+from gateloop_transformer.training.weights import CONFIG, MODEL, describe
 
 _FILES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, MODEL)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -18,17 +18,20 @@ from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.config import RunConfig, is_flat, read_flat, with_later_fields
+from gateloop_transformer.training.config import RunConfig, is_flat, read_flat
 from gateloop_transformer.training.storage import read_json, read_tensors, remove, write_tensors, write_text
-
-CONFIG, MODEL, SHARDS, METRICS, CURVE, CHECKPOINTS = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "metrics.jsonl",
-    "loss.png",
-    "checkpoints",
+from gateloop_transformer.training.weights import (
+    CONFIG,
+    MODEL,
+    SHARDS,
+    check_written_for,
+    describe,
+    misfit,
+    published,
+    weight_files,
 )
+
+METRICS, CURVE, CHECKPOINTS = "metrics.jsonl", "loss.png", "checkpoints"
 LOCK = ".lock"
 # Of TensorBoard.
 EVENTS = "tensorboard"
@@ -233,44 +236,14 @@ def new_model(config: TransformerConfig, source: Path | None = None, num_tokens:
         raise ValueError(f"{str(source)!r}: {error}") from error
 
 
-def describe(config: TransformerConfig) -> str:
-    """A model's configuration, kept with its weights: other models may have the same shapes."""
-    return json.dumps(vars(config), sort_keys=True)
-
-
-def _described(text: str) -> Any:
-    """The inverse of `describe`, of this format or of an earlier one."""
-    with contextlib.suppress(json.JSONDecodeError, TypeError):
-        return with_later_fields(TransformerConfig, json.loads(text), 1)
-    return None
-
-
-def published(folder: Path) -> Path:
-    """The file of a folder's weights, or the index of several.
+def published_in(folder: Path) -> Path:
+    """`published`, of what is the folder of a model at all.
 
     Raises:
-        ValueError: there is neither, or no model at all.
+        ValueError: it is not, or nothing is published.
     """
-    found = next((folder / name for name in (MODEL, SHARDS) if (folder / name).is_file()), None)
-    if found is None:
-        _config(folder)
-        raise ValueError(f"{str(folder)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
-    return found
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights: those that an index names, or the file itself.
-
-    Raises:
-        ValueError: it is no index, or names files elsewhere.
-    """
-    if path.name != SHARDS:
-        return [path]
-    index = read_json(path)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
-        raise ValueError(f"{str(path)!r} is no index of weights")
-    return [path.with_name(name) for name in sorted(set(names.values()))]
+    _config(folder)
+    return published(folder)
 
 
 def read_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
@@ -283,8 +256,7 @@ def read_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
         files = [read_weights(part, config) for part in weight_files(path)]
         return {name: tensor for file in files for name, tensor in file.items()}
     tensors, metadata = read_tensors(path)
-    if "model" in metadata and _described(metadata["model"]) != vars(config):
-        raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {metadata['model']}")
+    check_written_for(path, metadata, config)
     return tensors
 
 
@@ -317,17 +289,8 @@ def check_fit(model: Transformer, tensors: dict[str, Tensor], where: Path) -> No
     Raises:
         ValueError: they have not.
     """
-    own = model.state_dict()
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = [
-        f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    problems = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown] + wrong
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise ValueError(f"{str(where)!r} does not fit {CONFIG}: {problems[0]}{more}")
+    if (problem := misfit(model.state_dict(), tensors)) is not None:
+        raise ValueError(f"{str(where)!r} does not fit {CONFIG}: {problem}")
 
 
 def load_weights(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:

@@ -27,6 +27,7 @@ from gateloop_transformer.training.signals import Signals
 from gateloop_transformer.training.step import Carried, Flags, Outcome, Stepper
 from gateloop_transformer.training.storage import digest, write_text
 from gateloop_transformer.training.watching import Clock, Log, peak_memory
+from gateloop_transformer.training.weights import MODEL
 
 
 class TrainingError(RuntimeError):
@@ -101,13 +102,13 @@ class Trainer:
     def _read(self, path: Path) -> None:
         """Take up the place at which a checkpoint was written."""
         saved = checkpoint.read(path, self.config)
-        folder.check_fit(self.model, saved.model, path / folder.MODEL)
+        folder.check_fit(self.model, saved.model, path / MODEL)
         self.carried = snapshot.give(self.engine, saved, self.model, self.optimizer, self.average, self.config.training)
         self.progress = saved.progress
         if not self.engine.main:
             return
-        model = self.folder / folder.MODEL
-        if saved.average or not model.exists() or digest(model) != digest(path / folder.MODEL):
+        model = self.folder / MODEL
+        if saved.average or not model.exists() or digest(model) != digest(path / MODEL):
             # A kill between a checkpoint and this file leaves the file of an earlier step.
             folder.publish(self.folder, saved.average or saved.model, self.config)
 

@@ -16,6 +16,7 @@ from gateloop_transformer.training.config import RunConfig, TokenizerConfig
 from gateloop_transformer.training.engine import Engine, launched
 from gateloop_transformer.training.loop import Trainer
 from gateloop_transformer.training.step import draw
+from gateloop_transformer.training.weights import CONFIG
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ def prepare(
             f"the data has changed since the run in {str(where)!r} was started; it is now {corpus.description}"
         )
     config = replace(config, data_sha256=corpus.sha256, tokenizer=TokenizerConfig.of(tokenizer))
-    source = where / folder.CONFIG if resume else None
+    source = where / CONFIG if resume else None
     with Engine(options, where) as engine, contextlib.ExitStack() as stack:
         engine.together(lambda: engine.check(options))
         engine.together(lambda: _check_same(engine.gather(corpus.sha256)))

@@ -16,8 +16,8 @@ from gateloop_transformer.generation import evaluating
 from gateloop_transformer.layers.state import TransformerState, describe_state, load_state, save_state
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.training.evaluation import in_blocks
-from gateloop_transformer.training.folder import weight_files
 from gateloop_transformer.training.storage import digest
+from gateloop_transformer.training.weights import weight_files
 
 # Tokens for which activations exist at a time.
 _BLOCK = 2048

@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from gateloop_transformer.data.writing import sync, write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DamageError(ValueError):
@@ -40,6 +41,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         OSError: it cannot be written; what was there still is.
     """
+    from safetensors.torch import save_file
+
     aside = path.with_name(path.name + ".partial")
     aside.unlink(missing_ok=True)
     aside.touch()

@@ -21,9 +21,10 @@ from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.sources import absolute, is_standard_input, open_source
 from gateloop_transformer.training.config import TrainingConfig, resolve, value_types
 from gateloop_transformer.training.curves import read_curve
-from gateloop_transformer.training.folder import CONFIG, LOCK, locked, new_model
+from gateloop_transformer.training.folder import LOCK, locked, new_model
 from gateloop_transformer.training.plot import draw_curves, draw_rates
 from gateloop_transformer.training.storage import read_json, write_text
+from gateloop_transformer.training.weights import CONFIG
 
 SWEEP, RESULTS, CURVES, RATES = "sweep.json", "results.json", "curves.png", "lr.png"
 # Seconds that an interrupted run may take to save itself.

@@ -1,0 +1,76 @@
+"""Where a folder's weights are and whose they are: for torch and for JAX, importing neither."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gateloop_transformer.configuration import TransformerConfig
+from gateloop_transformer.training.config import with_later_fields
+from gateloop_transformer.training.storage import read_json
+
+CONFIG, MODEL, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def published(folder: Path) -> Path:
+    """The file of a folder's weights, or the index of several.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    found = next((folder / name for name in (MODEL, SHARDS) if (folder / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{str(folder)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
+    return found
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights: those that an index names, or the file itself.
+
+    Raises:
+        ValueError: it is no index, or names files elsewhere.
+    """
+    if path.name != SHARDS:
+        return [path]
+    index = read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
+        raise ValueError(f"{str(path)!r} is no index of weights")
+    return [path.with_name(name) for name in sorted(set(names.values()))]
+
+
+def describe(config: TransformerConfig) -> str:
+    """A model's configuration, kept with its weights: other models may have the same shapes."""
+    return json.dumps(vars(config), sort_keys=True)
+
+
+def check_written_for(path: Path, metadata: Mapping[str, str], config: TransformerConfig) -> None:
+    """A file of weights that says whose they are is of this model, written in this format or in an earlier one.
+
+    Raises:
+        ValueError: it is another's.
+    """
+    if (text := metadata.get("model")) is None:
+        return
+    described = None
+    with contextlib.suppress(json.JSONDecodeError, TypeError):
+        described = with_later_fields(TransformerConfig, json.loads(text), 1)
+    if described != vars(config):
+        raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {text}")
+
+
+def misfit(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """What keeps arrays or tensors `given` from being a model's `own`, by names and shapes: the first, and how many."""
+    problems = [f"missing {name}" for name in sorted(own.keys() - given.keys())]
+    problems += [f"unknown {name}" for name in sorted(given.keys() - own.keys())]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    if not problems:
+        return None
+    return problems[0] + (f" and {len(problems) - 1} more" if len(problems) > 1 else "")
