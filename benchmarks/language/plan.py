@@ -131,9 +131,9 @@ GROUPS: dict[str, dict[str, Any]] = {
     },
     "books": {
         "sizes": LARGE,
-        "seeds": (),
+        "seeds": SEEDS[1:],
         "rates_from": "books-rates",
-        "settings": {**_BOOKS, "cpu_seconds": 1200, "eval_tokens": 524288},
+        "settings": {**_BOOKS, "cpu_seconds": 1200, "eval_tokens": 524288, "reach": 64},
     },
     "shakespeare-carried": {
         "sizes": {name: SMALL[name] for name in ("gateloop", "lstm", "gru")},

@@ -41,7 +41,10 @@ DEFAULTS: dict[str, Any] = {
     "characters": True,
     "valid": None,
     "eval_tokens": None,
+    "reach": None,
 }
+# How many of the longest windows show how far back a model looks, and the tokens of the shortest.
+_FAR_WINDOWS, _SHORTEST = 8, 64
 
 
 def read(path: str) -> bytes:
@@ -172,6 +175,38 @@ def train(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> dict[str, A
 
 
 @torch.no_grad()
+def reach(model: nn.Module, tokens: Tensor, spec: dict[str, Any]) -> dict[str, Any]:
+    """What more context than in training is worth: nats per token of one text, read in windows of ever more tokens.
+
+    The longest are `reach` times the context. All begin with an empty state.
+
+    Returns:
+        "by_window": by the size of the windows; "by_position": by how many tokens of its window were read before one,
+        each span from the shortest windows that have it.
+    """
+    longest = spec["reach"] * spec["context"]
+    starts = [int(n) for n in np.linspace(0, len(tokens) - longest - 1, _FAR_WINDOWS)]
+    texts = torch.stack([tokens[n : n + longest + 1] for n in starts])
+    model.eval()
+    by_window, by_position, size, first = {}, [], _SHORTEST, 0
+    while size <= longest:
+        inputs, targets = (part.reshape(-1, size) for part in (texts[:, :-1], texts[:, 1:]))
+        rows = max(1, 16384 // size)
+        losses = torch.cat(
+            [
+                F.cross_entropy(logits_of(model(some)).transpose(1, 2), wanted, reduction="none")
+                for some, wanted in zip(inputs.split(rows), targets.split(rows), strict=True)
+            ]
+        )
+        by_window[str(size)] = losses.mean().item()
+        for last in (size // 2, size) if first else (size,):
+            by_position.append({"from": first, "to": last - 1, "loss": losses[:, first:last].mean().item()})
+            first = last
+        size *= 4
+    return {"by_window": by_window, "by_position": by_position}
+
+
+@torch.no_grad()
 def decoding(model: nn.Module, spec: dict[str, Any]) -> float:
     """Tokens decoded per second of the process, greedily, one text at a time, as many as a window has."""
     model.eval()
@@ -214,6 +249,7 @@ def main() -> None:
         "decoding_tokens_per_second": decoding(model, spec),
         "val_loss": loss,
         "bits_per_byte": loss / math.log(2),
+        **(reach(model, valid_tokens, spec) if spec["reach"] else {}),
     }
     print(json.dumps(row))
 

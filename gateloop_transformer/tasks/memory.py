@@ -30,6 +30,7 @@ class MemoryHorizon(Task):
     least: ClassVar[int] = 3
     trained: ClassVar[int] = 256
     tested: ClassVar[tuple[int, ...]] = (64, 256, 1024, 4096)
+    settings: ClassVar[dict[str, Any]] = {"depth": 1, "steps": 2500, "solved": 0.995}
     values: int = option(8, "how many values there are")
     max_span: int = option(1000000, "the longest span that is drawn, in steps")
     forgets: float = option(0.25, "probability that an episode has a token that says to forget")
