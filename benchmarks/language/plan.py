@@ -112,9 +112,22 @@ ABLATIONS: dict[str, dict[str, Any]] = {
         "rotary_emb": True,
     },
 }
+# Forms of the model at 3 M parameters; a learning rate of their own is beside the options.
+_FEEDFORWARDS = {"gate": "ring", "conv_size": 4, "head_norm": True, "max_memory": 64, "depth": 5, "dim": 210}
+LARGE_ABLATIONS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "recipe, 3 layers": {"depth": 3, "dim": 368},
+    "recipe, 10 layers": {"depth": 10, "dim": 200},
+    "recipe, heads of 32": {"dim": 344, "dim_gate_looped_attn": 320, "gate_loop_heads": 10, "head_norm": True},
+    "recipe, feed-forward of width 4": {"ff_mult": 4, "dim": 196},
+}
+_OWN_FORMS: dict[str, dict[str, Any]] = {
+    f"preset small's form, learning rate {lr:g}": {**_FEEDFORWARDS, "gate_loop_heads": 7, "lr": lr}
+    for lr in (1e-3, 2e-3, 4e-3)
+}
 # nanoGPT's setting on a CPU; character level.
 _SHAKESPEARE = {"context": 64, "batch": 12, "characters": True}
-_BOOKS = {"context": 256, "batch": 8, "characters": False, "steps": None, "precision": "bfloat16"}
+_BOOKS: dict[str, Any] = {"context": 256, "batch": 8, "characters": False, "steps": None, "precision": "bfloat16"}
 # Where time is the budget products are in bfloat16, with which all are faster; FLOAT32 are harmed. `rates_from`
 # names the group whose best learning rate is taken, `seeds` those that follow the first.
 GROUPS: dict[str, dict[str, Any]] = {
@@ -134,6 +147,16 @@ GROUPS: dict[str, dict[str, Any]] = {
         "seeds": SEEDS[1:],
         "rates_from": "books-rates",
         "settings": {**_BOOKS, "cpu_seconds": 1200, "eval_tokens": 524288, "reach": 64},
+    },
+    "books-carried": {
+        "sizes": {"gateloop": LARGE["gateloop"]},
+        "seeds": (),
+        "rates_from": "books-rates",
+        "settings": {**_BOOKS, "cpu_seconds": 1200, "eval_tokens": 524288, "reach": 64, "carry_state": True},
+    },
+    "books-ablations": {
+        "sizes": {name: {**LARGE["gateloop"], **change} for name, change in LARGE_ABLATIONS.items()} | _OWN_FORMS,
+        "settings": {**_BOOKS, "cpu_seconds": 180, "eval_tokens": 131072, "lr": 4e-3, "seed": 0},
     },
     "shakespeare-carried": {
         "sizes": {name: SMALL[name] for name in ("gateloop", "lstm", "gru")},
@@ -184,10 +207,11 @@ def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]
     """Runs that can be started: all learning rates first, of the best the other seeds."""
     done = {key(row) for row in rows}
     if "lr" in group["settings"]:
-        specs = [
-            {**group["settings"], "model": "gateloop", "label": name, "options": group["sizes"][name]}
-            for name in models
-        ]
+        specs = []
+        for name in models:
+            options = dict(group["sizes"][name])
+            own = {"lr": options.pop("lr")} if "lr" in options else {}
+            specs.append({**group["settings"], **own, "model": "gateloop", "label": name, "options": options})
         return [spec for spec in specs if key(spec) not in done]
     found = []
     for model in models:
@@ -237,8 +261,11 @@ def main() -> None:
     parser.add_argument("--peers", required=True, help="interpreter of the environment that has the other models")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each (default 1)")
     parser.add_argument("--models", nargs="+", help="only these models, or these ablations")
+    parser.add_argument("--seeds", type=int, help="of each at its best learning rate, at most (default: the group's)")
     options = parser.parse_args()
     group, path = GROUPS[options.group], RESULTS / f"{options.group}.json"
+    if options.seeds is not None:
+        group = {**group, "seeds": SEEDS[1 : options.seeds]}
     models = options.models or list(group["sizes"])
     rows = read_rows(options.group)
     data = {"data": options.data, "valid": options.valid}
