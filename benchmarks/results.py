@@ -1,4 +1,4 @@
-"""Tables and figures of docs/results from the rows that are committed there as JSON. Writes language.md and tasks.md.
+"""Tables and figures of docs/results from the rows that are committed there as JSON: language.md, tasks.md and PNGs.
 
 make results
 """
@@ -10,6 +10,8 @@ import math
 import statistics
 from pathlib import Path
 from typing import Any
+
+from figures import draw_losses, draw_tasks, draw_windows
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 NAMES = {
@@ -27,6 +29,11 @@ TITLES = {
     "shakespeare-carried": "The same with states carried from window to window",
     "books": "Books, bytes, 3 M parameters: 1,200 CPU seconds, windows of 256, other authors held out",
     "books-rates": "Where the learning rates for the books come from: 180 CPU seconds each",
+}
+# Tables of one thing changed at a time.
+CHANGES = {
+    "ablations": "The recipe with one thing changed: tiny-shakespeare, 1,000 steps, one seed",
+    "books-ablations": "Forms of the model on books: 3 M parameters, 180 CPU seconds, one seed",
 }
 
 
@@ -88,6 +95,37 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def windows() -> dict[str, dict[int, list[float]]]:
+    """Bits per byte of each model by the tokens of a window, all seeds, where rows of books have them."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for group, suffix in (("books", ""), ("books-carried", ", states carried")):
+        for row in (read(group) or {"rows": []})["rows"]:
+            for size, loss in row.get("by_window", {}).items():
+                sizes = found.setdefault(NAMES[row["model"]] + suffix, {})
+                sizes.setdefault(int(size), []).append(loss / math.log(2))
+    return found
+
+
+def reach(found: dict[str, dict[int, list[float]]]) -> list[str]:
+    """The section on windows longer than in training."""
+    sizes = list(next(iter(found.values())))
+    lines = [
+        "",
+        "## What more context than in training is worth",
+        "",
+        "Bits per byte of one held-out text, cut into windows of so many tokens, each read from an empty state, by the",
+        "models of books (trained on windows of 256; with states carried: from window to window, the gradient ends",
+        "where a window starts). The last column is 64 times the training length.",
+        "",
+        "| model | seeds | " + " | ".join(f"{size:,}" for size in sizes) + " |",
+        "|" + "---|" * (2 + len(sizes)),
+    ]
+    for name, losses in found.items():
+        cells = [spread(losses[size], 3) for size in sizes]
+        lines.append(f"| {name} | {len(losses[sizes[0]])} | " + " | ".join(cells) + " |")
+    return [*lines, "", "![by window](context.png)"]
+
+
 def ablations(rows: list[dict[str, Any]]) -> list[str]:
     """A line a change, the best first."""
     base = next(row for row in rows if row["label"] == "recipe")["val_loss"]
@@ -125,14 +163,18 @@ def language() -> str:
         "Baselines are the packages' own models in an environment of their own, or torch's layers. All are trained by",
         "one script (benchmarks/language/train_one.py): AdamW, the same windows in the same order, a cosine to 0, each",
         "at three learning rates or more, then the best with the seeds of the table: mean ± standard deviation.",
-        "Seconds are of the process, one thread. Validation reads all held-out text, of the books the beginning.",
+        "Seconds are of the process, one thread. Validation reads all held-out text, of books evenly spread windows.",
+        "",
+        "![bits per byte](language.png)",
     ]
     for name, title in TITLES.items():
         if (file := read(name)) and file["rows"]:
             lines += ["", f"## {title}", "", *comparison(file["rows"]), *source(file)]
-    if (file := read("ablations")) and any(row["label"] == "recipe" for row in file["rows"]):
-        lines += ["", "## The recipe with one thing changed: 1,000 steps, one seed", "", *ablations(file["rows"])]
-        lines += source(file)
+    if found := windows():
+        lines += reach(found)
+    for name, title in CHANGES.items():
+        if (file := read(name)) and any(row["label"] == "recipe" for row in file["rows"]):
+            lines += ["", f"## {title}", "", *ablations(file["rows"]), *source(file)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -187,16 +229,34 @@ def tasks_page() -> str | None:
         "running the commands below. Columns are lengths; numbers the share of last answers that are right, the mean",
         f"over seeds with the least and most. {machine['processor']}, {machine['cores']} cores, one thread each. "
         f"Commits: {', '.join(sorted({row['commit'] for row in file['rows']}))}.",
+        "",
+        "![accuracy](tasks.png)",
         *tasks(file["rows"]),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def losses() -> dict[str, dict[str, list[float]]]:
+    """Bits per byte by table and model, of the tables that are not a search for learning rates."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, title in TITLES.items():
+        rows = [] if name.endswith("-rates") else (read(name) or {"rows": []})["rows"]
+        for model in sorted({row["model"] for row in rows}):
+            best = best_rate([row for row in rows if row["model"] == model])
+            found.setdefault(title, {})[NAMES[model]] = [row["bits_per_byte"] for row in best]
+    return found
+
+
 def main() -> None:
-    """All pages whose rows are there."""
+    """All pages and figures whose rows are there."""
     (RESULTS / "language.md").write_text(language())
+    draw_losses(losses(), RESULTS / "language.png")
+    if found := windows():
+        means = {name: {size: statistics.fmean(each) for size, each in sizes.items()} for name, sizes in found.items()}
+        draw_windows(means, 256, RESULTS / "context.png")
     if (page := tasks_page()) is not None:
         (RESULTS / "tasks.md").write_text(page)
+        draw_tasks((read("tasks") or {"rows": []})["rows"], RESULTS / "tasks.png")
 
 
 if __name__ == "__main__":
