@@ -27,9 +27,11 @@ KINDS: dict[str, list[str]] = {
     "signed gates": ["--gate", "polar", "--ablate-complex"],
     "fixed gates (LRU)": ["--fixed-gates"],
     "polar (the original's)": ["--gate", "polar"],
+    "ring, the original's start": ["--no-spread-start"],
 }
-TRACKING = list(KINDS)
+TRACKING = ["ring (complex)", "positive gates", "signed gates", "fixed gates (LRU)", "polar (the original's)"]
 MEMORY = ["ring (complex)", "fixed gates (LRU)", "polar (the original's)"]
+STARTS = [*MEMORY, "ring, the original's start"]
 # What is run: a name, the command's arguments, kinds of gates.
 PLAN: dict[str, tuple[list[str], list[str]]] = {
     "parity": (["parity"], TRACKING),
@@ -38,8 +40,9 @@ PLAN: dict[str, tuple[list[str], list[str]]] = {
     "counting modulo 60": (["counting", "--modulus", "60"], ["ring (complex)"]),
     "modular arithmetic": (["arithmetic"], ["ring (complex)", "positive gates"]),
     "S5": (["s5"], ["ring (complex)"]),
-    "memory horizon": (["horizon"], MEMORY),
-    "selective copying": (["copying"], MEMORY),
+    "memory horizon": (["horizon"], STARTS),
+    "memory horizon, all lengths from the start": (["horizon", "--first", "256"], STARTS),
+    "selective copying": (["copying"], STARTS),
     "associative recall": (["recall"], MEMORY),
     "induction heads": (["induction"], MEMORY),
     "ListOps": (["listops"], MEMORY),

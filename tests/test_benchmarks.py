@@ -92,6 +92,45 @@ def test_a_task_that_fails_loses_no_other(
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
+def test_pages_and_figures_are_made_of_the_rows_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    results = load("results.py")
+    machine = {"processor": "one", "cores": 1}
+    # The better learning rate has the seeds; a run that diverged is not drawn.
+    row = {"data": "text", "data_sha256": "0" * 64, "commit": "1", "machine": machine, "options": {}, "parameters": 9}
+    row |= dict.fromkeys(("tokens", "seconds", "tokens_per_second", "memory_mib", "decoding_tokens_per_second"), 1.0)
+    rows = [
+        {**row, "model": "gru", "lr": lr, "seed": seed, "val_loss": loss, "bits_per_byte": loss / math.log(2), **more}
+        for lr, seed, loss, more in (
+            (1e-3, 0, 1.25, {"by_window": {"64": 1.5, "256": 1.25}}),
+            (1e-3, 1, 1.5, {"by_window": {"64": 1.75, "256": 1.75}}),
+            (2e-3, 0, math.nan, {}),
+        )
+    ]
+    file = json.dumps({"command": "plan.py books", "processes_at_a_time": 1, "rows": rows})
+    (tmp_path / "books.json").write_text(file)
+    task = {
+        "task": "copying",
+        "accuracy_by_length": {"8": 1.0, "16": 0.5},
+        "accuracy_by_span": {"4-7": 1.0, "8-15": 0.25},
+    }
+    task |= {"chance": 0.125, "trained_lengths": [8, 8], "seconds": 1.0, "machine": machine, "commit": "1"}
+    found = [
+        {**task, "name": "selective copying", "kind": kind, "seed": 0, "command": f"gateloop tasks copying # {kind}"}
+        for kind in ("ring (complex)", "fixed gates (LRU)")
+    ]
+    (tmp_path / "tasks.json").write_text(json.dumps({"rows": found}))
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    results.main()
+    language, tasks = (tmp_path / "language.md").read_text(), (tmp_path / "tasks.md").read_text()
+    assert "| nn.GRU | 9 | 0.001 | 2 | 1.375 ± 0.177 |" in language
+    assert "| nn.GRU | 2 | 2.344 ± 0.255 | 2.164 ± 0.510 |" in language
+    assert "| fixed gates (LRU) | 100.0% | 25.0% |" in tasks
+    for name in ("language.png", "context.png", "tasks.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+        assert f"]({name})" in language + tasks
+
+
 def test_the_benchmark_for_gpus_runs_all_its_cases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
