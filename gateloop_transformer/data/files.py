@@ -101,7 +101,7 @@ def _open_zst(raw: BinaryIO) -> io.BufferedReader:
     try:
         import zstandard
     except ImportError as error:
-        raise ValueError(".zst files need the package zstandard: `pip install gateloop-transformer[train]`") from error
+        raise ValueError(".zst files need the package zstandard: `pip install gateloop-transformer[data]`") from error
     return io.BufferedReader(_ZstReader(raw, zstandard), BLOCK)
 
 

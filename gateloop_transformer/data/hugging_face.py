@@ -43,7 +43,7 @@ class HuggingFace(Source):
             import datasets
         except ImportError as error:
             raise ValueError(
-                f"{self.label} needs the package datasets: `pip install gateloop-transformer[train]`"
+                f"{self.label} needs the package datasets: `pip install gateloop-transformer[data]`"
             ) from error
         path = Path(self.name)
         try:

@@ -49,7 +49,7 @@ def parquet_rows(path: Path, field: str) -> Iterator[bytes]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("Parquet files need the package pyarrow: `pip install gateloop-transformer[train]`") from error
+        raise ValueError("Parquet files need the package pyarrow: `pip install gateloop-transformer[data]`") from error
     where = repr(str(path))
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

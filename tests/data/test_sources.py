@@ -223,7 +223,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = {"zstandard": "a.zst", "pyarrow": "a.parquet"}.get(module)
     if source is not None:
         (tmp_path / source).write_bytes(b"x")
-    with pytest.raises(ValueError, match=rf"package {module}: `pip install gateloop-transformer\[train\]`"):
+    with pytest.raises(ValueError, match=rf"package {module}: `pip install gateloop-transformer\[data\]`"):
         read_all("hf:any" if source is None else str(tmp_path / source))
 
 
