@@ -14,6 +14,7 @@ import concurrent.futures
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -245,9 +246,21 @@ def execute(spec: dict[str, Any], python: str) -> dict[str, Any]:
     return row
 
 
+def command_of(row: dict[str, Any]) -> str:
+    """The command that gives a row again, in the repository with the texts beside it."""
+    names = ("model", "options", "context", "batch", "characters", "cpu_seconds", "precision", "carry_state", "lr")
+    names += ("seed", "data", "valid", "eval_tokens", "reach")
+    # Where seconds are the budget, the steps are what came of it.
+    steps = None if row.get("cpu_seconds") else row["steps"]
+    spec = {"steps": steps, **{name: row[name] for name in names if row.get(name) is not None}}
+    folder = ".venv" if row["model"] == "gateloop" else ".venv-peers"
+    return f"OMP_NUM_THREADS=1 {folder}/bin/python benchmarks/language/train_one.py {shlex.quote(json.dumps(spec))}"
+
+
 def write(path: Path, rows: list[dict[str, Any]], command: str, jobs: int) -> None:
     """All rows, whole or not at all."""
-    rows = sorted(rows, key=lambda row: (row["model"], row["lr"], row["seed"]))
+    rows = [{**row, "command": command_of(row)} for row in rows]
+    rows.sort(key=lambda row: (row["model"], row["lr"], row["seed"]))
     text = json.dumps({"command": command, "processes_at_a_time": jobs, "rows": rows}, indent=1)
     write_text(path, text + "\n")
 
