@@ -161,6 +161,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     },
     "shakespeare-carried": {
         "sizes": {name: SMALL[name] for name in ("gateloop", "lstm", "gru")},
+        "rates_from": "shakespeare",
         "settings": {**_SHAKESPEARE, "steps": 2000, "carry_state": True},
     },
     "ablations": {
