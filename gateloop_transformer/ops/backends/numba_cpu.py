@@ -69,20 +69,20 @@ class _Channels(NamedTuple):
     def blocks(self) -> int:
         return -(-self.vectors // self.width)
 
-    def order(self) -> Tensor | None:
-        """The channel of every lane; None when that is the channels in turn."""
-        if self.vectors * self.lanes == self.D:
-            return None
-        whole = torch.arange((self.vectors - 1) * self.lanes)
-        return torch.cat([whole, torch.arange(self.D - self.lanes, self.D)])
+    @property
+    def shared(self) -> int:
+        """Channels of the last vector that the one before has too."""
+        return self.vectors * self.lanes - self.D
 
     def spread(self, x: Tensor | None, dtype: torch.dtype) -> Tensor:
         """(B, D) → (B, lanes of all vectors), always fresh; zero for None."""
         if x is None:
             return torch.zeros(self.B, self.vectors * self.lanes, dtype=dtype)
-        order = self.order()
         x = x.reshape(-1, self.D)
-        return x.to(dtype, copy=True).contiguous() if order is None else x[:, order].to(dtype)
+        if not self.shared:
+            return x.to(dtype, copy=True).contiguous()
+        last = self.D - self.lanes
+        return torch.cat([x[:, : last + self.shared], x[:, last:]], 1).to(dtype)
 
     def spread_state(self, state: Pair | None, parts: int, dtype: torch.dtype) -> list[Tensor]:
         """`spread` of the first `parts` parts of a state, zero for None and for a missing imaginary part."""
@@ -91,12 +91,10 @@ class _Channels(NamedTuple):
 
     def gathered(self, lanes: Tensor) -> Tensor:
         """The opposite of `spread`."""
-        order = self.order()
-        if order is None:
+        if not self.shared:
             return lanes
-        x = lanes.new_empty(lanes.shape[0], self.D)
-        x[:, order] = lanes
-        return x
+        last = self.D - self.lanes
+        return torch.cat([lanes[:, :last], lanes[:, last + self.shared :]], 1)
 
 
 def _lanes(D: int, double: bool) -> int:
