@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,35 +96,54 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def windows() -> dict[str, dict[int, list[float]]]:
-    """Bits per byte of each model by the tokens of a window, all seeds, where rows of books have them."""
-    found: dict[str, dict[int, list[float]]] = {}
+def far_rows() -> dict[str, list[dict[str, Any]]]:
+    """Rows of books that were read in long windows, by the model's name."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for group, suffix in (("books", ""), ("books-carried", ", states carried")):
         for row in (read(group) or {"rows": []})["rows"]:
-            for size, loss in row.get("by_window", {}).items():
-                sizes = found.setdefault(NAMES[row["model"]] + suffix, {})
-                sizes.setdefault(int(size), []).append(loss / math.log(2))
+            if "by_window" in row:
+                found.setdefault(NAMES[row["model"]] + suffix, []).append(row)
     return found
 
 
-def reach(found: dict[str, dict[int, list[float]]]) -> list[str]:
+def by_window(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Bits per byte of all seeds by the tokens of a window."""
+    return {size: [row["by_window"][size] / math.log(2) for row in rows] for size in rows[0]["by_window"]}
+
+
+def by_position(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Bits per byte of all seeds by how many tokens of the window were read before."""
+    spans = [f"{span['from']:,}–{span['to']:,}" for span in rows[0]["by_position"]]
+    losses = [[span["loss"] / math.log(2) for span in row["by_position"]] for row in rows]
+    return dict(zip(spans, map(list, zip(*losses, strict=True)), strict=True))
+
+
+def reach(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """The section on windows longer than in training."""
-    sizes = list(next(iter(found.values())))
-    lines = [
+    return [
         "",
         "## What more context than in training is worth",
         "",
         "Bits per byte of one held-out text, cut into windows of so many tokens, each read from an empty state, by the",
         "models of books (trained on windows of 256; with states carried: from window to window, the gradient ends",
         "where a window starts). The last column is 64 times the training length.",
+        *losses_table(found, by_window),
         "",
-        "| model | seeds | " + " | ".join(f"{size:,}" for size in sizes) + " |",
-        "|" + "---|" * (2 + len(sizes)),
+        "The same by how many tokens of the window were read before, from the shortest windows that have as many.",
+        *losses_table(found, by_position),
+        "",
+        "![by window](context.png)",
     ]
-    for name, losses in found.items():
-        cells = [spread(losses[size], 3) for size in sizes]
-        lines.append(f"| {name} | {len(losses[sizes[0]])} | " + " | ".join(cells) + " |")
-    return [*lines, "", "![by window](context.png)"]
+
+
+def losses_table(found: dict[str, list[dict[str, Any]]], losses: Callable[..., dict[str, list[float]]]) -> list[str]:
+    """A line a model, a column a size or span."""
+    columns = list(losses(next(iter(found.values()))))
+    lines = ["", "| model | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (2 + len(columns))]
+    for name, rows in found.items():
+        cells = [spread(each, 3) for each in losses(rows).values()]
+        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def ablations(rows: list[dict[str, Any]]) -> list[str]:
@@ -171,7 +191,7 @@ def language() -> str:
     for name, title in TITLES.items():
         if (file := read(name)) and file["rows"]:
             lines += ["", f"## {title}", "", *comparison(file["rows"]), *source(file)]
-    if found := windows():
+    if found := far_rows():
         lines += reach(found)
     for name, title in CHANGES.items():
         if (file := read(name)) and any(row["label"] == "recipe" for row in file["rows"]):
@@ -252,8 +272,11 @@ def main() -> None:
     """All pages and figures whose rows are there."""
     (RESULTS / "language.md").write_text(language())
     draw_losses(losses(), RESULTS / "language.png")
-    if found := windows():
-        means = {name: {size: statistics.fmean(each) for size, each in sizes.items()} for name, sizes in found.items()}
+    if found := far_rows():
+        means = {
+            name: {int(size): statistics.fmean(losses) for size, losses in by_window(rows).items()}
+            for name, rows in found.items()
+        }
         draw_windows(means, 256, RESULTS / "context.png")
     if (page := tasks_page()) is not None:
         (RESULTS / "tasks.md").write_text(page)

@@ -99,11 +99,12 @@ def test_pages_and_figures_are_made_of_the_rows_there_are(tmp_path: Path, monkey
     # The better learning rate has the seeds; a run that diverged is not drawn.
     row = {"data": "text", "data_sha256": "0" * 64, "commit": "1", "machine": machine, "options": {}, "parameters": 9}
     row |= dict.fromkeys(("tokens", "seconds", "tokens_per_second", "memory_mib", "decoding_tokens_per_second"), 1.0)
+    position = [{"from": 0, "to": 63, "loss": 1.5}]
     rows = [
         {**row, "model": "gru", "lr": lr, "seed": seed, "val_loss": loss, "bits_per_byte": loss / math.log(2), **more}
         for lr, seed, loss, more in (
-            (1e-3, 0, 1.25, {"by_window": {"64": 1.5, "256": 1.25}}),
-            (1e-3, 1, 1.5, {"by_window": {"64": 1.75, "256": 1.75}}),
+            (1e-3, 0, 1.25, {"by_window": {"64": 1.5, "256": 1.25}, "by_position": position}),
+            (1e-3, 1, 1.5, {"by_window": {"64": 1.75, "256": 1.75}, "by_position": position}),
             (2e-3, 0, math.nan, {}),
         )
     ]
@@ -125,6 +126,7 @@ def test_pages_and_figures_are_made_of_the_rows_there_are(tmp_path: Path, monkey
     language, tasks = (tmp_path / "language.md").read_text(), (tmp_path / "tasks.md").read_text()
     assert "| nn.GRU | 9 | 0.001 | 2 | 1.375 ± 0.177 |" in language
     assert "| nn.GRU | 2 | 2.344 ± 0.255 | 2.164 ± 0.510 |" in language
+    assert "| model | seeds | 0–63 |\n|---|---|---|\n| nn.GRU | 2 | 2.164 ± 0.000 |" in language
     assert "| fixed gates (LRU) | 100.0% | 25.0% |" in tasks
     for name in ("language.png", "context.png", "tasks.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
