@@ -56,6 +56,8 @@ class SequentialDigits(Task):
         "max_memory": 64.0,
         "dropout": 0.2,
         "least_rows": 32,
+        "steps": 1500,
+        "lr": 2e-2,
         "weight_decay": 0.3,
     }
 

@@ -91,6 +91,7 @@ class SelectiveCopying(Task):
     summary: ClassVar[str] = "repeat data scattered among noise (selective copying); accuracy by span"
     trained: ClassVar[int] = 128
     tested: ClassVar[tuple[int, ...]] = (64, 128, 256, 512)
+    settings: ClassVar[dict[str, Any]] = {"steps": 2000}
     values: int = option(8, "how many different data tokens there are")
     items: int = option(8, "how many data tokens a sequence has")
 
