@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class AssociativeRecall(Task):
     summary: ClassVar[str] = "values of keys seen before (multi-query associative recall); accuracy by span"
     trained: ClassVar[int] = 64
     tested: ClassVar[tuple[int, ...]] = (64, 128, 256, 512)
+    settings: ClassVar[dict[str, Any]] = {"steps": 2000}
     pairs: int = option(8, "pairs of key and value in a sequence")
     keys: int = option(32, "how many keys there are")
     values: int = option(32, "how many values there are")
