@@ -61,8 +61,9 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train]'
 	@touch $@
 
+# Modules are compiled when they are first imported: most never are.
 .venv/dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,data,watch,jax,hf,export,examples,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[train,data,watch,jax,hf,export,examples,dev]'
 	@touch $@
 
 .venv-peers/ready: constraints.txt Makefile

@@ -20,6 +20,12 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts import what stands in their folder."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
 def load(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"benchmark_{Path(path).stem}", BENCHMARKS / path)
     assert spec is not None
@@ -93,7 +99,6 @@ def test_a_task_that_fails_loses_no_other(
 
 
 def test_pages_and_figures_are_made_of_the_rows_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     results = load("results.py")
     machine = {"processor": "one", "cores": 1}
     # The better learning rate has the seeds; a run that diverged is not drawn.

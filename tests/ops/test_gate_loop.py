@@ -64,7 +64,7 @@ def comparisons() -> list[Any]:
                         and (d + s) % 2 == LENGTHS.index(T) % 2
                     ):
                         cases.append(pytest.param("jax", T, size, direction, kind, id=f"jax-{id}"))
-                        marks = [pytest.mark.slow] * (LENGTHS[-1] == T)
+                        marks = [pytest.mark.slow] * (T in LENGTHS[-2:])
                         cases.append(pytest.param("triton", T, size, direction, kind, id=f"triton-{id}", marks=marks))
     return cases
 
