@@ -79,6 +79,7 @@ def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *PLAN], help="only these")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="only these kinds of gates")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"of each (default {len(SEEDS)})")
     options = parser.parse_args()
@@ -90,7 +91,7 @@ def main() -> None:
         for seed in SEEDS[: options.seeds]
         for name in options.names or PLAN
         for kind in PLAN[name][1]
-        if (name, kind, seed) not in done
+        if kind in (options.kinds or KINDS) and (name, kind, seed) not in done
     ]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         failed = []
