@@ -91,8 +91,15 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
         "",
     ]
     for model in order:
-        tried = sorted((row["lr"], row["val_loss"]) for row in rows if row["model"] == model and row["seed"] == 0)
-        lines.append(f"- {NAMES[model]}: " + ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in tried))
+        first = [row for row in rows if row["model"] == model and row["seed"] == 0]
+        forms = {json.dumps(row["options"]) for row in first}
+        for form in sorted(forms):
+            tried = sorted((row["lr"], row["val_loss"]) for row in first if json.dumps(row["options"]) == form)
+            sizes = ", ".join(f"{name} {value}" for name, value in json.loads(form).items())
+            lines.append(
+                f"- {NAMES[model]}{f' ({sizes})' if len(forms) > 1 else ''}: "
+                + ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in tried)
+            )
     return lines
 
 
