@@ -37,6 +37,16 @@ CHANGES = {
     "books-ablations": "Forms of the model on books: 3 M parameters, 180 CPU seconds, one seed",
 }
 
+# What is to be known of a task's figures.
+NOTES = {
+    "S5": "Not solved, and not to be: diagonal gates commute, the permutations do not. A fixed number of such layers "
+    "is believed not to track the words of S5, whose word problem is complete for NC1; short ones it can learn.",
+    "memory horizon": "One layer. Spans are drawn log-uniformly, so the last answer of a sequence is mostly near: the "
+    "second table tells more.",
+    "memory horizon, all lengths from the start": "Without the sequences that grow, gates that start at short memories "
+    "must find the long ones at once.",
+}
+
 
 def read(name: str) -> dict[str, Any] | None:
     """A file of rows, if it is there."""
@@ -222,7 +232,8 @@ def tasks(rows: list[dict[str, Any]]) -> list[str]:
             "",
             f"## {name[0].upper() + name[1:]}",
             "",
-            f"Trained to length {own[0]['trained_lengths'][1]} at most; a guess is right in {own[0]['chance']:.1%}.",
+            f"Trained to length {max(row['trained_lengths'][1] for row in own)} at most; a guess is right in "
+            f"{own[0]['chance']:.1%}.{' ' + NOTES[name] if name in NOTES else ''}",
             "",
             "| gates | seeds | seconds | " + " | ".join(f"{int(length):,}" for length in lengths) + " |",
             "|" + "---|" * (3 + len(lengths)),
