@@ -81,7 +81,7 @@ LARGE: dict[str, dict[str, Any]] = {
     "original": {"dim": 196, "depth": 5},
     "mingru": {"dim": 206, "depth": 5, "enable_conv": True},
     "mamba": {"d_model": 232, "n_layers": 8},
-    "lstm": {"dim": 416, "depth": 2},
+    "lstm": {"dim": 342, "depth": 3},
     "gru": {"dim": 480, "depth": 2},
 }
 _HEADS = {"dim": 188, "head_norm": True}
