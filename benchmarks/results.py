@@ -117,9 +117,11 @@ def far_rows() -> dict[str, list[dict[str, Any]]]:
     """Rows of books that were read in long windows, by the model's name."""
     found: dict[str, list[dict[str, Any]]] = {}
     for group, suffix in (("books", ""), ("books-carried", ", states carried")):
-        for row in (read(group) or {"rows": []})["rows"]:
-            if "by_window" in row:
-                found.setdefault(NAMES[row["model"]] + suffix, []).append(row)
+        rows = (read(group) or {"rows": []})["rows"]
+        for model in sorted({row["model"] for row in rows}):
+            best = best_rate([row for row in rows if row["model"] == model])
+            if far := [row for row in best if "by_window" in row]:
+                found[NAMES[model] + suffix] = far
     return found
 
 
