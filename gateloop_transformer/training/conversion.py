@@ -19,7 +19,7 @@ from gateloop_transformer.training.config import flat, is_flat
 from gateloop_transformer.training.original import Arguments, infer
 from gateloop_transformer.training.state_dicts import find_model, read_file
 from gateloop_transformer.training.storage import read_json, remove, write_tensors, write_text
-from gateloop_transformer.training.weights import CONFIG, MODEL, describe
+from gateloop_transformer.training.weights import CONFIG, MODEL, describe, differences
 
 _FILES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, MODEL)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -143,13 +143,9 @@ def _check_fit(tensors: dict[str, Tensor], arguments: Arguments) -> None:
     """Names and shapes are those of such a model, all of them and no others."""
     with torch.device("meta"):
         own = Transformer(**arguments.config().arguments(arguments.values()["num_tokens"])).state_dict()
-    problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
-    problems += [f"{name} is unknown" for name in sorted(tensors.keys() - own.keys())]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
+    missing, unknown, reshaped = differences(own, tensors)
+    problems = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown]
+    problems += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}" for name in reshaped]
     if problems:
         more = f" and {len(problems) - 1} more such" if len(problems) > 1 else ""
         raise ValueError(f"not a Transformer of gateloop-transformer 0.2.5: {problems[0]}{more}")

@@ -62,15 +62,17 @@ def check_written_for(path: Path, metadata: Mapping[str, str], config: Transform
         raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {text}")
 
 
+def differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[list[str], list[str], list[str]]:
+    """Names that arrays or tensors `given` lack of a model's `own`, that it has not, and whose shapes are others."""
+    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    return missing, unknown, [name for name in own if name in given and given[name].shape != own[name].shape]
+
+
 def misfit(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
     """What keeps arrays or tensors `given` from being a model's `own`, by names and shapes: the first, and how many."""
-    problems = [f"missing {name}" for name in sorted(own.keys() - given.keys())]
-    problems += [f"unknown {name}" for name in sorted(given.keys() - own.keys())]
-    problems += [
-        f"{name} is {tuple(given[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in given and given[name].shape != own[name].shape
-    ]
+    missing, unknown, reshaped = differences(own, given)
+    problems = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown]
+    problems += [f"{name} is {tuple(given[name].shape)}, the model has {tuple(own[name].shape)}" for name in reshaped]
     if not problems:
         return None
     return problems[0] + (f" and {len(problems) - 1} more" if len(problems) > 1 else "")
