@@ -9,7 +9,7 @@ from typing import Any
 
 from gateloop_transformer.training.plot import empty_figure, save_png
 
-# A model or a kind of gate has one color in all figures.
+# A model has one color in all figures.
 _COLORS = {
     "GateLoop": "tab:blue",
     "GateLoop, states carried": "tab:cyan",
@@ -84,8 +84,9 @@ def draw_tasks(rows: list[dict[str, Any]], target: Path) -> None:
     names = [name for name in names if len(_scores([row for row in rows if row["name"] == name])) > 1]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     columns = 3
-    figure = empty_figure(12, 3.1 * math.ceil(len(names) / columns))
-    panels = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False).ravel()
+    lines = math.ceil(len(names) / columns)
+    figure = empty_figure(12, 3.1 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
         own = [row for row in rows if row["name"] == name]
         for n, kind in enumerate(kinds):

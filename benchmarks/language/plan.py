@@ -118,7 +118,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     },
 }
 # Forms of the model at 3 M parameters; a learning rate of their own is beside the options.
-_FEEDFORWARDS = {"gate": "ring", "conv_size": 4, "head_norm": True, "max_memory": 64, "depth": 5, "dim": 210}
+_FEEDFORWARDS = {"gate": "ring", "conv_size": 4, "head_norm": True, "gate_loop_heads": 7, "max_memory": 64}
 LARGE_ABLATIONS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "recipe, 3 layers": {"depth": 3, "dim": 368},
@@ -127,7 +127,7 @@ LARGE_ABLATIONS: dict[str, dict[str, Any]] = {
     "recipe, feed-forward of width 4": {"ff_mult": 4, "dim": 196},
 }
 _OWN_FORMS: dict[str, dict[str, Any]] = {
-    f"preset small's form, learning rate {lr:g}": {**_FEEDFORWARDS, "gate_loop_heads": 7, "lr": lr}
+    f"the form of presets from base on, learning rate {lr:g}": {**_FEEDFORWARDS, "depth": 5, "dim": 210, "lr": lr}
     for lr in (1e-3, 2e-3, 4e-3)
 }
 # nanoGPT's setting on a CPU; character level.
