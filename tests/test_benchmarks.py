@@ -38,14 +38,20 @@ def load(path: str) -> ModuleType:
 def test_a_rate_at_which_a_run_diverged_is_not_the_best() -> None:
     plan, results = load("language/plan.py"), load("results.py")
     group = plan.GROUPS["shakespeare"]
-    base = {**group["settings"], "model": "lstm", "options": group["sizes"]["lstm"], "seed": 0}
+    forms = group["sizes"]["lstm"]
+    base = {**group["settings"], "model": "lstm", "seed": 0}
     losses = (math.nan, 2.0, 1.5)
-    rows = [{**base, "lr": lr, "val_loss": loss} for lr, loss in zip(plan.RATES["lstm"], losses, strict=True)]
+    rows = [
+        {**base, "options": form, "lr": lr, "val_loss": loss + (form != forms[1])}
+        for form in forms
+        for lr, loss in zip(plan.RATES["lstm"], losses, strict=True)
+    ]
     best = plan.RATES["lstm"][2]
-    assert [(spec["lr"], spec["seed"]) for spec in plan.missing(group, rows, ["lstm"])] == [(best, 1), (best, 2)]
+    left = plan.missing(group, rows, ["lstm"])
+    assert [(spec["options"], spec["lr"], spec["seed"]) for spec in left] == [(forms[1], best, n) for n in (1, 2)]
     assert {row["lr"] for row in results.best_rate(rows)} == {best}
     shorter = [{**row, "steps": 10} for row in rows]
-    assert len(plan.missing(group, shorter, ["lstm"])) == 3
+    assert len(plan.missing(group, shorter, ["lstm"])) == 3 * len(forms)
 
 
 def test_a_run_that_fails_loses_no_other(
@@ -64,8 +70,9 @@ def test_a_run_that_fails_loses_no_other(
     with pytest.raises(RuntimeError, match="gru failed"):
         plan.main()
     rows = json.loads((tmp_path / "shakespeare.json").read_text())["rows"]
-    assert [row["lr"] for row in rows] == list(plan.RATES["gru"][1:])
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    forms = plan.GROUPS["shakespeare"]["sizes"]["gru"]
+    assert [row["lr"] for row in rows] == sorted(plan.RATES["gru"][1:] * len(forms))
+    assert len(capsys.readouterr().out.splitlines()) == 2 * len(forms)
 
 
 def test_the_page_of_backends_is_what_their_table_gives(monkeypatch: pytest.MonkeyPatch) -> None:

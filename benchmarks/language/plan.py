@@ -2,15 +2,16 @@
 
 python benchmarks/language/plan.py shakespeare --data tinyshakespeare.txt --peers .venv-peers/bin/python --jobs 2
 
-Every model is trained at each of its learning rates with seed 0, then at the best of them with the other seeds;
-ablations change one thing of the recipe and are trained once. A row is kept in docs/results/NAME.json as soon as its
-run ends, so what was interrupted goes on where it was.
+Every model is trained in each of its forms at each of its learning rates with seed 0, then the best of them with the
+other seeds; ablations change one thing of the recipe and are trained once. A row is kept in docs/results/NAME.json as
+soon as its run ends, so what was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import math
 import os
@@ -30,25 +31,24 @@ SEEDS = (0, 1, 2)
 
 # The recommended recipe: mixers alone, a gate for each channel. Within 2 % of 0.8 M parameters on 65 characters.
 RECIPE: dict[str, Any] = {**configuration.RECIPE, "max_memory": 16, "depth": 4, "dim": 166}
-SMALL: dict[str, dict[str, Any]] = {
-    "gateloop": RECIPE,
-    "transformer": {
-        "hidden_size": 128,
-        "intermediate_size": 336,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    },
-    "original": {"dim": 114, "depth": 4},
-    "mingru": {"dim": 120, "depth": 4, "enable_conv": True},
-    "mamba": {"d_model": 136, "n_layers": 6},
-    "lstm": {"dim": 219, "depth": 2},
-    "gru": {"dim": 252, "depth": 2},
+# A model may have several forms.
+SMALL: dict[str, list[dict[str, Any]]] = {
+    "gateloop": [RECIPE],
+    "transformer": [
+        {"hidden_size": 128, "intermediate_size": 336, "num_hidden_layers": 4, "num_attention_heads": 4},
+    ],
+    "original": [{"dim": 114, "depth": 4}],
+    "mingru": [{"dim": 120, "depth": 4, "enable_conv": True}],
+    "mamba": [{"d_model": 136, "n_layers": 6}],
+    "lstm": [{"dim": 308, "depth": 1}, {"dim": 219, "depth": 2}, {"dim": 179, "depth": 3}],
+    "gru": [{"dim": 354, "depth": 1}, {"dim": 252, "depth": 2}, {"dim": 206, "depth": 3}],
 }
 # Where time is the budget: fewer and wider layers learn less from a token, but see more tokens.
-FAST: dict[str, dict[str, Any]] = {
+FAST: dict[str, list[dict[str, Any]]] = {
     **SMALL,
-    "gateloop": {**RECIPE, "depth": 2, "dim": 232, "dim_gate_looped_attn": 240},
-    "lstm": {"dim": 308, "depth": 1},
+    "gateloop": [{**RECIPE, "depth": 2, "dim": 232, "dim_gate_looped_attn": 240}],
+    "lstm": SMALL["lstm"][:2],
+    "gru": SMALL["gru"][1:2],
 }
 # Products in bfloat16 harm them: minGRU's scan is in log space (1.80 nats after 180 s where 1.62 is 2,000 steps').
 FLOAT32 = ("mingru",)
@@ -70,19 +70,16 @@ LARGE_RATES = RATES | {
     "mamba": (1e-3, *RATES["mamba"]),
 }
 # Within 1 % of 3 M parameters on bytes.
-LARGE: dict[str, dict[str, Any]] = {
-    "gateloop": {**RECIPE, "max_memory": 64, "depth": 5, "dim": 284},
-    "transformer": {
-        "hidden_size": 216,
-        "intermediate_size": 600,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-    },
-    "original": {"dim": 196, "depth": 5},
-    "mingru": {"dim": 206, "depth": 5, "enable_conv": True},
-    "mamba": {"d_model": 232, "n_layers": 8},
-    "lstm": {"dim": 342, "depth": 3},
-    "gru": {"dim": 480, "depth": 2},
+LARGE: dict[str, list[dict[str, Any]]] = {
+    "gateloop": [{**RECIPE, "max_memory": 64, "depth": 5, "dim": 284}],
+    "transformer": [
+        {"hidden_size": 216, "intermediate_size": 600, "num_hidden_layers": 5, "num_attention_heads": 4},
+    ],
+    "original": [{"dim": 196, "depth": 5}],
+    "mingru": [{"dim": 206, "depth": 5, "enable_conv": True}],
+    "mamba": [{"d_model": 232, "n_layers": 8}],
+    "lstm": [{"dim": 416, "depth": 2}, {"dim": 342, "depth": 3}],
+    "gru": [{"dim": 480, "depth": 2}],
 }
 _HEADS = {"dim": 188, "head_norm": True}
 # The recipe with one thing changed; where that changes the number of parameters the width makes up for it, as far as
@@ -134,7 +131,7 @@ _OWN_FORMS: dict[str, dict[str, Any]] = {
 _SHAKESPEARE = {"context": 64, "batch": 12, "characters": True}
 _BOOKS: dict[str, Any] = {"context": 256, "batch": 8, "characters": False, "steps": None, "precision": "bfloat16"}
 # Where time is the budget products are in bfloat16, with which all are faster; FLOAT32 are harmed. `rates_from`
-# names the group whose best learning rate is taken, `seeds` those that follow the first.
+# names the group whose best form and learning rate are taken, `seeds` those that follow the first.
 GROUPS: dict[str, dict[str, Any]] = {
     "shakespeare": {"sizes": SMALL, "settings": {**_SHAKESPEARE, "steps": 2000}},
     "shakespeare-seconds": {
@@ -160,7 +157,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "settings": {**_BOOKS, "cpu_seconds": 1200, "eval_tokens": 524288, "reach": 64, "carry_state": True},
     },
     "books-ablations": {
-        "sizes": {name: {**LARGE["gateloop"], **change} for name, change in LARGE_ABLATIONS.items()} | _OWN_FORMS,
+        "changes": {name: {**LARGE["gateloop"][0], **change} for name, change in LARGE_ABLATIONS.items()} | _OWN_FORMS,
         "settings": {**_BOOKS, "cpu_seconds": 180, "eval_tokens": 131072, "lr": 4e-3, "seed": 0},
     },
     "shakespeare-carried": {
@@ -169,7 +166,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "settings": {**_SHAKESPEARE, "steps": 2000, "carry_state": True},
     },
     "ablations": {
-        "sizes": {name: {**RECIPE, **change} for name, change in ABLATIONS.items()},
+        "changes": {name: {**RECIPE, **change} for name, change in ABLATIONS.items()},
         "settings": {**_SHAKESPEARE, "steps": 1000, "lr": 6e-3, "seed": 0},
     },
 }
@@ -193,44 +190,46 @@ def read_rows(group: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def rates(group: dict[str, Any], model: str) -> tuple[float, ...]:
-    """Learning rates that a model is trained at: all of its own, or the best one of another group.
+def first_runs(group: dict[str, Any], model: str) -> list[tuple[dict[str, Any], float]]:
+    """Forms and learning rates that a model is trained with once: all of its own, or the best of another group.
 
     Raises:
         SystemExit: that group has no row of the model.
     """
+    forms: list[dict[str, Any]] = group["sizes"][model]
     if (other := group.get("rates_from")) is None:
-        found: tuple[float, ...] = group.get("rates", RATES)[model]
-        return found
-    size = GROUPS[other]["sizes"][model]
-    rows = [row for row in read_rows(other) if (row["model"], row["options"], row["seed"]) == (model, size, SEEDS[0])]
+        return list(itertools.product(forms, group.get("rates", RATES)[model]))
+    rows = [row for row in read_rows(other) if row["model"] == model and row["seed"] == SEEDS[0]]
+    rows = [row for row in rows if row["options"] in forms]
     if not rows:
         raise SystemExit(f"plan: {model} has no row in {other}, whose best learning rate is wanted: run that first")
-    return (min(rows, key=loss_of)["lr"],)
+    best = min(rows, key=loss_of)
+    return [(best["options"], best["lr"])]
 
 
 def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
-    """Runs that can be started: all learning rates first, of the best the other seeds."""
+    """Runs that can be started: all forms and learning rates first, of the best the other seeds."""
     done = {key(row) for row in rows}
-    if "lr" in group["settings"]:
+    if "changes" in group:
         specs = []
         for name in models:
-            options = dict(group["sizes"][name])
+            options = dict(group["changes"][name])
             own = {"lr": options.pop("lr")} if "lr" in options else {}
             specs.append({**group["settings"], **own, "model": "gateloop", "label": name, "options": options})
         return [spec for spec in specs if key(spec) not in done]
     found = []
     for model in models:
-        base = {**group["settings"], "model": model, "options": group["sizes"][model]}
+        base = {**group["settings"], "model": model}
         if model in FLOAT32:
             base["precision"] = "float32"
-        first = [{**base, "lr": lr, "seed": SEEDS[0]} for lr in rates(group, model)]
+        first = [{**base, "options": form, "lr": lr, "seed": SEEDS[0]} for form, lr in first_runs(group, model)]
         left = [spec for spec in first if key(spec) not in done]
         if not left:
             keys = {key(spec) for spec in first}
             best = min((row for row in rows if key(row) in keys), key=loss_of)
             seeds = group.get("seeds", SEEDS[1:])
-            left = [spec for seed in seeds if key(spec := {**base, "lr": best["lr"], "seed": seed}) not in done]
+            again = [{**base, "options": best["options"], "lr": best["lr"], "seed": seed} for seed in seeds]
+            left = [spec for spec in again if key(spec) not in done]
         found += left
     return found
 
@@ -284,7 +283,7 @@ def main() -> None:
     group, path = GROUPS[options.group], RESULTS / f"{options.group}.json"
     if options.seeds is not None:
         group = {**group, "seeds": SEEDS[1 : options.seeds]}
-    models = options.models or list(group["sizes"])
+    models = options.models or list(group.get("changes") or group["sizes"])
     rows = read_rows(options.group)
     data = {"data": options.data, "valid": options.valid}
     machine = about()
