@@ -29,6 +29,20 @@ def check_start(layer: str, gate: str, spread_start: bool | None, fixed_gates: b
         raise ValueError(f"{layer}: fixed_gates need a spread start, as nothing else sets the memories apart")
 
 
+def check_rank(layer: str, gate_rank: int | None, fixed_gates: bool) -> None:
+    """A rank of the gates' projection is a size, and there is such a projection.
+
+    Raises:
+        ValueError: it is not, or there is none.
+    """
+    if gate_rank is None:
+        return
+    if gate_rank < 1:
+        raise ValueError(f"{layer}: gate_rank must be 1 or more, or None, not {gate_rank}")
+    if fixed_gates:
+        raise ValueError(f"{layer}: fixed_gates depend on no data, so that a gate_rank ({gate_rank}) has no meaning")
+
+
 def parse_pattern(pattern: str, depth: int) -> list[str]:
     """The mixer of each layer: the words of `pattern` ("gate", "attention"), repeated up to `depth`.
 

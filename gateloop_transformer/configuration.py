@@ -61,6 +61,9 @@ class TransformerConfig:
     spread_start: bool | None = option(
         None, "gates begin with memories spread up to --max-memory; none: ring gates do", since=4
     )
+    gate_rank: int | None = option(
+        None, "numbers of each input that the gates of gate loop layers depend on; none: all of it", since=5
+    )
     fixed_gates: bool = option(False, "ring gates that do not depend on the data, as in an LRU", since=4)
     attn_window: int | None = option(None, "steps that attention layers see at most; none: all", since=2)
     dropout: float = option(0.0, "probability of dropping an element of what a block adds")

@@ -28,9 +28,9 @@ FIELDS = {
 OTHERS = {
     "dim", "depth", "ff_mult", "attn_add_swish_gating", "dim_gate_looped_attn", "frac_gradient_state_transition",
     "post_ln_norm", "sub_ln", "head_norm", "qk_norm", "conv_size", "qkv_bias", "max_memory", "min_memory",
-    "phase_spread", "spread_start", "fixed_gates", "dropout",
+    "phase_spread", "spread_start", "gate_rank", "fixed_gates", "dropout",
 }  # fmt: skip
-NEWEST_FORMAT = 4
+NEWEST_FORMAT = 5
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], bool]:
@@ -161,6 +161,7 @@ class Model:
         if self.config["ablate_state_transition"]:
             return one, one
         z = linear(w, "0.fn.to_a.0", x) if "0.fn.to_a.0.weight" in w else np.zeros(2 * heads, np.float32)
+        z = linear(w, "0.fn.to_a.1", z) if "0.fn.to_a.1.weight" in w else z
         first, second = z[0::2], z[1::2]
         if self.config["gate"] == "ring":
             first, second = first + w["0.fn.ring_logit"], second + w["0.fn.ring_phase"]

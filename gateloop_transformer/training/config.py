@@ -15,7 +15,7 @@ from gateloop_transformer.training.presets import PRESETS
 if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
 
-FORMAT = 4
+FORMAT = 5
 # What transformers knows a model by, in every config.json.
 IDENTITY = {"model_type": "gateloop", "architectures": ["GateLoopForCausalLM"]}
 # What transformers itself writes into a config.json.
