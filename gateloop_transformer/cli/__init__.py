@@ -67,7 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stderr is None:
         # Closed by the caller: nothing can be said to it, and it must not go to standard output instead.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    arguments, unknown = _parser().parse_known_args(argv)
+    try:
+        arguments, unknown = _parser().parse_known_args(argv)
+    except KeyboardInterrupt:
+        print("\ngateloop: interrupted", file=sys.stderr)
+        return 1
     if unknown:
         # The parser itself would name the command that all have in common.
         _Parser(prog=f"gateloop {arguments.command}").error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -27,6 +27,8 @@ def add_fields(
     group = parser.add_argument_group(title)
     accepted = value_types(kind)
     for item in dataclasses.fields(kind):
+        if not item.init:
+            continue
         flag = "--" + item.name.replace("_", "-")
         default = defaults.get(item.name, item.default)
         whose = "the preset's; tiny: " if item.name in preset else ""

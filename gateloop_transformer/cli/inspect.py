@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -74,6 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     write_text(out / "index.html", page(found, _title(arguments), notes))
     with bytes_bar(len(found.figures["layers"]), delay=1, unit="layer") as bar:
         images = draw(found, out, bar.update)
+    for old in set(_pictures(out)) - set(images):
+        old.unlink()
     result = {**found.figures, "cut": more, "page": str(out / "index.html"), "images": list(map(str, images))}
     if arguments.json:
         print(json.dumps(result, allow_nan=False))
@@ -95,13 +96,17 @@ def _check_out(arguments: argparse.Namespace) -> Path:
     ours = page.is_file() and b'content="gateloop inspect"' in page.read_bytes()[:1000]
     if page.exists() and not ours:
         raise ValueError(f"--out: {str(page)!r} is there and is no page of 'gateloop inspect': choose another folder")
-    pictures = itertools.chain.from_iterable(out.glob(name) for name in ("layer-*.png", "spectrum.png", "classes.png"))
-    for picture in pictures:
+    for picture in _pictures(out):
         if picture.is_dir() or not ours:
             raise ValueError(
                 f"--out: {str(picture)!r} is there and is not of 'gateloop inspect': choose another folder"
             )
     return out
+
+
+def _pictures(out: Path) -> list[Path]:
+    """What has the name of a picture."""
+    return [path for name in ("layer-*.png", "spectrum.png", "classes.png") for path in out.glob(name)]
 
 
 def _title(arguments: argparse.Namespace) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -34,7 +35,11 @@ def add_parser(commands: Any) -> None:
     for name, task in TASKS.items():
         own = names.add_parser(name, help=task.summary, description=(task.__doc__ or "").splitlines()[0])
         own.add_argument(
-            "--out", type=folder, metavar="DIR", help=f"where the results go (default: {Path('runs', 'tasks', name)})"
+            "--out",
+            type=folder,
+            metavar="DIR",
+            help="where the results go, instead of earlier ones "
+            f"(default: {Path('runs', 'tasks', name)}, or where that is taken {name}-2 and so on)",
         )
         own.add_argument("--json", action="store_true", help="print the result as one JSON object, not as a table")
         start = defaults(task)
@@ -60,9 +65,18 @@ def run(arguments: argparse.Namespace) -> None:
     experiment = Experiment.of(
         TASKS[arguments.task], {name: value for name, value in vars(arguments).items() if name not in own}
     )
-    out = Path("runs", "tasks", arguments.task) if arguments.out is None else arguments.out
+    usual = Path("runs", "tasks", arguments.task)
+    out = _free(usual) if arguments.out is None else arguments.out
+    if arguments.out is None and out != usual:
+        print(f"gateloop tasks: {str(usual)!r} has results: these go to {str(out)!r}", file=sys.stderr)
     outcome = _run(experiment, out)
     print(json.dumps(outcome.to_json()) if arguments.json else _table(outcome, out))
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or the first of its followers that has no result yet: none is lost that was not named."""
+    numbered = itertools.chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2)))
+    return next(each for each in numbered if not (each / RESULT).exists())
 
 
 def _run(experiment: Experiment, out: Path) -> Outcome:

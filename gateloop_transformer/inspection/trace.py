@@ -88,18 +88,22 @@ def _watched(model: Transformer) -> Iterator[list[LayerGates]]:
             hook.remove()
 
 
+def _heads(count: int, size: int) -> str:
+    return f"{count} heads of size {size}" if count > 1 else f"one head of size {size}"
+
+
 def _gates_of(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerGates:
     """The gates of a mixer that was called with these arguments."""
     flags = {name: kwargs.get(name, False) for name in ("ablate_complex", "ablate_state_transition")}
     note = _ablated(**flags)
     if isinstance(module, GateLoopedAttention):
         kind = f"{module.gate} gates" if module.to_a is not None else f"fixed {module.gate} gates"
-        mixer = f"gate loop, {kind}, {module.heads} heads of size {module.dim_head}"
+        mixer = f"gate loop, {kind}, {_heads(module.heads, module.dim_head)}"
         if module.to_a is None and not note:
             note = "the gates are learned and do not depend on the text"
         return LayerGates(layer, mixer, _array(module.gates(*args, **kwargs)), note)
     attention = cast(CausalFullAttention, module)
-    mixer = f"attention, {attention.heads} heads of size {attention.dim_head}"
+    mixer = f"attention, {_heads(attention.heads, attention.dim_head)}"
     if attention.data_dependent_rel_pos == "gate_loop":
         real, imaginary = attention._time_gates(*args, **flags)
         # Both channels of a pair share one.

@@ -14,7 +14,7 @@ from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.tasks.curriculum import Curriculum, Progress
 from gateloop_transformer.tasks.models import build_model
 from gateloop_transformer.tasks.scoring import Score, score_lengths
-from gateloop_transformer.tasks.settings import TaskTraining, defaults
+from gateloop_transformer.tasks.settings import TaskTraining, check_read, defaults
 from gateloop_transformer.tasks.task import Task
 
 
@@ -31,11 +31,13 @@ class Experiment:
         """From flat settings, in the words of all three; others are the task's defaults.
 
         Raises:
-            ValueError: a value without a meaning.
+            ValueError: a value without a meaning, or a setting that the model does not read.
         """
-        values = {**defaults(task, given.get("model", "gateloop")), **given}
+        kind = given.get("model", "gateloop")
+        check_read(kind, given)
+        values = {**defaults(task, kind), **given}
         own, model, training = (
-            {item.name: values[item.name] for item in dataclasses.fields(kind) if item.name in values}
+            {item.name: values[item.name] for item in dataclasses.fields(kind) if item.init and item.name in values}
             for kind in (task, TransformerConfig, TaskTraining)
         )
         return cls(task(**own), TransformerConfig(**model), TaskTraining(**training))

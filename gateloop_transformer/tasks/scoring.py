@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gateloop_transformer.tasks.task import NONE, Batch, Ids, Task, generator, last_asked
+from gateloop_transformer.tasks.task import NONE, Batch, Ids, Task, generator, last_asked, test_rows
 
 # Tells random numbers of tests from those of training.
 _TEST = 1
@@ -109,7 +109,7 @@ def score_lengths(
     """
     scores = {}
     for length in lengths:
-        count = rows if length <= 2000 else min(rows, 64)
-        scores[length] = score(model, task, task.test_batch(generator(seed, _TEST, length), count, length))
+        batch = task.test_batch(generator(seed, _TEST, length), test_rows(rows, length), length)
+        scores[length] = score(model, task, batch)
         report(length)
     return scores

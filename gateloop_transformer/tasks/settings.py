@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gateloop_transformer.configuration import option
-from gateloop_transformer.tasks.task import Task
+from gateloop_transformer.configuration import TransformerConfig, option
+from gateloop_transformer.tasks.task import Task, test_rows
 from gateloop_transformer.training.config import TrainingConfig
 
 # What all tasks start from; a task's own settings come after, then those of the kind of model, then what is asked for.
@@ -20,7 +22,7 @@ GENERAL: dict[str, Any] = {
     "conv_size": 4,
 }
 
-# Kinds, and the settings that make them what they are; "lstm" and "gru" read dim, depth and dropout alone.
+# Kinds, and the settings that make them what they are.
 MODELS: dict[str, dict[str, Any]] = {
     "gateloop": {},
     "transformer": {
@@ -34,6 +36,33 @@ MODELS: dict[str, dict[str, Any]] = {
     "lstm": {"weight_decay": 0.1},
     "gru": {"weight_decay": 0.1},
 }
+
+
+# What nn.LSTM and nn.GRU read of a model's settings, and what a Transformer of attention layers alone does not.
+_OF_NETS = {"dim", "depth", "dropout"}
+_OF_GATES = {
+    *("gate", "gate_loop_heads", "dim_gate_looped_attn", "sub_ln", "head_norm", "conv_size", "conv_silu", "qkv_bias"),
+    *("max_memory", "min_memory", "phase_spread", "spread_start", "gate_rank", "swish_rank", "fixed_gates"),
+    *("ablate_complex", "ablate_state_transition"),
+}
+# Sequences of a test are drawn at once: 4 GB of them.
+_MOST_TOKENS = 2**28
+
+
+def check_read(kind: str, given: Mapping[str, Any]) -> None:
+    """All that is asked for of a model is read by that kind of model.
+
+    Raises:
+        ValueError: something is not.
+    """
+    fields = {item.name for item in dataclasses.fields(TransformerConfig)}
+    unread: set[str] = set()
+    if kind in ("lstm", "gru"):
+        unread = (fields - _OF_NETS) & given.keys()
+    elif kind == "transformer" and "gate" not in str(given.get("layer_pattern")).split():
+        unread = _OF_GATES & given.keys()
+    if unread:
+        raise ValueError(f"model {kind} has no {', '.join(sorted(unread))}")
 
 
 def defaults(task: type[Task], model: str = "gateloop") -> dict[str, Any]:
@@ -131,5 +160,13 @@ class TaskTraining:
         except ValueError:
             raise ValueError(f"lengths must be numbers and commas, as 40,256,10000, not {self.lengths!r}") from None
         for length in lengths:
+            if length < task.shortest:
+                raise ValueError(f"lengths: {task.name} has none below {task.shortest}, not {length}")
             task.check(1, length)
+            rows = test_rows(self.rows, length)
+            if rows * length > _MOST_TOKENS:
+                raise ValueError(
+                    f"lengths: a test of {rows:,} sequences of {length:,} tokens is too large: rows times length must "
+                    f"be at most {_MOST_TOKENS:,}"
+                )
         return tuple(lengths)

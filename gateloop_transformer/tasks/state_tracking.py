@@ -8,7 +8,7 @@ the state. Where no two angles have one cosine, as in parity, a second mark only
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -98,7 +98,7 @@ class Parity(Counting):
 
     name: ClassVar[str] = "parity"
     summary: ClassVar[str] = "whether the number of ones so far is odd"
-    modulus: int = option(2, "what is counted modulo")
+    modulus: int = field(default=2, init=False)
     marks: int = option(1, "tokens that begin a sequence, each of its own")
 
 

@@ -93,6 +93,11 @@ def generator(seed: int, *place: int) -> np.random.Generator:
     return np.random.default_rng([seed, *place])
 
 
+def test_rows(rows: int, length: int) -> int:
+    """Sequences in a test: fewer of those above 2,000 tokens, which take long."""
+    return rows if length <= 2000 else min(rows, 64)
+
+
 def at_least(name: str, smallest: int, **values: int) -> None:
     """All parameters of a task are large enough.
 

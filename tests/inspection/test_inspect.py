@@ -50,7 +50,10 @@ def test_a_text_is_read_and_shown(run: Path, capsys: pytest.CaptureFixture[str])
     assert {"newline", "first of a line", "space", "first of a word"} <= gate["by_class"].keys()
     assert sum(row["tokens"] for row in result["by_position"]) == 30
     assert sum(row["tokens"] for row in result["by_distance"]) == 30
+    # Of a deeper model that was inspected before.
+    (run / "inspect" / "layer-3.png").write_bytes(b"")
     out, _ = said(capsys, run, "--text", "once more")
+    assert sorted(path.name for path in (run / "inspect").glob("*.png")) == sorted(names)
     assert "layer 1: half-lives of " in out
     assert "layer 2: attention, 2 heads of size 4: attention has no gates" in out
 

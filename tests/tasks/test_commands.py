@@ -61,6 +61,11 @@ def test_the_list_has_a_line_for_each(flags: list[str], capsys: pytest.CaptureFi
         (["parity", "--dim", "7", "--gate-loop-heads", "2"], "heads must divide"),
         (["--list", "parity"], "--list takes no NAME"),
         (["digits", "--longest", "65"], "length of 64"),
+        (["digits", "--lengths", "65"], "length of 64"),
+        (["parity", "--lengths", "40,-5"], "lengths: parity has none below 2, not -5"),
+        (["parity", "--lengths", "40,1000000000000"], "64 sequences of 1,000,000,000,000 tokens is too large"),
+        (["parity", "--model", "lstm", "--gate", "polar", "--max-memory", "8"], "model lstm has no gate, max_memory"),
+        (["parity", "--model", "transformer", "--ablate-complex"], "model transformer has no ablate_complex"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
@@ -74,13 +79,36 @@ def test_what_cannot_be_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "flags", [["nothing"], ["parity", "--gate", "square"], ["parity", "--modulo", "3"], ["parity", "--steps", "many"]]
+    "flags",
+    [
+        ["nothing"],
+        ["parity", "--gate", "square"],
+        ["parity", "--modulus", "3"],
+        ["counting", "--modulo", "3"],
+        ["parity", "--steps", "many"],
+    ],
 )
 def test_unknown_words_are_refused_in_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["tasks", *flags])
     assert exit.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_results_that_nobody_named_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in "123":
+        assert main(["tasks", "parity", "--seed", seed, *QUICK]) == 0
+    assert "'runs/tasks/parity' has results: these go to 'runs/tasks/parity-3'" in capsys.readouterr().err
+    for folder, seed in (("parity", 1), ("parity-2", 2), ("parity-3", 3)):
+        assert json.loads((tmp_path / "runs" / "tasks" / folder / "result.json").read_text())["seed"] == seed
+
+
+def test_attention_and_gates_mixed_read_both(tmp_path: Path) -> None:
+    flags = ["--model", "transformer", "--layer-pattern", "attention gate", "--gate", "polar"]
+    assert main(["tasks", "parity", "--out", str(tmp_path), *flags, *QUICK]) == 0
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(
