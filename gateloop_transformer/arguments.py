@@ -29,16 +29,17 @@ def check_start(layer: str, gate: str, spread_start: bool | None, fixed_gates: b
         raise ValueError(f"{layer}: fixed_gates need a spread start, as nothing else sets the memories apart")
 
 
-def check_ranks(layer: str, gate_rank: int | None, swish_rank: int | None, fixed_gates: bool) -> None:
-    """Ranks of projections are sizes, and gates that have one depend on the data.
+def check_rank(layer: str, gate_rank: int | None, fixed_gates: bool) -> None:
+    """A rank of the gates' projection is a size, and there is such a projection.
 
     Raises:
-        ValueError: they are not, or do not.
+        ValueError: it is not, or there is none.
     """
-    for name, rank in (("gate_rank", gate_rank), ("swish_rank", swish_rank)):
-        if rank is not None and rank < 1:
-            raise ValueError(f"{layer}: {name} must be 1 or more, or None, not {rank}")
-    if gate_rank is not None and fixed_gates:
+    if gate_rank is None:
+        return
+    if gate_rank < 1:
+        raise ValueError(f"{layer}: gate_rank must be 1 or more, or None, not {gate_rank}")
+    if fixed_gates:
         raise ValueError(f"{layer}: fixed_gates depend on no data, so that a gate_rank ({gate_rank}) has no meaning")
 
 

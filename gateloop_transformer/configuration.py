@@ -64,9 +64,6 @@ class TransformerConfig:
     gate_rank: int | None = option(
         None, "numbers of each input that the gates of gate loop layers depend on; none: all of it", since=5
     )
-    swish_rank: int | None = option(
-        None, "numbers of each input that the SiLU gates of gate loop layers depend on; none: all of it", since=5
-    )
     fixed_gates: bool = option(False, "ring gates that do not depend on the data, as in an LRU", since=4)
     attn_window: int | None = option(None, "steps that attention layers see at most; none: all", since=2)
     dropout: float = option(0.0, "probability of dropping an element of what a block adds")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gateloop_transformer.arguments import check_fraction, check_ranks, check_start, parse_pattern
+from gateloop_transformer.arguments import check_fraction, check_rank, check_start, parse_pattern
 from gateloop_transformer.generation import generate, stream
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
@@ -60,7 +60,6 @@ class Transformer(nn.Module):
         phase_spread: radians; how far the data turns the phases of gates with a spread start at first.
         spread_start: gates begin with memories spread up to max_memory; None: "ring" gates do.
         gate_rank: the gates of gate loop layers depend on this many numbers of each input; None: on all of it.
-        swish_rank: the same for the SiLU gates on their outputs.
         fixed_gates: "ring" gates are learned but do not depend on the data, as in an LRU.
         attn_window: steps that attention layers see at most, so that decoding needs constant memory; None: all.
         dropout: probability of zeroing what a block adds, in training.
@@ -104,7 +103,6 @@ class Transformer(nn.Module):
         phase_spread: float = 0.0,
         spread_start: bool | None = None,
         gate_rank: int | None = None,
-        swish_rank: int | None = None,
         fixed_gates: bool = False,
         attn_window: int | None = None,
         dropout: float = 0.0,
@@ -128,7 +126,7 @@ class Transformer(nn.Module):
             raise ValueError(f"Transformer: dropout must be in [0, 1), not {dropout}")
         check_gate("Transformer", gate)
         check_start("Transformer", gate, spread_start, fixed_gates)
-        check_ranks("Transformer", gate_rank, swish_rank, fixed_gates)
+        check_rank("Transformer", gate_rank, fixed_gates)
         if data_dependent_rel_pos not in (False, True, "gate_loop"):
             raise ValueError(
                 "Transformer: data_dependent_rel_pos must be False, True or 'gate_loop', "
@@ -156,7 +154,6 @@ class Transformer(nn.Module):
                 "phase_spread": phase_spread,
                 "spread_start": spread_start,
                 "gate_rank": gate_rank,
-                "swish_rank": swish_rank,
                 "fixed_gates": fixed_gates,
                 "backend": backend,
             },

@@ -28,8 +28,7 @@ FIELDS = {
 OTHERS = {
     "dim", "depth", "ff_mult", "attn_add_swish_gating", "dim_gate_looped_attn", "frac_gradient_state_transition",
     "post_ln_norm", "sub_ln", "head_norm", "qk_norm", "conv_size", "qkv_bias", "max_memory", "min_memory",
-    "phase_spread", "spread_start", "gate_rank", "swish_rank", "fixed_gates",
-    "dropout",
+    "phase_spread", "spread_start", "gate_rank", "fixed_gates", "dropout",
 }  # fmt: skip
 NEWEST_FORMAT = 5
 
@@ -149,7 +148,7 @@ class Model:
         y = (rms_norm(y, w["0.fn.head_norm.gamma"]) if "0.fn.head_norm.gamma" in w else y).flatten()
         if "0.fn.maybe_sub_ln.weight" in w:
             y = layer_norm(y, w["0.fn.maybe_sub_ln.weight"], w["0.fn.maybe_sub_ln.bias"])
-        y = silu(linear(w, "0.fn.to_gates.0", x)) * y if has(w, "0.fn.to_gates.") else y
+        y = silu(linear(w, "0.fn.to_gates.0", x)) * y if "0.fn.to_gates.0.weight" in w else y
         return linear(w, "0.fn.to_out", y) if "0.fn.to_out.weight" in w else y
 
     def gates(self, w: dict[str, Array], x: Array, heads: int) -> tuple[Array, Array]:
@@ -161,7 +160,8 @@ class Model:
         one = np.ones(heads, np.float32)
         if self.config["ablate_state_transition"]:
             return one, one
-        z = linear(w, "0.fn.to_a.0", x) if has(w, "0.fn.to_a.") else np.zeros(2 * heads, np.float32)
+        z = linear(w, "0.fn.to_a.0", x) if "0.fn.to_a.0.weight" in w else np.zeros(2 * heads, np.float32)
+        z = linear(w, "0.fn.to_a.1", z) if "0.fn.to_a.1.weight" in w else z
         first, second = z[0::2], z[1::2]
         if self.config["gate"] == "ring":
             first, second = first + w["0.fn.ring_logit"], second + w["0.fn.ring_phase"]
@@ -198,15 +198,8 @@ def residual(w: dict[str, Array], place: str, x: Array, function: Any) -> Array:
     return layer_norm(x + function(x), w[place + "norm.weight"], w[place + "norm.bias"])
 
 
-def has(w: dict[str, Array], head: str) -> bool:
-    """Whether there are weights whose names begin so."""
-    return any(name.startswith(head) for name in w)
-
-
 def linear(w: dict[str, Array], name: str, x: Array) -> Array:
-    """W x + b, or W₂ (W₁ x) + b where the matrix has a rank."""
-    if name + ".weight" not in w:
-        return linear(w, name + ".1", linear(w, name + ".0", x))
+    """W x + b."""
     y = w[name + ".weight"] @ x
     return y + w[name + ".bias"] if name + ".bias" in w else y
 

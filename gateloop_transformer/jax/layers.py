@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from gateloop_transformer.arguments import check_fraction, check_ranks, check_start
+from gateloop_transformer.arguments import check_fraction, check_rank, check_start
 from gateloop_transformer.jax.checks import Layout, array
 from gateloop_transformer.jax.gates import check_gate, head_gates, ring_start
 from gateloop_transformer.jax.ops import channel_gate_loop, gate_loop, simple_gate_loop
@@ -26,8 +26,6 @@ from gateloop_transformer.jax.parts import (
     new_convolution,
     new_layer_norm,
     new_linear,
-    new_projection,
-    projected,
     rms_norm,
 )
 from gateloop_transformer.jax.states import GateLoopState, SimpleGateLoopState, check_state
@@ -86,7 +84,6 @@ class GateLoopedAttention:
             weights; "ring" and "paper" only. None: "ring" does.
         gate_rank: the gates depend on this many numbers of each input, as in Mamba: their projection is a product of
             two, (2·heads, gate_rank) and (gate_rank, dim). None: one of full rank, (2·heads, dim).
-        swish_rank: the same for the Linear of the SiLU gate.
         fixed_gates: gates are learned but do not depend on the data, as in an LRU; "ring" only.
         reverse: run from the last step to the first, the convolution too; a state is then what comes after x.
 
@@ -116,7 +113,6 @@ class GateLoopedAttention:
     phase_spread: float = 0.0
     spread_start: bool | None = None
     gate_rank: int | None = None
-    swish_rank: int | None = None
     fixed_gates: bool = False
     reverse: bool = False
 
@@ -139,7 +135,7 @@ class GateLoopedAttention:
         if self.conv_silu and not self.conv_size:
             raise ValueError("GateLoopedAttention: conv_silu needs a convolution: a conv_size of 1 or more")
         check_start("GateLoopedAttention", self.gate, self.spread_start, self.fixed_gates)
-        check_ranks("GateLoopedAttention", self.gate_rank, self.swish_rank, self.fixed_gates)
+        check_rank("GateLoopedAttention", self.gate_rank, self.fixed_gates)
         if not 0 <= self.phase_spread < math.inf:
             raise ValueError(
                 f"GateLoopedAttention: phase_spread must be finite, 0 or more radians, not {self.phase_spread}"
@@ -177,8 +173,7 @@ class GateLoopedAttention:
                 params["to_qkv"]["weight"].dtype
             )
         if not self.fixed_gates:
-            bias = self.gate != "ring"
-            params["to_a"] = {"0": new_projection(next(keys), self.dim, self.gate_rank, 2 * self.count, bias=bias)}
+            params["to_a"] = self._new_projection(next(keys))
         if self.gate == "ring":
             params |= {"ring_logit": jnp.zeros(self.count), "ring_phase": jnp.zeros(self.count)}
         if self.gate == "ring" if self.spread_start is None else self.spread_start:
@@ -188,10 +183,19 @@ class GateLoopedAttention:
         if self.sub_ln:
             params["maybe_sub_ln"] = new_layer_norm(self.inner)
         if self.add_swish_gating:
-            params["to_gates"] = {"0": new_projection(next(keys), self.dim, self.swish_rank, self.inner, bias=False)}
+            params["to_gates"] = {"0": new_linear(next(keys), self.dim, self.inner, bias=False)}
         if self.inner != self.dim or self.add_swish_gating:
             params["to_out"] = new_linear(next(keys), self.inner, self.dim, bias=False)
         return params
+
+    def _new_projection(self, key: Array) -> Params:
+        """From inputs to the numbers that gates are made of, through `gate_rank` of about the inputs' mean square."""
+        bias = self.gate != "ring"
+        if self.gate_rank is None:
+            return {"0": new_linear(key, self.dim, 2 * self.count, bias=bias)}
+        first, second = jax.random.split(key)
+        down = self.dim**-0.5 * jax.random.normal(first, (self.gate_rank, self.dim))
+        return {"0": {"weight": down}, "1": new_linear(second, self.gate_rank, 2 * self.count, bias=bias)}
 
     def _spread(self, params: Params, key: Array, noise: Array) -> None:
         """Memories and phases from `ring_start`; phases depend on the data as far as `phase_spread` says."""
@@ -199,7 +203,7 @@ class GateLoopedAttention:
         if self.fixed_gates:
             phases = phases + self.phase_spread * jax.random.normal(noise, phases.shape)
         else:
-            projection = params["to_a"]["0"] if self.gate_rank is None else params["to_a"]["0"]["1"]
+            projection = params["to_a"]["0" if self.gate_rank is None else "1"]
             wide = projection["weight"].shape[1]
             spread = self.phase_spread / wide**0.5 * jax.random.normal(noise, (self.count, wide))
             projection["weight"] = projection["weight"].at[1::2].set(spread)
@@ -284,7 +288,7 @@ class GateLoopedAttention:
             initial,
             gate=self.gate,
             bias=self._bias(params),
-            swish=projected(params["to_gates"]["0"], x) if fused else None,
+            swish=linear(params["to_gates"]["0"], x) if fused else None,
             fraction=self.frac_gradient_state_transition,
             **marks,
         )
@@ -327,7 +331,9 @@ class GateLoopedAttention:
         """What gates are made of besides the bias, pairs (B, T, 2·heads)."""
         if self.fixed_gates:
             return jnp.zeros((*x.shape[:2], 2 * self.count), x.dtype)
-        return projected(params["to_a"]["0"], x)
+        if self.gate_rank is not None:
+            x = linear(params["to_a"]["0"], x)
+        return linear(params["to_a"]["0" if self.gate_rank is None else "1"], x)
 
     def _bias(self, params: Params) -> tuple[Array, Array] | None:
         return (params["ring_logit"], params["ring_phase"]) if self.gate == "ring" else None
@@ -340,7 +346,7 @@ class GateLoopedAttention:
         if self.sub_ln:
             y = layer_norm(params["maybe_sub_ln"], y)
         if self.add_swish_gating:
-            y = jax.nn.silu(projected(params["to_gates"]["0"], x)) * y
+            y = jax.nn.silu(linear(params["to_gates"]["0"], x)) * y
         return linear(params["to_out"], y) if "to_out" in params else y
 
 

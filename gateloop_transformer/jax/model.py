@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gateloop_transformer.arguments import check_fraction, check_ranks, check_start, parse_pattern
+from gateloop_transformer.arguments import check_fraction, check_rank, check_start, parse_pattern
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.jax.attention import CausalFullAttention
 from gateloop_transformer.jax.checks import Layout, array
@@ -62,7 +62,6 @@ class Transformer:
         phase_spread: radians; how far the data turns the phases of gates with a spread start at first.
         spread_start: gates begin with memories spread up to max_memory; None: "ring" gates do.
         gate_rank: the gates of gate loop layers depend on this many numbers of each input; None: on all of it.
-        swish_rank: the same for the SiLU gates on their outputs.
         fixed_gates: "ring" gates are learned but do not depend on the data, as in an LRU.
         attn_window: steps that attention layers see at most, so that decoding needs constant memory; None: all.
         dropout: probability of zeroing what a block adds, in training.
@@ -103,7 +102,6 @@ class Transformer:
     phase_spread: float = 0.0
     spread_start: bool | None = None
     gate_rank: int | None = None
-    swish_rank: int | None = None
     fixed_gates: bool = False
     attn_window: int | None = None
     dropout: float = 0.0
@@ -127,7 +125,7 @@ class Transformer:
             raise ValueError(f"Transformer: dropout must be in [0, 1), not {self.dropout}")
         check_gate("Transformer", self.gate)
         check_start("Transformer", self.gate, self.spread_start, self.fixed_gates)
-        check_ranks("Transformer", self.gate_rank, self.swish_rank, self.fixed_gates)
+        check_rank("Transformer", self.gate_rank, self.fixed_gates)
         # Built once here, so that what does not fit is refused here.
         _ = self.mixers
 
@@ -175,7 +173,6 @@ class Transformer:
             phase_spread=self.phase_spread,
             spread_start=self.spread_start,
             gate_rank=self.gate_rank,
-            swish_rank=self.swish_rank,
             fixed_gates=self.fixed_gates,
         )
 

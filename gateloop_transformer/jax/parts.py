@@ -35,20 +35,6 @@ def linear(params: Params, x: Array) -> Array:
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
-def new_projection(key: Array, inputs: int, rank: int | None, outputs: int, bias: bool) -> Params:
-    """A Linear's, or those of two through `rank` numbers that start with about the inputs' mean square."""
-    if rank is None:
-        return new_linear(key, inputs, outputs, bias=bias)
-    first, second = jax.random.split(key)
-    down = inputs**-0.5 * jax.random.normal(first, (rank, inputs))
-    return {"0": {"weight": down}, "1": new_linear(second, rank, outputs, bias=bias)}
-
-
-def projected(params: Params, x: Array) -> Array:
-    """What the parameters of `new_projection` make of x, in x's dtype."""
-    return linear(params, x) if "weight" in params else linear(params["1"], linear(params["0"], x))
-
-
 def rms_norm(x: Array, gamma: Array) -> Array:
     """√D · x / max(‖x‖₂, 1e-12) · gamma over the last dimension, computed in float32 or better, in x's dtype.
 

@@ -8,7 +8,7 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor, nn
 
-from gateloop_transformer.arguments import check_fraction, check_ranks, check_start
+from gateloop_transformer.arguments import check_fraction, check_rank, check_start
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.short_conv import ShortConv
@@ -40,10 +40,10 @@ def check_input(layer: str, x: Tensor, dim: int, module: nn.Module) -> None:
         raise ValueError(f"{layer}: input is {x.dtype} but the layer {own}: convert one of them")
 
 
-def _projection(dim: int, rank: int | None, out: int, bias: bool) -> nn.Linear | nn.Sequential:
-    """A Linear, or two through `rank` numbers that start with about the inputs' mean square."""
+def _gate_projection(dim: int, rank: int | None, out: int, bias: bool) -> nn.Sequential:
+    """From inputs to the numbers that gates are made of, through `rank` of about the inputs' mean square."""
     if rank is None:
-        return nn.Linear(dim, out, bias=bias)
+        return nn.Sequential(nn.Linear(dim, out, bias=bias))
     down = nn.Linear(dim, rank, bias=False)
     nn.init.normal_(down.weight, std=dim**-0.5)
     return nn.Sequential(down, nn.Linear(rank, out, bias=bias))
@@ -80,7 +80,6 @@ class GateLoopedAttention(nn.Module):
             None: "ring" does.
         gate_rank: the gates depend on this many numbers of each input, as in Mamba: their projection is a product of
             two, (2·heads, gate_rank) and (gate_rank, dim). None: one of full rank, (2·heads, dim).
-        swish_rank: the same for the Linear of the SiLU gate.
         fixed_gates: gates are learned but do not depend on the data, as in an LRU; "ring" only. Trained with a learning
             rate of 0 for `gate_parameters` they stay where they start, as in RetNet.
         reverse: run from the last step to the first, the convolution too; a state is then what comes after x.
@@ -114,7 +113,6 @@ class GateLoopedAttention(nn.Module):
         phase_spread: float = 0.0,
         spread_start: bool | None = None,
         gate_rank: int | None = None,
-        swish_rank: int | None = None,
         fixed_gates: bool = False,
         reverse: bool = False,
         backend: str = "auto",
@@ -135,7 +133,7 @@ class GateLoopedAttention(nn.Module):
         if conv_silu and not conv_size:
             raise ValueError("GateLoopedAttention: conv_silu needs a convolution: a conv_size of 1 or more")
         check_start("GateLoopedAttention", gate, spread_start, fixed_gates)
-        check_ranks("GateLoopedAttention", gate_rank, swish_rank, fixed_gates)
+        check_rank("GateLoopedAttention", gate_rank, fixed_gates)
         if not 0 <= phase_spread < math.inf:
             raise ValueError(f"GateLoopedAttention: phase_spread must be finite, 0 or more radians, not {phase_spread}")
         check_fraction("GateLoopedAttention", "frac_gradient_state_transition", frac_gradient_state_transition)
@@ -149,8 +147,7 @@ class GateLoopedAttention(nn.Module):
         if qkv_bias:
             with torch.no_grad():
                 self.to_qkv.bias.copy_(torch.arange(3 * dim_inner) < 2 * dim_inner)
-        to_a = None if fixed_gates else _projection(dim, gate_rank, 2 * heads, bias=gate != "ring")
-        self.to_a = None if to_a is None else nn.Sequential(to_a)
+        self.to_a = None if fixed_gates else _gate_projection(dim, gate_rank, 2 * heads, bias=gate != "ring")
         if gate == "ring":
             self.ring_logit, self.ring_phase = (nn.Parameter(torch.zeros(heads)) for _ in range(2))
         if gate == "ring" if spread_start is None else spread_start:
@@ -159,8 +156,7 @@ class GateLoopedAttention(nn.Module):
         self.k_norm = HeadRMSNorm(heads, self.dim_head) if qk_norm else None
         self.head_norm = HeadRMSNorm(heads, self.dim_head) if head_norm else None
         self.maybe_sub_ln = nn.LayerNorm(dim_inner) if sub_ln else nn.Identity()
-        to_gates = _projection(dim, swish_rank, dim_inner, bias=False) if add_swish_gating else None
-        self.to_gates = None if to_gates is None else nn.Sequential(to_gates, nn.SiLU())
+        self.to_gates = nn.Sequential(nn.Linear(dim, dim_inner, bias=False), nn.SiLU()) if add_swish_gating else None
         projected = dim_inner != dim or add_swish_gating
         self.to_out = nn.Linear(dim_inner, dim, bias=False) if projected else nn.Identity()
 
@@ -171,8 +167,7 @@ class GateLoopedAttention(nn.Module):
         if self.to_a is None:
             phases = phases + phase_spread * torch.randn_like(phases) if phase_spread else phases
         else:
-            projection = self.to_a[0]
-            projection = cast(nn.Linear, projection[-1] if isinstance(projection, nn.Sequential) else projection)
+            projection = cast(nn.Linear, self.to_a[-1])
             projection.weight[1::2].zero_()
             if phase_spread:
                 projection.weight[1::2].normal_(std=phase_spread / projection.in_features**0.5)

@@ -22,7 +22,7 @@ GATES: dict[str, dict[str, Any]] = {
     "conv silu": {"gate": "ring", "conv_size": 4, "conv_silu": True, "qkv_bias": True, "ff_mult": 0},
     "fixed": {"gate": "ring", "fixed_gates": True, "phase_spread": 1.0},
     "fixed heads": {"gate": "ring", "fixed_gates": True, "gate_loop_heads": 2, "dim_gate_looped_attn": 24},
-    "rank": {"gate": "ring", "gate_rank": 3, "swish_rank": 2, "phase_spread": 1.0},
+    "rank": {"gate": "ring", "gate_rank": 3, "phase_spread": 1.0},
     "rank heads": {"gate_rank": 2, "gate_loop_heads": 3},
     "no swish": {"attn_add_swish_gating": False},
     "post norm": {"post_ln_norm": True, "sub_ln": True, "ff_mult": 1, "gate_loop_heads": 3},

@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "the original's": {},
     "recommended": {**RECIPE, "max_memory": 16},
     "heads": {"gate_loop_heads": 4, "head_norm": True, "qk_norm": True, "gate": "paper", "spread_start": True}
-    | {"gate_rank": 3, "swish_rank": 2},
+    | {"gate_rank": 3},
     "norms after": {"sub_ln": True, "post_ln_norm": True, "dim_gate_looped_attn": 24, "attn_add_swish_gating": False},
     "fixed, real": {"gate": "ring", "fixed_gates": True, "ablate_complex": True, "conv_size": 2},
     "windows": {**ATTENTION, "use_gate_looped_attn": True, "layer_pattern": "gate attention", "rotary_emb": True}

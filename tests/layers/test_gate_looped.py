@@ -171,16 +171,13 @@ def test_a_convolution_with_silu_starts_at_random_and_streams() -> None:
 
 @pytest.mark.parametrize(("gate", "heads"), [("ring", 24), ("paper", 6), ("polar", 24)])
 def test_gates_of_a_rank_are_those_of_the_product_of_their_projections(gate: str, heads: int) -> None:
-    layer = GateLoopedAttention(24, heads=heads, gate=gate, gate_rank=3, swish_rank=5, conv_size=2).double()
+    layer = GateLoopedAttention(24, heads=heads, gate=gate, gate_rank=3, conv_size=2).double()
     whole = GateLoopedAttention(24, heads=heads, gate=gate, conv_size=2).double()
     weights = layer.state_dict()
-    if gate != "ring":
-        weights["to_a.0.bias"] = weights.pop("to_a.0.1.bias")
-    for name, rank, rows in (("to_a", 3, 2 * heads), ("to_gates", 5, 24)):
-        second, first = weights.pop(f"{name}.0.1.weight"), weights.pop(f"{name}.0.0.weight")
-        assert (first.shape, second.shape) == ((rank, 24), (rows, rank))
-        weights[f"{name}.0.weight"] = second @ first
-    whole.load_state_dict(weights)
+    second, first = weights.pop("to_a.1.weight"), weights.pop("to_a.0.weight")
+    assert (first.shape, second.shape) == ((3, 24), (2 * heads, 3))
+    bias = {"to_a.0.bias": weights.pop("to_a.1.bias")} if gate != "ring" else {}
+    whole.load_state_dict({**weights, **bias, "to_a.0.weight": second @ first})
     x = torch.randn(2, 9, 24, dtype=torch.float64)
     assert_equal([layer(x)], [whole(x)], 1e-12)
     layer(x).square().sum().backward()
@@ -190,12 +187,11 @@ def test_gates_of_a_rank_are_those_of_the_product_of_their_projections(gate: str
 
 def test_gates_of_a_rank_start_as_gates_of_full_rank_do() -> None:
     x = torch.randn(4096, 256)
-    for options in ({}, {"gate_rank": 8, "swish_rank": 8}):
+    for options in ({}, {"gate_rank": 8}):
         layer = GateLoopedAttention(256, gate="ring", phase_spread=0.5, **options)
         z = layer.to_a(x).detach()
         assert 0.4 < z[:, 0::2].std() < 0.75
         assert 0.35 < z[:, 1::2].std() < 0.65
-        assert 0.4 < layer.to_gates[0](x).std() < 0.75
 
 
 def test_without_a_spread_start_ring_gates_forget_within_two_steps() -> None:
@@ -247,7 +243,6 @@ def test_fixed_gates_are_those_of_a_time_invariant_recurrence(heads: int) -> Non
         ({"dim": 6, "gate": "paper", "fixed_gates": True}, "fixed_gates needs gate 'ring', not 'paper'"),
         ({"dim": 6, "gate": "ring", "fixed_gates": True, "spread_start": False}, "fixed_gates need a spread start"),
         ({"dim": 6, "gate_rank": 0}, "gate_rank must be 1 or more, or None, not 0"),
-        ({"dim": 6, "swish_rank": -1}, "swish_rank must be 1 or more, or None, not -1"),
         ({"dim": 6, "gate": "ring", "fixed_gates": True, "gate_rank": 2}, "depend on no data"),
         ({"dim": 6, "frac_gradient_state_transition": math.inf}, r"frac_gradient_state_transition must be finite"),
     ],

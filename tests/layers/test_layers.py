@@ -32,7 +32,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "gate-ring": partial(Gate, heads=2, gate="ring"),
     "gate-norms": partial(Gate, heads=2, head_norm=True, qk_norm=True),
     "gate-conv": partial(Gate, heads=2, conv_size=4),
-    "gate-conv1-rank": partial(Gate, conv_size=1, gate_rank=3, swish_rank=2),
+    "gate-conv1-rank": partial(Gate, conv_size=1, gate_rank=3),
     "gate-fixed": partial(Gate, gate="ring", fixed_gates=True, conv_size=3, conv_silu=True, qkv_bias=True),
     "gate-fixed-heads": partial(Gate, heads=2, gate="ring", fixed_gates=True, qkv_bias=True),
     "attention": Attention,
