@@ -53,7 +53,9 @@ class TransformerConfig:
     conv_size: int = option(0, "taps of the causal convolution in gate loop layers; 0: none")
     conv_silu: bool = option(False, "SiLU after that convolution, which then starts at random", since=4)
     qkv_bias: bool = option(False, "biases in gate loop layers that start at 1 for queries and keys", since=4)
-    max_memory: float = option(1024, "longest memory that gates with a spread start begin with, in steps")
+    max_memory: float = option(
+        1024, "longest memory that gates with a spread start begin with, in steps; a preset's grows with the context"
+    )
     min_memory: float = option(1.0, "shortest memory that gates with a spread start begin with, in steps", since=4)
     phase_spread: float = option(
         0.0, "standard deviation of what the data first adds to the phases of a spread start, in radians", since=4

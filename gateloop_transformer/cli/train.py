@@ -73,7 +73,7 @@ def add_parser(commands: Any) -> None:
 def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     """The configuration that the flags ask for; when resuming, the stored one with what may change."""
     from gateloop_transformer.data.sources import absolute
-    from gateloop_transformer.training import config, presets
+    from gateloop_transformer.training import config
     from gateloop_transformer.training.folder import read_config
 
     if arguments.data == "":
@@ -87,7 +87,7 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     stored = read_config(arguments.out)
     now = {**dataclasses.asdict(stored.model), **dataclasses.asdict(stored.training), "data": stored.data}
     now["field"] = stored.field
-    wanted = {**presets.PRESETS.get(given.pop("preset", ""), {}), **given}
+    wanted = config.of_preset(preset, given) if (preset := given.pop("preset", None)) else given
     if data is not None and stored.data_sha256 is None:
         wanted["data"] = data
     changed = [

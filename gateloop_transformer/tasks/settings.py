@@ -42,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
 _OF_NETS = {"dim", "depth", "dropout"}
 _OF_GATES = {
     *("gate", "gate_loop_heads", "dim_gate_looped_attn", "sub_ln", "head_norm", "conv_size", "conv_silu", "qkv_bias"),
-    *("max_memory", "min_memory", "phase_spread", "spread_start", "gate_rank", "swish_rank", "fixed_gates"),
+    *("max_memory", "min_memory", "phase_spread", "spread_start", "gate_rank", "fixed_gates"),
     *("ablate_complex", "ablate_state_transition"),
 }
 # Sequences of a test are drawn at once: 4 GB of them.

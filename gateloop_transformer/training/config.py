@@ -336,13 +336,25 @@ def split_fields(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     return model, {name: value for name, value in values.items() if name not in names}
 
 
+def of_preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings of a preset and what is given; the longest memory keeps its share of the context.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    own, memory = PRESETS[preset], {}
+    if "max_memory" in own and given.get("context", 0) >= 1:
+        memory["max_memory"] = max(own["max_memory"] * given["context"] / own["context"], 2.0)
+    return {**own, **memory, **given}
+
+
 def resolve(preset: str, overrides: dict[str, Any], data: str | None) -> RunConfig:
     """A preset with some fields overridden.
 
     Raises:
         ValueError: an unknown preset, or a value without a meaning.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    model, training = split_fields({**PRESETS[preset], **overrides})
+    model, training = split_fields(of_preset(preset, overrides))
     return RunConfig(TransformerConfig(**model), TrainingConfig(**training), data)

@@ -919,6 +919,15 @@ def test_presets_survive_their_configuration_file(preset: str) -> None:
     assert RunConfig.from_json(json.loads(json.dumps(config.to_json())), "config.json") == config
 
 
+def test_the_longest_memory_of_a_preset_keeps_its_share_of_the_context() -> None:
+    assert resolve("tiny", {}, None).model.max_memory == 64
+    assert resolve("tiny", {"context": 1024}, None).model.max_memory == 256
+    assert resolve("base", {"context": 4096}, None).model.max_memory == 4096
+    assert resolve("tiny", {"context": 2}, None).model.max_memory == 2
+    assert resolve("tiny", {"context": 1024, "max_memory": 9}, None).model.max_memory == 9
+    assert resolve("paper", {"context": 1024}, None).model.max_memory == TransformerConfig().max_memory
+
+
 def test_the_configuration_has_every_argument_of_the_model() -> None:
     import inspect
 
