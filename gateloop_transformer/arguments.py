@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 
 def check_fraction(layer: str, name: str, fraction: float) -> None:
@@ -27,6 +28,21 @@ def check_start(layer: str, gate: str, spread_start: bool | None, fixed_gates: b
         raise ValueError(f"{layer}: fixed_gates needs gate 'ring', not {gate!r}")
     if fixed_gates and spread_start is False:
         raise ValueError(f"{layer}: fixed_gates need a spread start, as nothing else sets the memories apart")
+
+
+def check_sizes(layer: str, **sizes: int | None) -> None:
+    """Sizes are whole numbers of at least 1, or None.
+
+    Raises:
+        ValueError: one is not.
+    """
+    wrong = [
+        f"{name}={size!r}"
+        for name, size in sizes.items()
+        if size is not None and (not isinstance(size, Integral) or isinstance(size, bool) or size < 1)
+    ]
+    if wrong:
+        raise ValueError(f"{layer}: sizes must be whole numbers of at least 1, not {', '.join(wrong)}")
 
 
 def check_rank(layer: str, gate_rank: int | None, fixed_gates: bool) -> None:

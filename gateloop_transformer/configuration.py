@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -98,13 +100,13 @@ class TransformerConfig:
 
         Raises:
             TypeError: there is no such field.
-            ValueError: context is below 1.
+            ValueError: context is no number of at least 1.
 
         >>> TransformerConfig.recommended(128, 4).gate
         'ring'
         """
-        if not context >= 1:
-            raise ValueError(f"TransformerConfig: context must be at least 1 token, not {context}")
+        if not isinstance(context, Real) or isinstance(context, bool) or not 1 <= context < math.inf:
+            raise ValueError(f"TransformerConfig: context must be at least 1 token, not {context!r}")
         return cls(**{**RECIPE, "dim": dim, "depth": depth, "max_memory": max(context / 4, 2.0), **changes})
 
     def build(self, num_tokens: int = 256) -> Transformer:

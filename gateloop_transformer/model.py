@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gateloop_transformer.arguments import check_fraction, check_rank, check_start, parse_pattern
+from gateloop_transformer.arguments import check_fraction, check_rank, check_sizes, check_start, parse_pattern
 from gateloop_transformer.generation import generate, stream
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
@@ -109,14 +109,9 @@ class Transformer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "num_tokens": num_tokens, "depth": depth}
-        sizes |= {"dim_head": dim_head, "heads": heads}
+        sizes = {"dim": dim, "num_tokens": num_tokens, "depth": depth, "dim_head": dim_head, "heads": heads}
         optional = {"gate_loop_heads": gate_loop_heads, "dim_gate_looped_attn": dim_gate_looped_attn}
-        optional |= {"attn_window": attn_window}
-        sizes |= {name: size for name, size in optional.items() if size is not None}
-        wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
-        if wrong:
-            raise ValueError(f"Transformer: sizes must be at least 1, not {', '.join(wrong)}")
+        check_sizes("Transformer", **sizes, **optional, attn_window=attn_window)
         if ff_mult < 0:
             raise ValueError(f"Transformer: ff_mult must be 0 or more, not {ff_mult}")
         if not max_memory >= 1:

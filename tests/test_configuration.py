@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,8 +18,8 @@ def test_the_recommended_model_has_memories_of_a_quarter_of_the_context() -> Non
     assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 7)
 
 
-@pytest.mark.parametrize("context", [0, -4, float("nan")])
-def test_a_context_of_nothing_is_refused(context: int) -> None:
+@pytest.mark.parametrize("context", [0, -4, float("nan"), float("inf"), "256", None, True])
+def test_a_context_of_nothing_is_refused(context: Any) -> None:
     with pytest.raises(ValueError, match="context must be at least 1 token, not"):
         TransformerConfig.recommended(8, 2, context=context)
 

@@ -140,6 +140,8 @@ def test_a_state_of_another_model_is_refused() -> None:
     [
         ({"depth": 0}, "depth=0"),
         ({"num_tokens": 0}, "num_tokens=0"),
+        ({"depth": True, "num_tokens": 8.0}, "whole numbers of at least 1, not num_tokens=8.0, depth=True"),
+        ({"gate_loop_heads": "2"}, "not gate_loop_heads='2'"),
         ({"ff_mult": -1}, "ff_mult must be 0 or more, not -1"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
         ({"gate_loop_heads": 3}, "heads must divide"),

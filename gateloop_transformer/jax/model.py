@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gateloop_transformer.arguments import check_fraction, check_rank, check_start, parse_pattern
+from gateloop_transformer.arguments import check_fraction, check_rank, check_sizes, check_start, parse_pattern
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.jax.attention import CausalFullAttention
 from gateloop_transformer.jax.checks import Layout, array
@@ -112,10 +112,7 @@ class Transformer:
             *("dim", "num_tokens", "depth", "dim_head", "heads"),
             *("gate_loop_heads", "dim_gate_looped_attn", "attn_window"),
         )
-        sizes = {name: getattr(self, name) for name in names}
-        wrong = [f"{name}={size}" for name, size in sizes.items() if size is not None and size < 1]
-        if wrong:
-            raise ValueError(f"Transformer: sizes must be at least 1, not {', '.join(wrong)}")
+        check_sizes("Transformer", **{name: getattr(self, name) for name in names})
         if self.ff_mult < 0:
             raise ValueError(f"Transformer: ff_mult must be 0 or more, not {self.ff_mult}")
         if not self.max_memory >= 1:

@@ -496,7 +496,7 @@ def damage(out: Path, name: str) -> str:
         "unknown field": "wings",
         "missing field": "missing: lr",
         "wrong type": "dim must be",
-        "wrong size": "config.json': Transformer: sizes must be at least 1",
+        "wrong size": "config.json': Transformer: sizes must be whole numbers of at least 1",
         "wrong rate": "config.json', training: lr must be",
     }[name]
 
