@@ -21,8 +21,13 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, sinc
 
 
 # What did best of all that was tried (docs/results/language.md): mixers alone, whose convolved queries, keys and values
-# start as a gated sum, with memories from one step on.
+# start as a gated sum, with memories from one step on; and `recipe_rank`.
 RECIPE: dict[str, Any] = {"gate": "ring", "ff_mult": 0, "conv_size": 4, "conv_silu": True, "qkv_bias": True}
+
+
+def recipe_rank(dim: int) -> int | None:
+    """How many numbers of each input the recipe's gates depend on; None: all of them, which takes no more weights."""
+    return max(16, dim // 16) if dim >= 48 else None
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,11 @@ class TransformerConfig:
         """
         if not isinstance(context, Real) or isinstance(context, bool) or not 1 <= context < math.inf:
             raise ValueError(f"TransformerConfig: context must be at least 1 token, not {context!r}")
-        return cls(**{**RECIPE, "dim": dim, "depth": depth, "max_memory": max(context / 4, 2.0), **changes})
+        recipe = {**RECIPE, "dim": dim, "depth": depth, "max_memory": max(context / 4, 2.0)}
+        # Where gates are few or the same for all data there is nothing to be saved.
+        if not changes.get("gate_loop_heads") and not changes.get("fixed_gates"):
+            recipe["gate_rank"] = recipe_rank(dim)
+        return cls(**{**recipe, **changes})
 
     def build(self, num_tokens: int = 256) -> Transformer:
         """A new model of a vocabulary of that size.

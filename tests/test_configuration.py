@@ -14,6 +14,11 @@ def test_the_recommended_model_has_memories_of_a_quarter_of_the_context() -> Non
     config = TransformerConfig.recommended(8, 2, context=100, head_norm=False)
     assert (config.dim, config.depth, config.max_memory, config.ff_mult) == (8, 2, 25, 0)
     assert TransformerConfig.recommended(8, context=1).max_memory == 2
+    assert TransformerConfig.recommended(512).gate_rank == 32
+    assert TransformerConfig.recommended(100).gate_rank == 16
+    assert config.gate_rank is None
+    assert TransformerConfig.recommended(100, gate_loop_heads=4).gate_rank is None
+    assert TransformerConfig.recommended(100, fixed_gates=True).build().layers[0][0].fn.to_a is None
     model = config.build(7)
     assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 7)
 

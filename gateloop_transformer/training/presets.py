@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateloop_transformer.configuration import RECIPE
+from gateloop_transformer.configuration import RECIPE, recipe_rank
 
 _GATED = {"gate": "ring", "conv_size": 4, "head_norm": True}
 
@@ -24,7 +24,8 @@ _LARGE = {
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         **RECIPE,
-        "dim": 176,
+        "dim": 204,
+        "gate_rank": recipe_rank(204),
         "depth": 4,
         "max_memory": 64,
         "steps": 700,
@@ -36,7 +37,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "small": {
         **RECIPE,
-        "dim": 704,
+        "dim": 816,
+        "gate_rank": recipe_rank(816),
         "depth": 6,
         "max_memory": 128,
         "steps": 10000,

@@ -102,7 +102,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("flag", "default"),
     [
-        ("--dim N", "default: the preset's; tiny: 176"),
+        ("--dim N", "default: the preset's; tiny: 204"),
         ("--lr X", "default: the preset's; tiny: 0.006"),
         ("--dropout X", "default: the preset's; tiny: 0.0"),
         ("--clip X", "default: 1.0"),
@@ -443,7 +443,7 @@ def test_resume_refuses_another_configuration_or_other_data(
     assert main(["train", "--out", str(out), "--resume", "--lr", "0.5"]) == 2
     assert "lr is" in error_of(capsys)
     assert main(["train", "--out", str(out), "--resume", "--preset", "small"]) == 2
-    assert "dim is 16, not 704" in error_of(capsys)
+    assert "dim is 16, not 816" in error_of(capsys)
     text.write_text(TEXT + "more")
     assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 2
     assert "has changed" in error_of(capsys)
