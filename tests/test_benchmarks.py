@@ -137,8 +137,8 @@ def test_pages_and_figures_are_made_of_the_rows_there_are(tmp_path: Path, monkey
     results.main()
     language, tasks = (tmp_path / "language.md").read_text(), (tmp_path / "tasks.md").read_text()
     assert "| nn.GRU | 9 | 0.001 | 2 | 1.375 ± 0.177 |" in language
-    assert "| nn.GRU | 2 | 2.344 ± 0.255 | 2.164 ± 0.510 |" in language
-    assert "| model | seeds | 0–63 |\n|---|---|---|\n| nn.GRU | 2 | 2.164 ± 0.000 |" in language
+    assert "| nn.GRU | 0, 1 | 2.344 ± 0.255 | 2.164 ± 0.510 |" in language
+    assert "| model | seeds | 0–63 |\n|---|---|---|\n| nn.GRU | 0, 1 | 2.164 ± 0.000 |" in language
     assert "| fixed gates (LRU) | 100.0% | 25.0% |" in tasks
     for name in ("language.png", "context.png", "tasks.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"

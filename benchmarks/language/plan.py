@@ -130,7 +130,12 @@ LARGE_ABLATIONS: dict[str, dict[str, Any]] = {
     "recipe, feed-forward of width 4": {"ff_mult": 4, "dim": 208},
 }
 _OWN_FORMS: dict[str, dict[str, Any]] = {
-    f"the form of presets from base on, learning rate {lr:g}": {**_FEEDFORWARDS, "depth": 5, "dim": 210, "lr": lr}
+    f"heads of 30, feed-forward of width 4, convolution that starts as the identity, learning rate {lr:g}": {
+        **_FEEDFORWARDS,
+        "depth": 5,
+        "dim": 210,
+        "lr": lr,
+    }
     for lr in (1e-3, 2e-3, 4e-3)
 }
 
