@@ -30,15 +30,20 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in; None elsewhere."""
-    here = Path(__file__).parent
+    """Of the checkout that this package lies in, "-dirty" where code was changed since; None elsewhere.
+
+    Results in docs are no code: what was measured a moment ago must not make the next measurement dirty.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs/results")
+        return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip()
 
 
 def _processor() -> str:
