@@ -209,7 +209,7 @@ def test_a_full_disk_is_said_with_what_was_saved(
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_step_it_finds(text: Path, tmp_path: Path, number: signal.Signals) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
-    flags = ["--steps", "150", "--checkpoint-every", "1000", "--eval-every", "1000", "--track", "none"]
+    flags = ["--steps", "80", "--checkpoint-every", "1000", "--eval-every", "1000", "--track", "none"]
     command = [sys.executable, "-m", "gateloop_transformer", "train", str(text), "--out", str(out), *TINY, *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics, deadline = out / "metrics.jsonl", time.monotonic() + 60
