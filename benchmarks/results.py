@@ -102,12 +102,16 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for model in order:
         first = [row for row in rows if row["model"] == model and row["seed"] == 0]
-        forms = {json.dumps(row["options"]) for row in first}
-        for form in sorted(forms):
-            tried = sorted((row["lr"], row["val_loss"]) for row in first if json.dumps(row["options"]) == form)
-            sizes = ", ".join(f"{name} {value}" for name, value in json.loads(form).items())
+        forms = [
+            row["options"] for n, row in enumerate(first) if row["options"] not in [r["options"] for r in first[:n]]
+        ]
+        for form in forms:
+            # What tells it from the others.
+            own = {name: value for name, value in form.items() if any(other.get(name) != value for other in forms)}
+            sizes = ", ".join(f"{name} {value}" for name, value in own.items())
+            tried = sorted((row["lr"], row["val_loss"]) for row in first if row["options"] == form)
             lines.append(
-                f"- {NAMES[model]}{f' ({sizes})' if len(forms) > 1 else ''}: "
+                f"- {NAMES[model]}{f' ({sizes})' if sizes else ''}: "
                 + ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in tried)
             )
     return lines
