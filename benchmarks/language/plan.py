@@ -56,7 +56,7 @@ FAST: dict[str, list[dict[str, Any]]] = {
 FLOAT32 = ("mingru",)
 # Learning rates that each is trained at.
 RATES: dict[str, tuple[float, ...]] = {
-    "gateloop": (4e-3, 6e-3, 8e-3, 1.2e-2),
+    "gateloop": (4e-3, 6e-3, 8e-3),
     "transformer": (1e-3, 2e-3, 4e-3),
     "original": (2e-3, 4e-3, 8e-3),
     "mingru": (2e-3, 4e-3, 8e-3),
@@ -66,7 +66,7 @@ RATES: dict[str, tuple[float, ...]] = {
 }
 # Larger models want smaller ones: lower rates where the least was best.
 LARGE_RATES = RATES | {
-    "gateloop": (2e-3, 4e-3, 6e-3, 8e-3),
+    "gateloop": (2e-3, *RATES["gateloop"]),
     "transformer": (5e-4, *RATES["transformer"]),
     "original": (5e-4, 1e-3, *RATES["original"]),
     "mamba": (1e-3, *RATES["mamba"]),
