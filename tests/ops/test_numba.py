@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,30 @@ def test_compiles_without_a_folder_to_keep_kernels_in(monkeypatch: pytest.Monkey
         pass
 
     assert numba_launch.compiled(kernel).address
+
+
+def test_a_process_that_stopped_while_it_compiled_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(numba_launch, "_patience", 0.2)
+    asked: list[bool] = []
+    original = numba_launch.cfunc
+
+    def recording(signature: Any, cache: bool = False) -> Any:
+        asked.append(cache)
+        return original(signature)
+
+    monkeypatch.setattr(numba_launch, "cfunc", recording)
+
+    def kernel(pointer: Any) -> None:
+        pass
+
+    with (Path(tempfile.gettempdir()) / f"gateloop-numba-{os.getuid()}.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        start = time.monotonic()
+        assert numba_launch.compiled(kernel).address
+        assert time.monotonic() - start >= 0.2
+    assert asked == [False]
+    assert numba_launch._patience == 0
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -18,6 +18,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,8 @@ ALONE = 1 << 14
 
 _SIGNATURE = types.void(types.CPointer(types.int64))
 _compiling = threading.Lock()
+# Seconds to wait for another process that compiles: kernels take it a few each.
+_patience = 120.0
 _forked = False
 
 
@@ -88,11 +91,25 @@ def _one_process_at_a_time() -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         try:
             handle = stack.enter_context(path.open("w"))
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            had = _wait(lambda: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except OSError:
-            yield False
-            return
-        yield True
+            had = False
+        yield had
+
+
+def _wait(lock: Callable[[], None]) -> bool:
+    """Whether a lock was had within `_patience`; where it was not, its owner may be stopped, and nobody waits again."""
+    global _patience
+    deadline = time.monotonic() + _patience
+    while True:
+        try:
+            lock()
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                _patience = 0.0
+                return False
+        time.sleep(0.02)
 
 
 @functools.cache
