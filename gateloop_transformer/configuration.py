@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,9 +27,15 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, sinc
 RECIPE: dict[str, Any] = {"gate": "ring", "ff_mult": 0, "conv_size": 4, "conv_silu": True, "qkv_bias": True}
 
 
-def recipe_rank(dim: int) -> int | None:
-    """How many numbers of each input the recipe's gates depend on; None: all of them, which takes no more weights."""
-    return max(16, dim // 16) if dim >= 48 else None
+def recipe_rank(dim: int, changes: Mapping[str, Any] = MappingProxyType({})) -> int | None:
+    """How many numbers of each input the recipe's gates depend on; None: all of them.
+
+    Where the model is narrow, or `changes` say that its gates are few or the same for all data, there is nothing to be
+    saved.
+    """
+    if dim < 48 or changes.get("gate_loop_heads") or changes.get("fixed_gates"):
+        return None
+    return max(16, dim // 16)
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,7 @@ class TransformerConfig:
         if not isinstance(context, Real) or isinstance(context, bool) or not 1 <= context < math.inf:
             raise ValueError(f"TransformerConfig: context must be at least 1 token, not {context!r}")
         recipe = {**RECIPE, "dim": dim, "depth": depth, "max_memory": max(context / 4, 2.0)}
-        # Where gates are few or the same for all data there is nothing to be saved.
-        if not changes.get("gate_loop_heads") and not changes.get("fixed_gates"):
-            recipe["gate_rank"] = recipe_rank(dim)
+        recipe["gate_rank"] = recipe_rank(dim, changes)
         return cls(**{**recipe, **changes})
 
     def build(self, num_tokens: int = 256) -> Transformer:

@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gateloop_transformer.configuration import TransformerConfig, option
+from gateloop_transformer.configuration import TransformerConfig, option, recipe_rank
 from gateloop_transformer.training.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -337,17 +337,20 @@ def split_fields(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def of_preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings of a preset and what is given; the longest memory keeps its share of the context.
+    """Flat settings of a preset and what is given; the longest memory keeps its share of the context, and the rank of
+    gates is that of the recipe for what is given.
 
     Raises:
         ValueError: an unknown preset.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    own, memory = PRESETS[preset], {}
+    own, following = PRESETS[preset], {}
     if "max_memory" in own and given.get("context", 0) >= 1:
-        memory["max_memory"] = max(own["max_memory"] * given["context"] / own["context"], 2.0)
-    return {**own, **memory, **given}
+        following["max_memory"] = max(own["max_memory"] * given["context"] / own["context"], 2.0)
+    if "gate_rank" in own:
+        following["gate_rank"] = recipe_rank(given.get("dim", own["dim"]), given)
+    return {**own, **following, **given}
 
 
 def resolve(preset: str, overrides: dict[str, Any], data: str | None) -> RunConfig:

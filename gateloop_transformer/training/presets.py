@@ -24,8 +24,8 @@ _LARGE = {
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         **RECIPE,
-        "dim": 204,
-        "gate_rank": recipe_rank(204),
+        "dim": 208,
+        "gate_rank": recipe_rank(208),
         "depth": 4,
         "max_memory": 64,
         "steps": 700,

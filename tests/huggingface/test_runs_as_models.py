@@ -143,7 +143,8 @@ def test_an_earlier_run_is_converted(bpe_run: Path, tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps({**values, "format": 3}))
     save_file(load_file(run / "model.safetensors"), run / "model.safetensors")
     export(run, tmp_path / "out")
-    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.randint(290, (1, 9))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(model.config.vocab_size, (1, 9))
     assert model.generation_config.eos_token_id == 0
     assert torch.equal(model(ids).logits, load_model(run)(ids))
     assert torch.equal(GateLoopForCausalLM.from_pretrained(run)(ids).logits, model(ids).logits)

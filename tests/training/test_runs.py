@@ -102,7 +102,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("flag", "default"),
     [
-        ("--dim N", "default: the preset's; tiny: 204"),
+        ("--dim N", "default: the preset's; tiny: 208"),
         ("--lr X", "default: the preset's; tiny: 0.006"),
         ("--dropout X", "default: the preset's; tiny: 0.0"),
         ("--clip X", "default: 1.0"),
@@ -919,12 +919,17 @@ def test_presets_survive_their_configuration_file(preset: str) -> None:
     assert RunConfig.from_json(json.loads(json.dumps(config.to_json())), "config.json") == config
 
 
-def test_the_longest_memory_of_a_preset_keeps_its_share_of_the_context() -> None:
+def test_what_a_preset_has_follows_what_is_given() -> None:
     assert resolve("tiny", {}, None).model.max_memory == 64
     assert resolve("tiny", {"context": 1024}, None).model.max_memory == 256
     assert resolve("base", {"context": 4096}, None).model.max_memory == 4096
     assert resolve("tiny", {"context": 2}, None).model.max_memory == 2
     assert resolve("tiny", {"context": 1024, "max_memory": 9}, None).model.max_memory == 9
+    assert resolve("tiny", {}, None).model.gate_rank == 16
+    assert resolve("tiny", {"dim": 512}, None).model.gate_rank == 32
+    assert resolve("tiny", {"dim": 512, "gate_rank": 3}, None).model.gate_rank == 3
+    for few in ({"dim": 16}, {"fixed_gates": True}, {"gate_loop_heads": 8}):
+        assert resolve("tiny", few, None).model.gate_rank is None
     assert resolve("paper", {"context": 1024}, None).model.max_memory == TransformerConfig().max_memory
 
 
