@@ -151,14 +151,15 @@ class TaskTraining:
         """In ascending order.
 
         Raises:
-            ValueError: not a list of lengths, or one that the task does not have.
+            ValueError: not a list of lengths, one that the task does not have, or more tokens than a test can have.
         """
         if self.lengths is None:
-            return tuple(length for length in task.tested if length >= task.shortest)
-        try:
-            lengths = sorted({int(word) for word in self.lengths.split(",")})
-        except ValueError:
-            raise ValueError(f"lengths must be numbers and commas, as 40,256,10000, not {self.lengths!r}") from None
+            lengths = [length for length in task.tested if length >= task.shortest]
+        else:
+            try:
+                lengths = sorted({int(word) for word in self.lengths.split(",")})
+            except ValueError:
+                raise ValueError(f"lengths must be numbers and commas, as 40,256,10000, not {self.lengths!r}") from None
         for length in lengths:
             if length < task.shortest:
                 raise ValueError(f"lengths: {task.name} has none below {task.shortest}, not {length}")

@@ -64,6 +64,7 @@ def test_the_list_has_a_line_for_each(flags: list[str], capsys: pytest.CaptureFi
         (["digits", "--lengths", "65"], "length of 64"),
         (["parity", "--lengths", "40,-5"], "lengths: parity has none below 2, not -5"),
         (["parity", "--lengths", "40,1000000000000"], "64 sequences of 1,000,000,000,000 tokens is too large"),
+        (["parity", "--rows", "1000000000000"], "1,000,000,000,000 sequences of 40 tokens is too large"),
         (["parity", "--model", "lstm", "--gate", "polar", "--max-memory", "8"], "model lstm has no gate, max_memory"),
         (["parity", "--model", "transformer", "--ablate-complex"], "model transformer has no ablate_complex"),
     ],
