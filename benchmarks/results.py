@@ -102,9 +102,7 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for model in order:
         first = [row for row in rows if row["model"] == model and row["seed"] == 0]
-        forms = [
-            row["options"] for n, row in enumerate(first) if row["options"] not in [r["options"] for r in first[:n]]
-        ]
+        forms = list({json.dumps(row["options"]): row["options"] for row in first}.values())
         for form in forms:
             # What tells it from the others.
             own = {name: value for name, value in form.items() if any(other.get(name) != value for other in forms)}

@@ -109,9 +109,17 @@ class Transformer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "num_tokens": num_tokens, "depth": depth, "dim_head": dim_head, "heads": heads}
-        optional = {"gate_loop_heads": gate_loop_heads, "dim_gate_looped_attn": dim_gate_looped_attn}
-        check_sizes("Transformer", **sizes, **optional, attn_window=attn_window)
+        check_sizes(
+            "Transformer",
+            dim=dim,
+            num_tokens=num_tokens,
+            depth=depth,
+            dim_head=dim_head,
+            heads=heads,
+            gate_loop_heads=gate_loop_heads,
+            dim_gate_looped_attn=dim_gate_looped_attn,
+            attn_window=attn_window,
+        )
         if ff_mult < 0:
             raise ValueError(f"Transformer: ff_mult must be 0 or more, not {ff_mult}")
         if not max_memory >= 1:

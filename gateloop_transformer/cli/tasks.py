@@ -65,10 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
     experiment = Experiment.of(
         TASKS[arguments.task], {name: value for name, value in vars(arguments).items() if name not in own}
     )
-    usual = Path("runs", "tasks", arguments.task)
-    out = _free(usual) if arguments.out is None else arguments.out
-    if arguments.out is None and out != usual:
-        print(f"gateloop tasks: {str(usual)!r} has results: these go to {str(out)!r}", file=sys.stderr)
+    if (out := arguments.out) is None:
+        usual = Path("runs", "tasks", arguments.task)
+        out = _free(usual)
+        if out != usual:
+            print(f"gateloop tasks: {str(usual)!r} has results: these go to {str(out)!r}", file=sys.stderr)
     outcome = _run(experiment, out)
     print(json.dumps(outcome.to_json()) if arguments.json else _table(outcome, out))
 

@@ -203,7 +203,7 @@ class GateLoopedAttention:
         if self.fixed_gates:
             phases = phases + self.phase_spread * jax.random.normal(noise, phases.shape)
         else:
-            projection = params["to_a"]["0" if self.gate_rank is None else "1"]
+            projection = params["to_a"][max(params["to_a"])]
             wide = projection["weight"].shape[1]
             spread = self.phase_spread / wide**0.5 * jax.random.normal(noise, (self.count, wide))
             projection["weight"] = projection["weight"].at[1::2].set(spread)
@@ -331,9 +331,9 @@ class GateLoopedAttention:
         """What gates are made of besides the bias, pairs (B, T, 2·heads)."""
         if self.fixed_gates:
             return jnp.zeros((*x.shape[:2], 2 * self.count), x.dtype)
-        if self.gate_rank is not None:
-            x = linear(params["to_a"]["0"], x)
-        return linear(params["to_a"]["0" if self.gate_rank is None else "1"], x)
+        for name in sorted(params["to_a"]):
+            x = linear(params["to_a"][name], x)
+        return x
 
     def _bias(self, params: Params) -> tuple[Array, Array] | None:
         return (params["ring_logit"], params["ring_phase"]) if self.gate == "ring" else None
