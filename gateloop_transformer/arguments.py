@@ -51,11 +51,8 @@ def check_rank(layer: str, gate_rank: int | None, fixed_gates: bool) -> None:
     Raises:
         ValueError: it is not, or there is none.
     """
-    if gate_rank is None:
-        return
-    if gate_rank < 1:
-        raise ValueError(f"{layer}: gate_rank must be 1 or more, or None, not {gate_rank}")
-    if fixed_gates:
+    check_sizes(layer, gate_rank=gate_rank)
+    if gate_rank is not None and fixed_gates:
         raise ValueError(f"{layer}: fixed_gates depend on no data, so that a gate_rank ({gate_rank}) has no meaning")
 
 
