@@ -12,7 +12,6 @@ from gateloop_transformer.training.plot import empty_figure, save_png
 # A model has one color in all figures.
 _COLORS = {
     "GateLoop": "tab:blue",
-    "GateLoop, states carried": "tab:cyan",
     "gateloop-transformer 0.2.5": "tab:purple",
     "Transformer (Llama: RoPE, SwiGLU)": "tab:orange",
     "Mamba (mambapy)": "tab:brown",
@@ -20,6 +19,18 @@ _COLORS = {
     "nn.LSTM": "tab:green",
     "nn.GRU": "tab:olive",
 }
+_CARRIED = "tab:cyan"
+
+
+def color_of(name: str) -> str:
+    """Of a model, which may be followed by its depth and by ", states carried".
+
+    >>> color_of("nn.LSTM, 3 layers")
+    'tab:green'
+    """
+    if name.endswith(", states carried"):
+        return _CARRIED
+    return next((color for model, color in _COLORS.items() if name.startswith(model)), "tab:gray")
 
 
 def draw_losses(tables: dict[str, dict[str, list[float]]], target: Path) -> None:
@@ -35,7 +46,7 @@ def draw_losses(tables: dict[str, dict[str, list[float]]], target: Path) -> None
         order = sorted(found, key=lambda name: -statistics.fmean(found[name]))
         for place, name in enumerate(order):
             mean = statistics.fmean(found[name])
-            color = _COLORS.get(name, "tab:gray")
+            color = color_of(name)
             axes.plot(found[name], [place] * len(found[name]), "o", color=color, alpha=0.5, markersize=5)
             axes.plot([mean], [place], "|", color=color, markersize=16, markeredgewidth=2)
             axes.annotate(f"{mean:.3f}", (max(found[name]), place), (8, -3), textcoords="offset points", fontsize=8)
@@ -59,7 +70,7 @@ def draw_windows(found: dict[str, dict[int, float]], context: int, target: Path)
     figure = empty_figure(7.5, 4.2)
     axes: Any = figure.subplots()
     for name, losses in found.items():
-        axes.plot(list(losses), list(losses.values()), "o-", color=_COLORS.get(name, "tab:gray"), label=name)
+        axes.plot(list(losses), list(losses.values()), "o-", color=color_of(name), label=name)
     # What fails beyond its context would press all others together.
     best = min(min(losses.values()) for losses in found.values())
     most = max(loss for losses in found.values() for size, loss in losses.items() if size <= context)

@@ -145,6 +145,14 @@ def test_pages_and_figures_are_made_of_the_rows_there_are(tmp_path: Path, monkey
         assert f"]({name})" in language + tasks
 
 
+def test_every_model_has_a_color_of_its_own_at_any_depth() -> None:
+    figures, names = load("figures.py"), load("results.py").NAMES.values()
+    colors = [figures.color_of(name) for name in names]
+    assert "tab:gray" not in colors
+    assert len(set(colors)) == len(colors)
+    assert [figures.color_of(f"{name}, 3 layers") for name in names] == colors
+
+
 def test_the_benchmark_for_gpus_runs_all_its_cases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
