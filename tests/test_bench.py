@@ -97,6 +97,7 @@ def test_wrong_flags_are_named(flags: list[str], message: str, capsys: pytest.Ca
     assert capsys.readouterr().err == f"gateloop bench: error: {message}\n"
 
 
+@pytest.mark.slow
 def test_a_peer_in_another_process_is_timed_and_says_what_fails() -> None:
     # This environment has our own package under the original's name: its classes answer to the same calls.
     peer = Peer(Path(sys.executable))

@@ -19,6 +19,7 @@ LONG = (
         "classify_digits",
         "filter_a_signal",
         "finetune_with_trainer",
+        "jax_generate",
         "jax_train",
         "onnx_generate",
         "talk_in_a_pipeline",

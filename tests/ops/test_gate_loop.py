@@ -391,6 +391,7 @@ def test_compiles_into_one_graph(backend: str, kind: str) -> None:
     assert_equal(*(values_and_gradients(f, args) for f in (one_graph, function)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiles_with_inductor() -> None:
     q, k, v, a, s = make_loop()
@@ -418,6 +419,7 @@ print(loop(4096), loop(8192), loop(16384))
 """
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly_and_stays_under_two_gigabytes() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True)
     first, second, third = (int(n) / 2**20 for n in done.stdout.split())

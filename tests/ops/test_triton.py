@@ -216,6 +216,7 @@ def test_the_page_of_compiled_triton_kernels_is_of_these_kernels() -> None:
     assert all(row["ratio"] <= 1.15 for row in found["traffic"])
 
 
+@pytest.mark.slow
 def test_triton_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     code = """
 from gateloop_transformer.bench.gpu_builds import build

@@ -147,7 +147,8 @@ def test_a_second_run_of_a_process_reads_no_addresses_of_the_first(monkeypatch: 
     assert keys == ["0", "1"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_when_one_process_ends_so_does_the_run(text: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     process = start(2, str(text), "--out", str(out), *TINY, "--steps", "100000", "--checkpoint-every", "5")
