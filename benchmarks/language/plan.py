@@ -83,6 +83,17 @@ LARGE: dict[str, list[dict[str, Any]]] = {
     "lstm": [{"dim": 416, "depth": 2}, {"dim": 342, "depth": 3}],
     "gru": [{"dim": 480, "depth": 2}],
 }
+# The preset `tiny` and, within 2 % of its 1.02 M parameters on bytes, others.
+PRESET: dict[str, list[dict[str, Any]]] = {
+    "gateloop": [{**RECIPE, "max_memory": 64, "depth": 4, "dim": 208}],
+    "transformer": [
+        {"hidden_size": 144, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
+    ],
+    "original": [{"dim": 126, "depth": 4}],
+    "mingru": [{"dim": 132, "depth": 4, "enable_conv": True}],
+    "lstm": [{"dim": 236, "depth": 2}, {"dim": 195, "depth": 3}],
+    "gru": [{"dim": 270, "depth": 2}],
+}
 _HEADS = {"dim": 188, "head_norm": True}
 # The recipe with one thing changed; where that changes the number of parameters the width makes up for it, as far as
 # heads of its size allow (heads of 64: 3 % fewer).
@@ -155,6 +166,11 @@ GROUPS: dict[str, dict[str, Any]] = {
     "shakespeare-seconds": {
         "sizes": FAST,
         "settings": {**_SHAKESPEARE, "steps": None, "cpu_seconds": 180, "precision": "bfloat16"},
+    },
+    # What `make demo` trains, on the same text (library.py writes it).
+    "library": {
+        "sizes": PRESET,
+        "settings": {"context": 256, "batch": 8, "characters": False, "steps": 700, "eval_tokens": 524288},
     },
     "books-rates": {
         "sizes": LARGE,

@@ -1,0 +1,35 @@
+"""Write the default corpus of `gateloop train` as two texts, split as it splits them, for train_one.py and plan.py.
+
+python benchmarks/language/library.py FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from gateloop_transformer.data.corpus import load_corpus
+from gateloop_transformer.data.tokenizer import ByteTokenizer
+from gateloop_transformer.training.config import TrainingConfig
+
+
+def main() -> None:
+    """FOLDER/library-train.txt and FOLDER/library-valid.txt: this Python's standard library, without its tests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write; made where there is none")
+    folder = parser.parse_args().folder
+    options = TrainingConfig()
+    corpus = load_corpus(
+        None, valid_fraction=options.valid_fraction, context=options.context, tokenizer=ByteTokenizer()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tokens in (("train", corpus.train), ("valid", corpus.valid)):
+        path = folder / f"library-{name}.txt"
+        path.write_bytes(tokens.read(0, len(tokens)).astype(np.uint8).tobytes())
+        print(f"{path}: {len(tokens):,} bytes")
+
+
+if __name__ == "__main__":
+    main()
