@@ -32,6 +32,8 @@ TITLES = {
     "books": "Books, bytes, 3 M parameters: 1,200 CPU seconds, windows of 256, other authors held out",
     "books-rates": "Where the learning rates for the books come from: 180 CPU seconds each",
 }
+# The weight decay of runs that do not say theirs, and of most that do.
+DECAY = 0.1
 # Tables of one thing changed at a time.
 CHANGES = {
     "ablations": "The recipe with gates of full rank, one thing changed: tiny-shakespeare, 1,000 steps, one seed",
@@ -60,11 +62,20 @@ def loss_of(row: dict[str, Any]) -> float:
     return math.inf if math.isnan(row["val_loss"]) else float(row["val_loss"])
 
 
+def decay_of(row: dict[str, Any]) -> float:
+    """Its weight decay."""
+    return float(row.get("weight_decay", DECAY))
+
+
 def best_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one model in the form and at the learning rate whose first seed was best."""
+    """The rows of one model in the form, at the learning rate and weight decay whose first seed was best."""
     first = min(row["seed"] for row in rows)
     best = min((row for row in rows if row["seed"] == first), key=loss_of)
-    return [row for row in rows if row["lr"] == best["lr"] and row["options"] == best["options"]]
+
+    def what(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["options"], row["lr"], decay_of(row)
+
+    return [row for row in rows if what(row) == what(best)]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -79,9 +90,9 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
     chosen = {model: best_rate([row for row in rows if row["model"] == model]) for model in models}
     order = sorted(models, key=lambda model: statistics.fmean(map(loss_of, chosen[model])))
     lines = [
-        "| model | parameters | learning rate | seeds | validation loss (nats) | bits per byte | tokens | CPU seconds "
-        "| tokens/s | memory (MiB) | decoding (tokens/s) |",
-        "|" + "---|" * 11,
+        "| model | parameters | learning rate | weight decay | seeds | validation loss (nats) | bits per byte | tokens "
+        "| CPU seconds | tokens/s | memory (MiB) | decoding (tokens/s) |",
+        "|" + "---|" * 12,
     ]
     for model in order:
         found = chosen[model]
@@ -90,7 +101,8 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
             for name in ("tokens", "seconds", "tokens_per_second", "memory_mib", "decoding_tokens_per_second")
         }
         lines.append(
-            f"| {NAMES[model]} | {found[0]['parameters']:,} | {found[0]['lr']:g} | {len(found)} | "
+            f"| {NAMES[model]} | {found[0]['parameters']:,} | {found[0]['lr']:g} | {decay_of(found[0]):g} | "
+            f"{len(found)} | "
             f"{spread([row['val_loss'] for row in found], 3)} | {spread([row['bits_per_byte'] for row in found], 3)} | "
             f"{middle['tokens']:,.0f} | {middle['seconds']:.0f} | {middle['tokens_per_second']:,.0f} | "
             f"{middle['memory_mib']:,.0f} | {middle['decoding_tokens_per_second']:,.0f} |"
@@ -108,10 +120,13 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
             # What tells it from the others.
             own = {name: value for name, value in form.items() if any(other.get(name) != value for other in forms)}
             sizes = ", ".join(f"{name} {value}" for name, value in own.items())
-            tried = sorted((row["lr"], row["val_loss"]) for row in first if row["options"] == form)
+            tried = sorted((row["lr"], decay_of(row), row["val_loss"]) for row in first if row["options"] == form)
             lines.append(
                 f"- {NAMES[model]}{f' ({sizes})' if sizes else ''}: "
-                + ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in tried)
+                + ", ".join(
+                    f"{lr:g}{'' if decay == DECAY else f' (weight decay {decay:g})'}: {loss:.3f}"
+                    for lr, decay, loss in tried
+                )
             )
     return lines
 

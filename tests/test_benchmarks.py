@@ -48,8 +48,14 @@ def test_a_rate_at_which_a_run_diverged_is_not_the_best() -> None:
     ]
     best = plan.RATES["lstm"][2]
     left = plan.missing(group, rows, ["lstm"])
-    assert [(spec["options"], spec["lr"], spec["seed"]) for spec in left] == [(forms[1], best, n) for n in (1, 2)]
+    decays = [(forms[1], best, decay) for decay in plan.OTHER_DECAYS]
+    assert [(spec["options"], spec["lr"], spec["weight_decay"]) for spec in left] == decays
+    more = [{**spec, "val_loss": loss} for spec, loss in zip(left, (1.25, 1.75), strict=True)]
+    left = plan.missing(group, rows + more, ["lstm"])
+    seeds = [(forms[1], best, plan.OTHER_DECAYS[0], n) for n in (1, 2)]
+    assert [(spec["options"], spec["lr"], spec["weight_decay"], spec["seed"]) for spec in left] == seeds
     assert {row["lr"] for row in results.best_rate(rows)} == {best}
+    assert results.best_rate(rows + more) == more[:1]
     shorter = [{**row, "steps": 10} for row in rows]
     assert len(plan.missing(group, shorter, ["lstm"])) == 3 * len(forms)
 
@@ -136,7 +142,7 @@ def test_pages_and_figures_are_made_of_the_rows_there_are(tmp_path: Path, monkey
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     results.main()
     language, tasks = (tmp_path / "language.md").read_text(), (tmp_path / "tasks.md").read_text()
-    assert "| nn.GRU | 9 | 0.001 | 2 | 1.375 ± 0.177 |" in language
+    assert "| nn.GRU | 9 | 0.001 | 0.1 | 2 | 1.375 ± 0.177 |" in language
     assert "| nn.GRU | 0, 1 | 2.344 ± 0.255 | 2.164 ± 0.510 |" in language
     assert "| model | seeds | 0–63 |\n|---|---|---|\n| nn.GRU | 0, 1 | 2.164 ± 0.000 |" in language
     assert "| fixed gates (LRU) | 100.0% | 25.0% |" in tasks

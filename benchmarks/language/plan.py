@@ -2,9 +2,10 @@
 
 python benchmarks/language/plan.py shakespeare --data tinyshakespeare.txt --peers .venv-peers/bin/python --jobs 2
 
-Every model is trained in each of its forms at each of its learning rates with seed 0, then the best of them with the
-other seeds; ablations change one thing of the recipe and are trained once. A row is kept in docs/results/NAME.json as
-soon as its run ends, so what was interrupted goes on where it was.
+Every model is trained in each of its forms at each of its learning rates with seed 0, the best of them also with less
+and with more weight decay where the group says so, then the best of all with the other seeds; ablations change one
+thing of the recipe and are trained once. A row is kept in docs/results/NAME.json as soon as its run ends, so what was
+interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ RATES: dict[str, tuple[float, ...]] = {
     "lstm": (4e-3, 8e-3, 1.6e-2),
     "gru": (2e-3, 4e-3, 8e-3),
 }
+# The weight decay of all runs (train_one.py's), and those that the best form and learning rate is trained with besides.
+DECAY = 0.1
+OTHER_DECAYS = (0.03, 0.3)
 # Larger models want smaller ones: lower rates where the least was best.
 LARGE_RATES = RATES | {
     "gateloop": (2e-3, *RATES["gateloop"]),
@@ -160,11 +164,13 @@ def _changed(options: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 _SHAKESPEARE = {"context": 64, "batch": 12, "characters": True}
 _BOOKS: dict[str, Any] = {"context": 256, "batch": 8, "characters": False, "steps": None, "precision": "bfloat16"}
 # Where time is the budget products are in bfloat16, with which all are faster; FLOAT32 are harmed. `rates_from`
-# names the group whose best form and learning rate are taken, `seeds` those that follow the first.
+# names the group whose best form and learning rate are taken, `decays` what else the best is trained with, `seeds`
+# those that follow the first.
 GROUPS: dict[str, dict[str, Any]] = {
-    "shakespeare": {"sizes": SMALL, "settings": {**_SHAKESPEARE, "steps": 2000}},
+    "shakespeare": {"sizes": SMALL, "decays": OTHER_DECAYS, "settings": {**_SHAKESPEARE, "steps": 2000}},
     "shakespeare-seconds": {
         "sizes": FAST,
+        "decays": OTHER_DECAYS,
         "settings": {**_SHAKESPEARE, "steps": None, "cpu_seconds": 180, "precision": "bfloat16"},
     },
     # What `make demo` trains, on the same text (library.py writes it).
@@ -210,7 +216,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 def key(row: dict[str, Any]) -> str:
     """What tells one run from another: the model and what it is given."""
     given = [row.get("cpu_seconds") or row["steps"], row["context"], row["batch"], bool(row.get("carry_state"))]
-    given += [row.get("precision", "float32")]
+    given += [row.get("precision", "float32"), row.get("weight_decay", DECAY)]
     return json.dumps([row["model"], row["options"], row["lr"], row["seed"], *given], sort_keys=True)
 
 
@@ -225,25 +231,26 @@ def read_rows(group: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def first_runs(group: dict[str, Any], model: str) -> list[tuple[dict[str, Any], float]]:
-    """Forms and learning rates that a model is trained with once: all of its own, or the best of another group.
+def first_runs(group: dict[str, Any], model: str) -> list[dict[str, Any]]:
+    """What a model is trained with once: all of its forms and learning rates, or what was best in another group.
 
     Raises:
         SystemExit: that group has no row of the model.
     """
     forms: list[dict[str, Any]] = group["sizes"][model]
     if (other := group.get("rates_from")) is None:
-        return list(itertools.product(forms, group.get("rates", RATES)[model]))
+        rates = group.get("rates", RATES)[model]
+        return [{"options": form, "lr": lr} for form, lr in itertools.product(forms, rates)]
     rows = [row for row in read_rows(other) if row["model"] == model and row["seed"] == SEEDS[0]]
     rows = [row for row in rows if row["options"] in forms]
     if not rows:
         raise SystemExit(f"plan: {model} has no row in {other}, whose best learning rate is wanted: run that first")
     best = min(rows, key=loss_of)
-    return [(best["options"], best["lr"])]
+    return [{"options": best["options"], "lr": best["lr"], "weight_decay": best.get("weight_decay", DECAY)}]
 
 
 def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
-    """Runs that can be started: all forms and learning rates first, of the best the other seeds."""
+    """Runs that can be started: all forms and learning rates, then other weight decays, of the best the other seeds."""
     done = {key(row) for row in rows}
     if "changes" in group:
         specs = []
@@ -257,16 +264,24 @@ def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]
         base = {**group["settings"], "model": model}
         if model in FLOAT32:
             base["precision"] = "float32"
-        first = [{**base, "options": form, "lr": lr, "seed": SEEDS[0]} for form, lr in first_runs(group, model)]
-        left = [spec for spec in first if key(spec) not in done]
+        tried = [{**base, **given, "seed": SEEDS[0]} for given in first_runs(group, model)]
+        left = [spec for spec in tried if key(spec) not in done]
         if not left:
-            keys = {key(spec) for spec in first}
-            best = min((row for row in rows if key(row) in keys), key=loss_of)
-            seeds = group.get("seeds", SEEDS[1:])
-            again = [{**base, "options": best["options"], "lr": best["lr"], "seed": seed} for seed in seeds]
+            best = _best(tried, rows)
+            tried += [{**best, "weight_decay": decay} for decay in group.get("decays", ())]
+            left = [spec for spec in tried if key(spec) not in done]
+        if not left:
+            best = _best(tried, rows)
+            again = [{**best, "seed": seed} for seed in group.get("seeds", SEEDS[1:])]
             left = [spec for spec in again if key(spec) not in done]
         found += left
     return found
+
+
+def _best(specs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """That of some runs, all done, which ended at the least validation loss."""
+    losses = {key(row): loss_of(row) for row in rows}
+    return min(specs, key=lambda spec: losses[key(spec)])
 
 
 def execute(spec: dict[str, Any], python: str) -> dict[str, Any]:
@@ -288,7 +303,7 @@ def execute(spec: dict[str, Any], python: str) -> dict[str, Any]:
 def command_of(row: dict[str, Any]) -> str:
     """The command that gives a row again, in the repository with the texts beside it."""
     names = ("model", "options", "context", "batch", "characters", "cpu_seconds", "precision", "carry_state", "lr")
-    names += ("seed", "data", "valid", "eval_tokens", "reach")
+    names += ("weight_decay", "seed", "data", "valid", "eval_tokens", "reach")
     # Where seconds are the budget, the steps are what came of it.
     steps = None if row.get("cpu_seconds") else row["steps"]
     spec = {"steps": steps, **{name: row[name] for name in names if row.get(name) is not None}}
