@@ -65,9 +65,10 @@ RATES: dict[str, tuple[float, ...]] = {
     "lstm": (4e-3, 8e-3, 1.6e-2),
     "gru": (2e-3, 4e-3, 8e-3),
 }
-# The weight decay of all runs (train_one.py's), and those that the best form and learning rate is trained with besides.
+# The weight decay of all runs (train_one.py's), and those that the best form and learning rate of models that are near
+# the best is trained with besides.
 DECAY = 0.1
-OTHER_DECAYS = (0.03, 0.3)
+OTHER_DECAYS = dict.fromkeys(("gateloop", "lstm", "gru"), (0.03, 0.3))
 # Larger models want smaller ones: lower rates where the least was best.
 LARGE_RATES = RATES | {
     "gateloop": (2e-3, *RATES["gateloop"]),
@@ -268,7 +269,7 @@ def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]
         left = [spec for spec in tried if key(spec) not in done]
         if not left:
             best = _best(tried, rows)
-            tried += [{**best, "weight_decay": decay} for decay in group.get("decays", ())]
+            tried += [{**best, "weight_decay": decay} for decay in group.get("decays", {}).get(model, ())]
             left = [spec for spec in tried if key(spec) not in done]
         if not left:
             best = _best(tried, rows)
