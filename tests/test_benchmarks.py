@@ -52,7 +52,7 @@ def test_a_rate_at_which_a_run_diverged_is_not_the_best() -> None:
     assert [(spec["options"], spec["lr"], spec["weight_decay"]) for spec in left] == decays
     more = [{**spec, "val_loss": loss} for spec, loss in zip(left, (1.25, 1.75), strict=True)]
     left = plan.missing(group, rows + more, ["lstm"])
-    seeds = [(forms[1], best, plan.OTHER_DECAYS["lstm"][0], n) for n in (1, 2)]
+    seeds = [(forms[1], best, plan.OTHER_DECAYS["lstm"][0], n) for n in group["seeds"]]
     assert [(spec["options"], spec["lr"], spec["weight_decay"], spec["seed"]) for spec in left] == seeds
     assert {row["lr"] for row in results.best_rate(rows)} == {best}
     assert results.best_rate(rows + more) == more[:1]

@@ -168,7 +168,12 @@ _BOOKS: dict[str, Any] = {"context": 256, "batch": 8, "characters": False, "step
 # names the group whose best form and learning rate are taken, `decays` what else the best is trained with, `seeds`
 # those that follow the first.
 GROUPS: dict[str, dict[str, Any]] = {
-    "shakespeare": {"sizes": SMALL, "decays": OTHER_DECAYS, "settings": {**_SHAKESPEARE, "steps": 2000}},
+    "shakespeare": {
+        "sizes": SMALL,
+        "decays": OTHER_DECAYS,
+        "seeds": (1, 2, 3, 4),
+        "settings": {**_SHAKESPEARE, "steps": 2000},
+    },
     "shakespeare-seconds": {
         "sizes": FAST,
         "decays": OTHER_DECAYS,
@@ -177,6 +182,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     # What `make demo` trains, on the same text (library.py writes it).
     "library": {
         "sizes": PRESET,
+        "rates": RATES | {"gateloop": (*RATES["gateloop"], 1.2e-2), "lstm": (*RATES["lstm"], 3.2e-2)},
         "settings": {"context": 256, "batch": 8, "characters": False, "steps": 700, "eval_tokens": 524288},
     },
     "books-rates": {
@@ -333,7 +339,7 @@ def main() -> None:
     options = parser.parse_args()
     group, path = GROUPS[options.group], RESULTS / f"{options.group}.json"
     if options.seeds is not None:
-        group = {**group, "seeds": SEEDS[1 : options.seeds]}
+        group = {**group, "seeds": group.get("seeds", SEEDS[1:])[: max(0, options.seeds - 1)]}
     models = options.models or list(group.get("changes") or group["sizes"])
     rows = read_rows(options.group)
     data = {"data": options.data, "valid": options.valid}
