@@ -28,7 +28,7 @@ TITLES = {
     "shakespeare": "Tiny-shakespeare, characters, 0.8 M parameters: 2,000 steps of 12 windows of 64",
     "shakespeare-seconds": "The same with equal CPU time",
     "shakespeare-carried": "The same with states carried from window to window",
-    "library": "The default corpus (Python's standard library, bytes), 1 M parameters: 700 steps of 8 windows of 256",
+    "library": "Default corpus (Python sources), bytes, 1 M parameters: 700 steps of 8 windows of 256",
     "books": "Books, bytes, 3 M parameters: 1,200 CPU seconds, windows of 256, other authors held out",
     "books-rates": "Where the learning rates for the books come from: 180 CPU seconds each",
 }
