@@ -32,7 +32,7 @@ TITLES = {
     "books": "Books, bytes, 3 M parameters: 1,200 CPU seconds, windows of 256, other authors held out",
     "books-rates": "Where the learning rates for the books come from: 180 CPU seconds each",
 }
-# The weight decay of runs that do not say theirs, and of most that do.
+# The weight decay of most runs.
 DECAY = 0.1
 # Tables of one thing changed at a time.
 CHANGES = {
@@ -62,20 +62,11 @@ def loss_of(row: dict[str, Any]) -> float:
     return math.inf if math.isnan(row["val_loss"]) else float(row["val_loss"])
 
 
-def decay_of(row: dict[str, Any]) -> float:
-    """Its weight decay."""
-    return float(row.get("weight_decay", DECAY))
-
-
 def best_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of one model in the form, at the learning rate and weight decay whose first seed was best."""
     first = min(row["seed"] for row in rows)
     best = min((row for row in rows if row["seed"] == first), key=loss_of)
-
-    def what(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["options"], row["lr"], decay_of(row)
-
-    return [row for row in rows if what(row) == what(best)]
+    return [row for row in rows if all(row[name] == best[name] for name in ("options", "lr", "weight_decay"))]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -101,7 +92,7 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
             for name in ("tokens", "seconds", "tokens_per_second", "memory_mib", "decoding_tokens_per_second")
         }
         lines.append(
-            f"| {NAMES[model]} | {found[0]['parameters']:,} | {found[0]['lr']:g} | {decay_of(found[0]):g} | "
+            f"| {NAMES[model]} | {found[0]['parameters']:,} | {found[0]['lr']:g} | {found[0]['weight_decay']:g} | "
             f"{len(found)} | "
             f"{spread([row['val_loss'] for row in found], 3)} | {spread([row['bits_per_byte'] for row in found], 3)} | "
             f"{middle['tokens']:,.0f} | {middle['seconds']:.0f} | {middle['tokens_per_second']:,.0f} | "
@@ -120,7 +111,7 @@ def comparison(rows: list[dict[str, Any]]) -> list[str]:
             # What tells it from the others.
             own = {name: value for name, value in form.items() if any(other.get(name) != value for other in forms)}
             sizes = ", ".join(f"{name} {value}" for name, value in own.items())
-            tried = sorted((row["lr"], decay_of(row), row["val_loss"]) for row in first if row["options"] == form)
+            tried = sorted((row["lr"], row["weight_decay"], row["val_loss"]) for row in first if row["options"] == form)
             lines.append(
                 f"- {NAMES[model]}{f' ({sizes})' if sizes else ''}: "
                 + ", ".join(

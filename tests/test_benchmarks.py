@@ -115,7 +115,15 @@ def test_pages_and_figures_are_made_of_the_rows_there_are(tmp_path: Path, monkey
     results = load("results.py")
     machine = {"processor": "one", "cores": 1}
     # The better learning rate has the seeds; a run that diverged is not drawn.
-    row = {"data": "text", "data_sha256": "0" * 64, "commit": "1", "machine": machine, "options": {}, "parameters": 9}
+    row = {
+        "data": "text",
+        "data_sha256": "0" * 64,
+        "commit": "1",
+        "machine": machine,
+        "options": {},
+        "parameters": 9,
+        "weight_decay": 0.1,
+    }
     row |= dict.fromkeys(("tokens", "seconds", "tokens_per_second", "memory_mib", "decoding_tokens_per_second"), 1.0)
     position = [{"from": 0, "to": 63, "loss": 1.5}]
     rows = [

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from gateloop_transformer.data.corpus import load_corpus
 from gateloop_transformer.data.tokenizer import ByteTokenizer
 from gateloop_transformer.training.config import TrainingConfig
@@ -20,14 +18,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write; made where there is none")
     folder = parser.parse_args().folder
-    options = TrainingConfig()
-    corpus = load_corpus(
-        None, valid_fraction=options.valid_fraction, context=options.context, tokenizer=ByteTokenizer()
-    )
+    options, tokenizer = TrainingConfig(), ByteTokenizer()
+    corpus = load_corpus(None, valid_fraction=options.valid_fraction, context=options.context, tokenizer=tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     for name, tokens in (("train", corpus.train), ("valid", corpus.valid)):
         path = folder / f"library-{name}.txt"
-        path.write_bytes(tokens.read(0, len(tokens)).astype(np.uint8).tobytes())
+        path.write_bytes(tokenizer.decode(tokens.read(0, len(tokens))))
         print(f"{path}: {len(tokens):,} bytes")
 
 

@@ -65,9 +65,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "lstm": (4e-3, 8e-3, 1.6e-2),
     "gru": (2e-3, 4e-3, 8e-3),
 }
-# The weight decay of all runs (train_one.py's), and those that the best form and learning rate of models that are near
-# the best is trained with besides.
-DECAY = 0.1
+# Weight decays that the best form and learning rate of models that are near the best is trained with besides.
 OTHER_DECAYS = dict.fromkeys(("gateloop", "lstm", "gru"), (0.03, 0.3))
 # Larger models want smaller ones: lower rates where the least was best.
 LARGE_RATES = RATES | {
@@ -90,7 +88,7 @@ LARGE: dict[str, list[dict[str, Any]]] = {
 }
 # The preset `tiny` and, within 2 % of its 1.02 M parameters on bytes, others.
 PRESET: dict[str, list[dict[str, Any]]] = {
-    "gateloop": [{**RECIPE, "max_memory": 64, "depth": 4, "dim": 208}],
+    "gateloop": [{**RECIPE, "max_memory": 64, "dim": 208}],
     "transformer": [
         {"hidden_size": 144, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
     ],
@@ -162,8 +160,9 @@ def _changed(options: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 # nanoGPT's setting on a CPU; character level.
-_SHAKESPEARE = {"context": 64, "batch": 12, "characters": True}
-_BOOKS: dict[str, Any] = {"context": 256, "batch": 8, "characters": False, "steps": None, "precision": "bfloat16"}
+_SHAKESPEARE = {"context": 64, "batch": 12, "characters": True, "weight_decay": 0.1}
+_BYTES: dict[str, Any] = {"context": 256, "batch": 8, "characters": False, "weight_decay": 0.1}
+_BOOKS = {**_BYTES, "steps": None, "precision": "bfloat16"}
 # Where time is the budget products are in bfloat16, with which all are faster; FLOAT32 are harmed. `rates_from`
 # names the group whose best form and learning rate are taken, `decays` what else the best is trained with, `seeds`
 # those that follow the first.
@@ -183,7 +182,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "library": {
         "sizes": PRESET,
         "rates": RATES | {"gateloop": (*RATES["gateloop"], 1.2e-2), "lstm": (*RATES["lstm"], 3.2e-2)},
-        "settings": {"context": 256, "batch": 8, "characters": False, "steps": 700, "eval_tokens": 524288},
+        "settings": {**_BYTES, "steps": 700, "eval_tokens": 524288},
     },
     "books-rates": {
         "sizes": LARGE,
@@ -223,7 +222,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 def key(row: dict[str, Any]) -> str:
     """What tells one run from another: the model and what it is given."""
     given = [row.get("cpu_seconds") or row["steps"], row["context"], row["batch"], bool(row.get("carry_state"))]
-    given += [row.get("precision", "float32"), row.get("weight_decay", DECAY)]
+    given += [row.get("precision", "float32"), row["weight_decay"]]
     return json.dumps([row["model"], row["options"], row["lr"], row["seed"], *given], sort_keys=True)
 
 
@@ -253,34 +252,36 @@ def first_runs(group: dict[str, Any], model: str) -> list[dict[str, Any]]:
     if not rows:
         raise SystemExit(f"plan: {model} has no row in {other}, whose best learning rate is wanted: run that first")
     best = min(rows, key=loss_of)
-    return [{"options": best["options"], "lr": best["lr"], "weight_decay": best.get("weight_decay", DECAY)}]
+    return [{"options": best["options"], "lr": best["lr"], "weight_decay": best["weight_decay"]}]
 
 
 def missing(group: dict[str, Any], rows: list[dict[str, Any]], models: list[str]) -> list[dict[str, Any]]:
     """Runs that can be started: all forms and learning rates, then other weight decays, of the best the other seeds."""
     done = {key(row) for row in rows}
+
+    def without_row(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [spec for spec in specs if key(spec) not in done]
+
     if "changes" in group:
         specs = []
         for name in models:
             options = dict(group["changes"][name])
             own = {"lr": options.pop("lr")} if "lr" in options else {}
             specs.append({**group["settings"], **own, "model": "gateloop", "label": name, "options": options})
-        return [spec for spec in specs if key(spec) not in done]
+        return without_row(specs)
     found = []
     for model in models:
         base = {**group["settings"], "model": model}
         if model in FLOAT32:
             base["precision"] = "float32"
         tried = [{**base, **given, "seed": SEEDS[0]} for given in first_runs(group, model)]
-        left = [spec for spec in tried if key(spec) not in done]
-        if not left:
+        if not (left := without_row(tried)):
             best = _best(tried, rows)
             tried += [{**best, "weight_decay": decay} for decay in group.get("decays", {}).get(model, ())]
-            left = [spec for spec in tried if key(spec) not in done]
+            left = without_row(tried)
         if not left:
             best = _best(tried, rows)
-            again = [{**best, "seed": seed} for seed in group.get("seeds", SEEDS[1:])]
-            left = [spec for spec in again if key(spec) not in done]
+            left = without_row([{**best, "seed": seed} for seed in group.get("seeds", SEEDS[1:])])
         found += left
     return found
 
