@@ -109,7 +109,7 @@ def _others(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     for D in (64, 512, 4096):
         x = _empty(2, 4096, D, dtype=dtype)
         with written_down() as listed:
-            triton_gpu.norm_forward(x, _empty(D))
+            triton_gpu.norm_forward(x, _empty(D), x.dtype)
             triton_gpu.norm_backward(x, x, _empty(D))
         yield from ((f"width {D}", launch) for launch in listed)
     x, w = _empty(2, 4099, 512, dtype=dtype), _empty(512, 4)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gateloop_transformer.ops.pairs import autocast_dtype
 from gateloop_transformer.ops.rms_norm import rms_norm
 
 
@@ -23,8 +24,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) → (..., dim)."""
-        return rms_norm(x, self.gamma)
+        """(..., dim) → (..., dim), under autocast in its type: that of the products which follow."""
+        return rms_norm(x, self.gamma, dtype=autocast_dtype(x))
 
 
 class HeadRMSNorm(nn.Module):

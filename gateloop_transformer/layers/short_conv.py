@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from gateloop_transformer.ops.context_parallel import Ranks, current, nothing
 from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.pairs import autocast_dtype
 from gateloop_transformer.ops.short_convolution import short_convolution
 
 
 class ShortConv(nn.Module):
-    """y[t] = Σ_i weight[:, 0, i] · x[t - (taps-1) + i], a depthwise causal convolution.
+    """y[t] = Σ_i weight[:, 0, i] · x[t - (taps-1) + i], a depthwise causal convolution; under autocast in its type.
 
     Args:
         dim: channels.
@@ -46,6 +47,7 @@ class ShortConv(nn.Module):
         Returns:
             y (B, T, dim) and the last taps - 1 inputs (B or N, taps - 1, dim).
         """
+        x = x.to(autocast_dtype(x) or x.dtype)
         past = past.to(x.dtype)
         if layout.cu_seqlens is not None:
             return self._documents(x, past, layout.resets, layout.cu_seqlens.to(x.device).long())
@@ -92,12 +94,13 @@ class ShortConv(nn.Module):
 
     def _filter(self, inputs: Tensor, segment: Tensor | None) -> Tensor:
         """Outputs from the taps-th input on; with `segment` (B, L), of inputs of one segment each."""
+        weight = self.weight.squeeze(1).to(autocast_dtype(inputs) or self.weight.dtype)
         if segment is None:
-            return short_convolution(inputs, self.weight[:, 0], self.silu, self.backend)
+            return short_convolution(inputs, weight, self.silu, self.backend)
         T = inputs.shape[1] - self.taps + 1
-        y = inputs[:, self.taps - 1 :] * self.weight[:, 0, -1]
+        y = inputs[:, self.taps - 1 :] * weight[:, -1]
         for tap in range(self.taps - 1):
-            part = inputs[:, tap : tap + T] * self.weight[:, 0, tap]
+            part = inputs[:, tap : tap + T] * weight[:, tap]
             same = segment[:, tap : tap + T] == segment[:, self.taps - 1 :]
             y = y + part.masked_fill(~same.unsqueeze(-1), 0)
         return F.silu(y) if self.silu else y

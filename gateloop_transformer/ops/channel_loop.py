@@ -10,7 +10,7 @@ from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.carry import Recurrence, over_ranks, product_over_time
 from gateloop_transformer.ops.channels import ChannelLoop
 from gateloop_transformer.ops.context_parallel import Ranks, context_parallel, current
-from gateloop_transformer.ops.dispatch import FUSED, choose, direct
+from gateloop_transformer.ops.dispatch import FUSED, choose
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gate_loop import gradient_before as loop_before
 from gateloop_transformer.ops.gates import check_gate, gates_of
@@ -18,6 +18,7 @@ from gateloop_transformer.ops.head_gates import head_gates
 from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.linear_scan import gradient_before as scan_before
 from gateloop_transformer.ops.linear_scan import last_states, linear_scan
+from gateloop_transformer.ops.operator import operator
 from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
 
@@ -180,9 +181,7 @@ def _simple_over_ranks(
 
 def _run(arguments: _Arguments, start: list[Tensor], options: _Options) -> tuple[Tensor, list[Tensor]]:
     """y and the parts of the last state."""
-    packed, projections, swish, bias = arguments
-    forward = _compute if direct(packed, *projections, *swish, *bias, *start) else _forward
-    y, *final, _ = forward(*arguments, start, *options)
+    y, *final, _ = _forward(*arguments, start, *options)
     return y, final
 
 
@@ -291,8 +290,9 @@ def _final(packed: Tensor, projections: Sequence[Tensor], layout: Layout) -> lis
     return [packed.new_empty((layout.states(packed.shape[0]), D), dtype=dtype) for _ in range(2 if projections else 1)]
 
 
+@operator("gateloop::channel_loop")
 @checks.full_precision
-def _compute(
+def _forward(
     packed: Tensor,
     projections: Sequence[Tensor],
     swish: Sequence[Tensor],
@@ -316,9 +316,6 @@ def _compute(
     return [y, *state.parts(), kept]
 
 
-_forward = torch.library.custom_op("gateloop::channel_loop", mutates_args=())(_compute)
-
-
 @_forward.register_fake
 def _(
     packed: Tensor,
@@ -338,7 +335,7 @@ def _(
     return [y, *_final(packed, projections, loop.layout), FUSED[backend].loop_kept(loop)]
 
 
-@torch.library.custom_op("gateloop::channel_loop_backward", mutates_args=())
+@operator("gateloop::channel_loop_backward")
 @checks.full_precision
 def _backward(
     grad: Sequence[Tensor],
@@ -410,4 +407,4 @@ def _gradient(ctx: Any, grad: list[Tensor | None]) -> tuple[Any, ...]:
     return (d_packed, *others, *[None] * (len(ctx.rest) + 2))
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_forward.register_autograd(_gradient, _setup)

@@ -111,8 +111,8 @@ class FusedBackend(Protocol):
     ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
         """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of bias and initial state."""
 
-    def norm_forward(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """The RMS norm of x (..., D) times gamma (D,) or (G, D)."""
+    def norm_forward(self, x: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
+        """The RMS norm of x (..., D) times gamma (D,) or (G, D), in a floating-point type."""
 
     def norm_backward(self, grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x and gamma."""
@@ -198,20 +198,24 @@ def reads_layout(backend: str, keys: Tensor, values: Tensor, gates: Pair) -> boo
     return backend in FUSED and FUSED[backend].reads_layout(keys, values, gates)
 
 
-def direct(*tensors: Tensor) -> bool:
-    """Whether a backend may be called past torch's dispatcher, which takes longer than a decoding step.
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether a backend may be called past torch's dispatcher, as far as values go.
 
-    So it is where no gradient can be asked for and nothing watches (no compiler, tracer or transformation), and where
-    the tensors are what lies in memory (no lazy negation).
+    So it is where nothing watches (no compiler, tracer or transformation), and where the tensors are what lies in
+    memory (no lazy negation).
     """
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(type(tensor) not in (Tensor, Parameter) or tensor.is_neg() for tensor in tensors)
     )
+
+
+def direct(*tensors: Tensor) -> bool:
+    """Whether numbers may be computed past torch's dispatcher: no gradient can be asked for either."""
+    return not torch.is_grad_enabled() and unwatched(*tensors)
 
 
 def available_backends(example: Tensor) -> list[str]:

@@ -9,8 +9,9 @@ from torch import Tensor
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.carry import Recurrence, Shift, over_ranks, product_over_time
 from gateloop_transformer.ops.context_parallel import Ranks, current
-from gateloop_transformer.ops.dispatch import FUSED, TABLE, choose, direct, reads_layout
+from gateloop_transformer.ops.dispatch import FUSED, TABLE, choose, reads_layout
 from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.operator import operator
 from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
@@ -124,8 +125,7 @@ def _run(
     layout: Layout,
 ) -> tuple[Tensor, list[Tensor]]:
     a, start = gates.parts(), [] if initial is None else initial.parts()
-    forward = _compute if direct(queries, keys, values, *a, *start) else _forward
-    y, *final = forward(queries, keys, values, a, start, reverse, backend, *layout)
+    y, *final = _forward(queries, keys, values, a, start, reverse, backend, *layout)
     return y, final
 
 
@@ -209,8 +209,9 @@ def _empty_final(
     return [queries.new_empty(shape, dtype=dtype) for _ in range(max(len(gates), len(initial)))]
 
 
+@operator("gateloop::gate_loop")
 @checks.full_precision
-def _compute(
+def _forward(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -235,9 +236,6 @@ def _compute(
     return [outputs, *checks.fit(state, final)]
 
 
-_forward = torch.library.custom_op("gateloop::gate_loop", mutates_args=())(_compute)
-
-
 @_forward.register_fake
 def _(
     queries: Tensor,
@@ -253,7 +251,7 @@ def _(
     return [queries.new_empty(values.shape), *_empty_final(queries, values, gates, initial, Layout(resets, cu_seqlens))]
 
 
-@torch.library.custom_op("gateloop::gate_loop_backward", mutates_args=())
+@operator("gateloop::gate_loop_backward")
 @checks.full_precision
 def _backward(
     grad: Sequence[Tensor],
@@ -312,4 +310,4 @@ def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
     return (*d_inputs, d_gates, d_initial, None, None, None, None)
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_forward.register_autograd(_gradient, _setup)

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
-from gateloop_transformer.ops.dispatch import FUSED, choose, direct
+from gateloop_transformer.ops.dispatch import FUSED, choose
 from gateloop_transformer.ops.gates import check_gate, gates_of
+from gateloop_transformer.ops.operator import operator
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
 
 RealPair = tuple[Tensor, Tensor]
@@ -61,8 +61,7 @@ def head_gates(
     chosen = choose(backend, projections.device, projections.dtype)
     if chosen not in FUSED:
         return gates_of(projections, gate, bias, fraction, real)
-    forward = _compute if direct(*named.values()) else _forward
-    results = forward(projections, list(bias or ()), gate, real, float(fraction), chosen)
+    results = _forward(projections, list(bias or ()), gate, real, float(fraction), chosen)
     return results[0], None if real else results[1], results[-1] if gate == "ring" else None
 
 
@@ -72,15 +71,13 @@ def _empty(projections: Tensor, gate: str, real: bool) -> list[Tensor]:
     return [projections.new_empty(shape, dtype=dtype) for _ in range((1 if real else 2) + (gate == "ring"))]
 
 
-def _compute(
+@operator("gateloop::head_gates")
+def _forward(
     projections: Tensor, bias: Sequence[Tensor], gate: str, real: bool, fraction: float, backend: str
 ) -> list[Tensor]:
     if not projections.numel():
         return _empty(projections, gate, real)
     return FUSED[backend].gates_forward(projections, gate, Pair(*bias) if bias else None, real)
-
-
-_forward = torch.library.custom_op("gateloop::head_gates", mutates_args=())(_compute)
 
 
 @_forward.register_fake
@@ -90,7 +87,7 @@ def _(
     return _empty(projections, gate, real)
 
 
-@torch.library.custom_op("gateloop::head_gates_backward", mutates_args=())
+@operator("gateloop::head_gates_backward")
 def _backward(
     grad: Sequence[Tensor],
     projections: Tensor,
@@ -132,4 +129,4 @@ def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
     return d_projections, d_bias, None, None, None, None
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_forward.register_autograd(_gradient, _setup)

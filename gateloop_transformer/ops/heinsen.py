@@ -10,6 +10,7 @@ from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.associative_scan import Elements, associative_scan
 from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import TABLE, choose
+from gateloop_transformer.ops.operator import operator
 from gateloop_transformer.ops.packing import by_documents, cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
 
@@ -72,7 +73,7 @@ def _combine(left: Elements, right: Elements) -> Elements:
     return (left[0] + gate, *combined)
 
 
-@torch.library.custom_op("gateloop::heinsen_scan", mutates_args=())
+@operator("gateloop::heinsen_scan")
 @checks.full_precision
 def _forward(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor]) -> Tensor:
     dtype = compute_dtype(gates.dtype, inputs.dtype)
@@ -93,7 +94,7 @@ def _(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor]) -> Tensor:
     return inputs.new_empty(inputs.shape, dtype=torch.promote_types(gates.dtype, inputs.dtype))
 
 
-@torch.library.custom_op("gateloop::heinsen_scan_backward", mutates_args=())
+@operator("gateloop::heinsen_scan_backward")
 @checks.full_precision
 def _backward(grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor]) -> list[Tensor]:
     if inputs.numel() == 0:
@@ -127,4 +128,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return d_gates, d_inputs, d_initial
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_forward.register_autograd(_gradient, _setup)

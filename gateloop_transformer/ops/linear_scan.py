@@ -9,8 +9,9 @@ from torch import Tensor
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.carry import Recurrence, Shift, over_ranks, product_over_time
 from gateloop_transformer.ops.context_parallel import Ranks, current
-from gateloop_transformer.ops.dispatch import FUSED, TABLE, choose, direct
+from gateloop_transformer.ops.dispatch import FUSED, TABLE, choose
 from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.operator import operator
 from gateloop_transformer.ops.packing import by_documents, cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
@@ -64,8 +65,7 @@ def _run(
     gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, backend: str, layout: Layout = PLAIN
 ) -> Tensor:
     a, x, h = gates.parts(), inputs.parts(), [] if initial is None else initial.parts()
-    forward = _compute if direct(*a, *x, *h) else _forward
-    return Pair(*forward(a, x, h, reverse, backend, *layout)).complex()
+    return Pair(*_forward(a, x, h, reverse, backend, *layout)).complex()
 
 
 def _over_ranks(ranks: Ranks, gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, backend: str) -> Tensor:
@@ -137,8 +137,9 @@ def _empty_states(
     return [inputs[0].new_empty(shape, dtype=dtype) for _ in range(parts)]
 
 
+@operator("gateloop::linear_scan")
 @checks.full_precision
-def _compute(
+def _forward(
     gates: Sequence[Tensor],
     inputs: Sequence[Tensor],
     initial: Sequence[Tensor],
@@ -159,9 +160,6 @@ def _compute(
     return checks.fit(states, _empty_states(gates, inputs, initial, [0]))
 
 
-_forward = torch.library.custom_op("gateloop::linear_scan", mutates_args=())(_compute)
-
-
 @_forward.register_fake
 def _(
     gates: Sequence[Tensor],
@@ -175,7 +173,7 @@ def _(
     return _empty_states(gates, inputs, initial, inputs[0].shape)
 
 
-@torch.library.custom_op("gateloop::linear_scan_backward", mutates_args=())
+@operator("gateloop::linear_scan_backward")
 @checks.full_precision
 def _backward(
     grad: Sequence[Tensor],
@@ -229,4 +227,4 @@ def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
     return (*take(gradients, (len(gates), len(inputs), len(initial))), None, None, None, None)
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_forward.register_autograd(_gradient, _setup)

@@ -78,6 +78,13 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if any(dtype in wide for dtype in dtypes) else torch.float32
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that torch's autocast would multiply x in; None where it is off, or leaves x alone."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def one_width(*pairs: Pair) -> tuple[Pair, ...]:
     """All in float64 if one is: a kernel computes in one precision."""
     if not any(pair.re.dtype == torch.float64 for pair in pairs):

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
-from gateloop_transformer.ops.dispatch import FUSED, choose, direct
+from gateloop_transformer.ops.dispatch import FUSED, choose
+from gateloop_transformer.ops.operator import operator
 from gateloop_transformer.ops.pairs import compute_dtype
 
 
-def rms_norm(x: Tensor, gamma: Tensor, backend: str = "auto") -> Tensor:
+def rms_norm(x: Tensor, gamma: Tensor, backend: str = "auto", *, dtype: torch.dtype | None = None) -> Tensor:
     """√D · x / max(‖x‖₂, 1e-12) · gamma over the last dimension, in float32 or better.
 
     Differentiable (once) in both arguments.
@@ -20,9 +21,10 @@ def rms_norm(x: Tensor, gamma: Tensor, backend: str = "auto") -> Tensor:
         x: (..., D), or (..., G, D) with gamma (G, D).
         gamma: (D,), or (G, D).
         backend: "auto", or one of `available_backends(x)`.
+        dtype: of the result; None: what x and gamma promote to.
 
     Returns:
-        The shape of x, in the precision that x and gamma promote to.
+        The shape of x.
 
     Raises:
         ValueError: gamma's shape is not that of x's last dimensions, or no backend has that name.
@@ -40,33 +42,30 @@ def rms_norm(x: Tensor, gamma: Tensor, backend: str = "auto") -> Tensor:
         )
     checks.floating("rms_norm", ("x", "gamma"), x=x, gamma=gamma)
     checks.same_device("rms_norm", x=x, gamma=gamma)
+    own = torch.promote_types(x.dtype, gamma.dtype) if dtype is None else dtype
+    if not own.is_floating_point:
+        raise ValueError(f"rms_norm: dtype must be a floating-point type, not {own}")
     chosen = choose(backend, x.device, x.dtype)
     if chosen in FUSED:
-        result: Tensor = (_compute if direct(x, gamma) else _forward)(x, gamma, chosen)
+        result: Tensor = _forward(x, gamma, own, chosen)
         return result
     wide = x.to(compute_dtype(x.dtype, gamma.dtype))
     unit = F.normalize(wide, dim=-1) * x.shape[-1] ** 0.5
     scaled: Tensor = unit.to(x.dtype) * gamma
-    return scaled
+    return scaled.to(own)
 
 
-def _empty(x: Tensor, gamma: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, gamma.dtype))
-
-
-def _compute(x: Tensor, gamma: Tensor, backend: str) -> Tensor:
-    return FUSED[backend].norm_forward(x, gamma) if x.numel() else _empty(x, gamma)
-
-
-_forward = torch.library.custom_op("gateloop::rms_norm", mutates_args=())(_compute)
+@operator("gateloop::rms_norm")
+def _forward(x: Tensor, gamma: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return FUSED[backend].norm_forward(x, gamma, dtype) if x.numel() else x.new_empty(x.shape, dtype=dtype)
 
 
 @_forward.register_fake
-def _(x: Tensor, gamma: Tensor, backend: str) -> Tensor:
-    return _empty(x, gamma)
+def _(x: Tensor, gamma: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("gateloop::rms_norm_backward", mutates_args=())
+@operator("gateloop::rms_norm_backward")
 def _backward(grad: Tensor, x: Tensor, gamma: Tensor, backend: str) -> list[Tensor]:
     if not x.numel():
         return checks.no_gradient(x, gamma)
@@ -79,13 +78,13 @@ def _(grad: Tensor, x: Tensor, gamma: Tensor, backend: str) -> list[Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, gamma, ctx.backend = inputs
+    x, gamma, _, ctx.backend = inputs
     ctx.save_for_backward(x, gamma)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, gamma = ctx.saved_tensors
-    return (*_backward(grad, x, gamma, ctx.backend), None)
+    return (*_backward(grad, x, gamma, ctx.backend), None, None)
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_forward.register_autograd(_gradient, _setup)

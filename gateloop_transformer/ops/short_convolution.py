@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
-from gateloop_transformer.ops.dispatch import FUSED, choose, direct
+from gateloop_transformer.ops.dispatch import FUSED, choose
+from gateloop_transformer.ops.operator import operator
 
 
 def short_convolution(inputs: Tensor, weight: Tensor, silu: bool = False, backend: str = "auto") -> Tensor:
@@ -43,7 +44,7 @@ def short_convolution(inputs: Tensor, weight: Tensor, silu: bool = False, backen
     checks.same_device("short_convolution", inputs=inputs, weight=weight)
     chosen = choose(backend, inputs.device, inputs.dtype)
     if chosen in FUSED:
-        result: Tensor = (_compute if direct(inputs, weight) else _forward)(inputs, weight, silu, chosen)
+        result: Tensor = _forward(inputs, weight, silu, chosen)
         return result
     steps = inputs.shape[1] - weight.shape[1] + 1
     y = inputs[:, :steps] * weight[:, 0]
@@ -57,12 +58,10 @@ def _empty(inputs: Tensor, weight: Tensor) -> Tensor:
     return inputs.new_empty(B, L - weight.shape[1] + 1, D, dtype=torch.promote_types(inputs.dtype, weight.dtype))
 
 
-def _compute(inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> Tensor:
+@operator("gateloop::short_convolution")
+def _forward(inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> Tensor:
     empty = _empty(inputs, weight)
     return FUSED[backend].conv_forward(inputs, weight, silu) if empty.numel() else empty
-
-
-_forward = torch.library.custom_op("gateloop::short_convolution", mutates_args=())(_compute)
 
 
 @_forward.register_fake
@@ -70,7 +69,7 @@ def _(inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> Tensor:
     return _empty(inputs, weight)
 
 
-@torch.library.custom_op("gateloop::short_convolution_backward", mutates_args=())
+@operator("gateloop::short_convolution_backward")
 def _backward(grad: Tensor, inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> list[Tensor]:
     if not grad.numel():
         return checks.no_gradient(inputs, weight)
@@ -92,4 +91,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*_backward(grad, x, weight, ctx.silu, ctx.backend), None, None)
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_forward.register_autograd(_gradient, _setup)

@@ -9,6 +9,7 @@ from torch import Tensor
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import TABLE, choose
+from gateloop_transformer.ops.operator import operator
 from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
@@ -80,7 +81,7 @@ def _decay(gates: Tensor, imaginary: Tensor | None) -> Tensor:
     return (exponent.exp() * turned).to(gates.dtype)
 
 
-@torch.library.custom_op("gateloop::surrogate_attention", mutates_args=())
+@operator("gateloop::surrogate_attention")
 @checks.full_precision
 def _forward(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> Tensor:
     if queries.numel() == 0 or values.numel() == 0:
@@ -103,7 +104,7 @@ def _(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) ->
     return queries.new_empty(values.shape)
 
 
-@torch.library.custom_op("gateloop::surrogate_attention_backward", mutates_args=())
+@operator("gateloop::surrogate_attention_backward")
 @checks.full_precision
 def _backward(grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
     if queries.numel() == 0 or values.numel() == 0:
@@ -135,4 +136,4 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*d_inputs, d_gates)
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_forward.register_autograd(_gradient, _setup)

@@ -130,11 +130,12 @@ def test_opcheck(gate: str) -> None:
     args = [qkv, [z], [s], bias, [re, im]]
     y, d_re, d_im, kept = _forward(*args, gate, 0.5, False, "numba", None, None)
     torch.library.opcheck(
-        _backward, ([torch.randn_like(x) for x in (y, d_re, d_im)], *args, kept, gate, 0.5, True, "numba", None, None)
+        _backward.registered,
+        ([torch.randn_like(x) for x in (y, d_re, d_im)], *args, kept, gate, 0.5, True, "numba", None, None),
     )
     for x in (qkv, z, re, im, s, *bias):
         x.requires_grad_()
-    torch.library.opcheck(_forward, (*args, gate, 0.5, False, "numba", None, None))
+    torch.library.opcheck(_forward.registered, (*args, gate, 0.5, False, "numba", None, None))
 
 
 def test_compiles_into_one_graph() -> None:

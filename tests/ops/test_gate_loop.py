@@ -189,10 +189,10 @@ def test_opcheck(backend: str, size: str, kind: str) -> None:
     args = [q, k, v, split(a), split(s), False, backend]
     tensors = [*args[:3], *args[3], *args[4]]
     grad = [torch.randn_like(v), *(torch.randn_like(x) for x in args[4])]
-    torch.library.opcheck(_backward, (grad, *args, None, None))
+    torch.library.opcheck(_backward.registered, (grad, *args, None, None))
     for x in tensors:
         x.requires_grad_()
-    torch.library.opcheck(_forward, (*args, None, None))
+    torch.library.opcheck(_forward.registered, (*args, None, None))
 
 
 @pytest.mark.parametrize(

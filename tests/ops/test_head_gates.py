@@ -128,8 +128,8 @@ def test_gradcheck(backend: str, gate: str) -> None:
 def test_opcheck_compile_and_memory(gate: str, real: bool) -> None:
     z, *bias = arguments(2, 5, 6, gate=gate)
     grad = [torch.randn_like(x) for x in _forward(z, bias, gate, real, 0.5, "numba")]
-    torch.library.opcheck(_backward, (grad, z, bias, gate, real, 0.5, "numba"))
-    torch.library.opcheck(_forward, (z.requires_grad_(), bias, gate, real, 0.5, "numba"))
+    torch.library.opcheck(_backward.registered, (grad, z, bias, gate, real, 0.5, "numba"))
+    torch.library.opcheck(_forward.registered, (z.requires_grad_(), bias, gate, real, 0.5, "numba"))
     function, args = run("numba", gate, real), [z.detach(), *bias]
     with nan_filled_memory():
         expected = values_and_gradients(function, args)

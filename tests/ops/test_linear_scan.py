@@ -88,9 +88,9 @@ def test_opcheck(kinds: str) -> None:
     states = _forward(*args, False, "chunkwise", None, None)
     grad = [torch.randn_like(x) for x in states]
     for backend in ("eager", "chunkwise", "numba"):
-        torch.library.opcheck(_backward, (grad, *args[:2], states, args[2], True, backend, None, None))
+        torch.library.opcheck(_backward.registered, (grad, *args[:2], states, args[2], True, backend, None, None))
     leaves = [[x.requires_grad_() for x in pair] for pair in args]
-    torch.library.opcheck(_forward, (*leaves, False, "eager", None, None))
+    torch.library.opcheck(_forward.registered, (*leaves, False, "eager", None, None))
 
 
 @pytest.mark.parametrize(("B", "T", "D"), [(2, 0, 3), (0, 5, 3), (2, 5, 0)])

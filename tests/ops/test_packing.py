@@ -324,10 +324,12 @@ def test_opcheck() -> None:
     q, k, v, s, z = inputs
     bounds, resets = torch.tensor([0, 5, 5, 14]), torch.arange(14)[None] % 4 == 3
     args = [q, k, v, [re, im], [s, z], False, "numba", resets, bounds]
-    torch.library.opcheck(_backward, ([torch.randn_like(v), torch.randn_like(s), torch.randn_like(z)], *args))
+    torch.library.opcheck(
+        _backward.registered, ([torch.randn_like(v), torch.randn_like(s), torch.randn_like(z)], *args)
+    )
     for x in (re, im, *inputs):
         x.requires_grad_()
-    torch.library.opcheck(_forward, args)
+    torch.library.opcheck(_forward.registered, args)
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,20 @@ def test_narrow_types(dtype: torch.dtype, gain: torch.dtype) -> None:
         assert rms_ratio(value, reference) <= max(2 * rms_ratio(other, reference), 1e-6)
 
 
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_result_has_the_type_that_is_asked_for(own: torch.dtype, dtype: torch.dtype) -> None:
+    args = [x.to(dtype) for x in arguments(70, 40)]
+    ours, plain = (values_and_gradients(partial(rms_norm, backend=name, dtype=own), args) for name in BACKENDS)
+    assert ours[0].dtype == plain[0].dtype == own
+    assert [x.dtype for x in ours[1:]] == [dtype, dtype]
+    assert_equal(ours, plain, 1e-9 if {own, dtype} == {torch.float64} else 1e-2)
+
+
 def test_opcheck_compile_and_memory() -> None:
     x, gamma = arguments(2, 5, 19)
-    torch.library.opcheck(_backward, (torch.randn_like(x), x, gamma, "numba"))
-    torch.library.opcheck(_forward, (x.requires_grad_(), gamma.requires_grad_(), "numba"))
+    torch.library.opcheck(_backward.registered, (torch.randn_like(x), x, gamma, "numba"))
+    torch.library.opcheck(_forward.registered, (x.requires_grad_(), gamma.requires_grad_(), torch.float32, "numba"))
     function = partial(rms_norm, backend="numba")
     with nan_filled_memory():
         expected = values_and_gradients(function, [x, gamma])
@@ -77,5 +87,7 @@ def test_nothing_in_is_nothing_out(backend: str) -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"gamma must be \(D,\) or \(G, D\), the last dimensions of x, not \(3,\)"):
         rms_norm(torch.zeros(2, 4), torch.ones(3))
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point type, not torch\.int64"):
+        rms_norm(torch.zeros(2, 4), torch.ones(4), dtype=torch.int64)
     with pytest.raises(ValueError, match="x must be a floating-point tensor"):
         rms_norm(torch.zeros(2, 4, dtype=torch.long), torch.ones(4))

@@ -54,8 +54,8 @@ def test_narrow_types(dtype: torch.dtype, gain: torch.dtype) -> None:
 
 def test_opcheck_compile_and_memory() -> None:
     inputs, weight = arguments(2, 70, 19, 4)
-    torch.library.opcheck(_backward, (torch.randn(2, 70, 19).double(), inputs, weight, True, "numba"))
-    torch.library.opcheck(_forward, (inputs.requires_grad_(), weight.requires_grad_(), True, "numba"))
+    torch.library.opcheck(_backward.registered, (torch.randn(2, 70, 19).double(), inputs, weight, True, "numba"))
+    torch.library.opcheck(_forward.registered, (inputs.requires_grad_(), weight.requires_grad_(), True, "numba"))
     function = partial(short_convolution, silu=True, backend="numba")
     with nan_filled_memory():
         expected = values_and_gradients(function, [inputs, weight])

@@ -413,27 +413,33 @@ def _channels_backward(
 
 
 def _norm_kinds(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, torch.dtype, int]:
-    """Both arguments with their rows in order and in one width, the dtype of the result, and the lanes."""
-    dtype = torch.promote_types(x.dtype, gamma.dtype)
-    double = dtype == torch.float64
+    """Both arguments with their rows in order and in one width, the dtype of the arithmetic, and the lanes."""
+    wide = compute_dtype(x.dtype, gamma.dtype)
+    double = wide == torch.float64
     if double:
-        x, gamma = x.to(dtype), gamma.to(dtype)
-    return x.contiguous(), gamma.contiguous(), dtype, 8 if double else 16
+        x, gamma = x.to(wide), gamma.to(wide)
+    return x.contiguous(), gamma.contiguous(), wide, 8 if double else 16
 
 
-def norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
-    """The RMS norm of x (..., D) times gamma (D,) or (G, D)."""
+def _stored(dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
+    """What kernels whose arithmetic is `wide` read or write for `dtype`."""
+    narrow = wide == torch.float32 and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return dtype if narrow else wide
+
+
+def norm_forward(x: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
+    """The RMS norm of x (..., D) times gamma (D,) or (G, D), in a floating-point type."""
     from gateloop_transformer.ops.backends.numba_launch import launch
     from gateloop_transformer.ops.backends.numba_norm import ROWS
     from gateloop_transformer.ops.backends.numba_norm import norm_forward as build
 
-    x, gamma, dtype, lanes = _norm_kinds(x, gamma)
-    y = new_memory(x, *x.shape, dtype=dtype)
+    x, gamma, wide, lanes = _norm_kinds(x, gamma)
+    y = new_memory(x, *x.shape, dtype=_stored(dtype, wide))
     D = x.shape[-1]
     rows = x.numel() // D
-    kernel = build(kind_of(x.dtype), kind_of(gamma.dtype), kind_of(dtype), lanes)
+    kernel = build(kind_of(x.dtype), kind_of(gamma.dtype), kind_of(y.dtype), lanes)
     launch(kernel, -(-rows // ROWS), [rows, D, gamma.numel() // D, x.data_ptr(), gamma.data_ptr(), y.data_ptr()])
-    return y
+    return y.to(dtype)
 
 
 def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -442,13 +448,13 @@ def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tenso
     from gateloop_transformer.ops.backends.numba_norm import ROWS
     from gateloop_transformer.ops.backends.numba_norm import norm_backward as build
 
-    own, (x, gamma, dtype, lanes) = (x.dtype, gamma.dtype), _norm_kinds(x, gamma)
-    dy, dx = grad.to(dtype).contiguous(), new_memory(x, *x.shape)
+    own, (x, gamma, wide, lanes) = (x.dtype, gamma.dtype), _norm_kinds(x, gamma)
+    dy, dx = grad.to(_stored(grad.dtype, wide)).contiguous(), new_memory(x, *x.shape)
     D = x.shape[-1]
     rows = x.numel() // D
     items = -(-rows // ROWS)
-    sums = torch.zeros(items, gamma.numel(), dtype=compute_dtype(dtype))
-    kernel = build(kind_of(x.dtype), kind_of(gamma.dtype), kind_of(dtype), lanes)
+    sums = torch.zeros(items, gamma.numel(), dtype=wide)
+    kernel = build(kind_of(x.dtype), kind_of(gamma.dtype), kind_of(dy.dtype), lanes)
     places = [t.data_ptr() for t in (x, gamma, dx, dy, dx, sums)]
     launch(kernel, items, [rows, D, gamma.numel() // D, *places])
     return dx.to(own[0]), sums.sum(0).reshape(gamma.shape).to(own[1])

@@ -452,11 +452,11 @@ def gates_backward(
     return dz, None if sums is None else Pair(sums[:, 0].sum(0), sums[:, 1].sum(0))
 
 
-def norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
-    """The RMS norm of x (..., D) times gamma (D,) or (G, D)."""
+def norm_forward(x: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
+    """The RMS norm of x (..., D) times gamma (D,) or (G, D), in a floating-point type."""
     from gateloop_transformer.ops.backends import triton_norm
 
-    return triton_norm.norm_forward(x, gamma)
+    return triton_norm.norm_forward(x, gamma, dtype)
 
 
 def norm_backward(grad: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:

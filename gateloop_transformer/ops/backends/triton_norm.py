@@ -71,15 +71,13 @@ def warps(entries: int) -> int:
     return max(1, min(16, power(entries) // 256))
 
 
-def norm_forward(x: Tensor, gamma: Tensor) -> Tensor:
-    """The RMS norm of x (..., D) times gamma (D,) or (G, D)."""
+def norm_forward(x: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
+    """The RMS norm of x (..., D) times gamma (D,) or (G, D), in a floating-point type."""
     x, gamma = x.contiguous(), gamma.contiguous()
-    dtype = torch.promote_types(x.dtype, gamma.dtype)
+    wide = compute_dtype(x.dtype, gamma.dtype)
     y = x.new_empty(x.shape, dtype=dtype)
     rows, D, groups, blocks, options = _options(x, gamma)
-    launch(
-        _forward, (blocks * groups,), x, gamma, y, rows, D, groups, W=precision(compute_dtype(dtype)), like=x, **options
-    )
+    launch(_forward, (blocks * groups,), x, gamma, y, rows, D, groups, W=precision(wide), like=x, **options)
     return y
 
 
