@@ -39,7 +39,7 @@ class PlainOperators(TorchFunctionMode):
             library.gate_loop.default: lambda *arguments: _gate_loop(max_length, *arguments),
             library.channel_loop.default: lambda *arguments: _channel_loop(max_length, *arguments),
             library.head_gates.default: _head_gates,
-            library.rms_norm.default: lambda x, gamma, _backend: plain_rms_norm(x, gamma),
+            library.rms_norm.default: lambda x, gamma, dtype, _backend: plain_rms_norm(x, gamma).to(dtype),
             library.short_convolution.default: lambda x, weight, silu, _backend: short_convolution(
                 x, weight, silu, "chunkwise"
             ),

@@ -201,13 +201,14 @@ def reads_layout(backend: str, keys: Tensor, values: Tensor, gates: Pair) -> boo
 def unwatched(*tensors: Tensor) -> bool:
     """Whether a backend may be called past torch's dispatcher, as far as values go.
 
-    So it is where nothing watches (no compiler, tracer or transformation), and where the tensors are what lies in
-    memory (no lazy negation).
+    So it is where nothing watches (no compiler, tracer, transformation or mode), and where the tensors are what lies
+    in memory (no lazy negation).
     """
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(type(tensor) not in (Tensor, Parameter) or tensor.is_neg() for tensor in tensors)
     )

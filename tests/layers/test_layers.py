@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gateloop_transformer import CausalFullAttention, GateLoopedAttention, SimpleGateLoopLayer, Transformer
+from gateloop_transformer.layers.norm import RMSNorm
+from gateloop_transformer.layers.short_conv import ShortConv
 from gateloop_transformer.layers.state import State
 
 DIM, VOCABULARY = 8, 11
@@ -207,6 +209,20 @@ def test_autocast_gives_what_a_linear_gives(name: str) -> None:
     assert gradients
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients)
     assert rms_ratio(y, layer(x)) <= 0.15
+
+
+def test_autocast_narrows_what_products_read() -> None:
+    norm, conv = RMSNorm(DIM), ShortConv(DIM, 4, silu=True)
+    x, past = torch.randn(2, 5, DIM), torch.randn(2, 3, DIM)
+    wide = norm(x)
+    expected, _ = conv(x.bfloat16().float(), past)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = norm(x)
+        y, left = conv(x, past)
+        assert norm.double()(x.double()).dtype == torch.float64
+    assert torch.equal(narrow, wide.bfloat16())
+    assert y.dtype == left.dtype == torch.bfloat16
+    assert rms_ratio(y, expected) <= 0.02
 
 
 @pytest.mark.parametrize("name", FEW)

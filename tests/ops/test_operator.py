@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_equal
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gateloop_transformer.ops.channel_loop import channel_gate_loop
@@ -74,6 +75,20 @@ def test_the_way_past_the_dispatcher_gives_the_same(name: str, unused: bool) -> 
         through = run()
     assert {f"gateloop.{name}.default", f"gateloop.{name}_backward.default"} <= watched.names
     assert_equal(past, through, 0)
+
+
+def test_modes_see_an_operator_with_and_without_gradients() -> None:
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x, seen = torch.randn(3, 8), []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), Functions():
+            rms_norm(x, torch.ones(8))
+        assert torch.ops.gateloop.rms_norm.default in seen
+        seen.clear()
 
 
 def test_leaves_without_gradient_get_none() -> None:
