@@ -180,7 +180,9 @@ GROUPS: dict[str, dict[str, Any]] = {
     # What `make demo` trains, on the same text (library.py writes it).
     "library": {
         "sizes": PRESET,
-        "rates": RATES | {"gateloop": (*RATES["gateloop"], 1.2e-2), "lstm": (*RATES["lstm"], 3.2e-2)},
+        "rates": RATES
+        | {"gateloop": (*RATES["gateloop"], 1.2e-2), "lstm": (*RATES["lstm"], 3.2e-2)}
+        | {"transformer": (2.5e-4, 5e-4, *RATES["transformer"])},
         "settings": {**_BYTES, "steps": 700, "eval_tokens": 524288},
     },
     "books-rates": {
