@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gateloop_transformer.ops.dispatch import unwatched
 
@@ -30,7 +31,7 @@ class Operator:
     """
 
     def __init__(self, name: str, body: Callable[..., Any]) -> None:
-        self.body = body
+        self.name, self.body = name.removeprefix("gateloop::"), body
         self.registered = torch.library.custom_op(name, mutates_args=())(body)
         self.register_fake = self.registered.register_fake
         self._function: type[torch.autograd.Function] | None = None
@@ -40,15 +41,22 @@ class Operator:
     ) -> None:
         """As `torch.library.register_autograd`: `setup(ctx, inputs, output)`, and `gradient(ctx, gradients)`."""
         self.registered.register_autograd(gradient, setup_context=setup)
-        name = self.registered._opoverload._opname
-        self._function = type(name, (_Direct,), {"body": self.body, "setup": setup, "gradient": gradient})
+        parts = {"body": self.body, "setup": setup, "gradient": gradient}
+        self._function = type(self.name, (_Direct,), parts)
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the body gives, differentiable if a gradient is registered."""
+        """What the body gives, differentiable if a gradient is registered.
+
+        Raises:
+            NotImplementedError: a tensor has a tangent (forward-mode differentiation).
+        """
         if torch.compiler.is_compiling():
             return self.registered(*arguments)
         sizes, flat = _flatten(arguments)
         tensors = [x for x in flat if isinstance(x, Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            # Torch would drop the tangents.
+            raise NotImplementedError(f"{self.name} has no forward-mode derivative, only gradients")
         if not unwatched(*tensors):
             return self.registered(*arguments)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):

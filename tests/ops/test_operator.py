@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_equal
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,6 +105,17 @@ def test_a_second_derivative_is_refused() -> None:
     (first,) = torch.autograd.grad(rms_norm(x, torch.ones(8)).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="rms_norm_backward"):
         first.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("enabled", [True, False])
+def test_tangents_are_refused_and_not_dropped(enabled: bool) -> None:
+    x = torch.randn(3, 8)
+    with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="rms_norm has no forward-mode derivative, only gradients"):
+            rms_norm(dual, torch.ones(8))
+        rms_norm(x, torch.ones(8))
 
 
 def test_profiles_name_the_operator() -> None:
