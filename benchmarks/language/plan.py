@@ -181,8 +181,11 @@ GROUPS: dict[str, dict[str, Any]] = {
     "library": {
         "sizes": PRESET,
         "rates": RATES
-        | {"gateloop": (*RATES["gateloop"], 1.2e-2), "lstm": (*RATES["lstm"], 3.2e-2)}
-        | {"transformer": (2.5e-4, 5e-4, *RATES["transformer"])},
+        | {
+            "gateloop": (*RATES["gateloop"], 1.2e-2),
+            "transformer": (2.5e-4, 5e-4, *RATES["transformer"]),
+            "lstm": (*RATES["lstm"], 3.2e-2),
+        },
         "settings": {**_BYTES, "steps": 700, "eval_tokens": 524288},
     },
     "books-rates": {

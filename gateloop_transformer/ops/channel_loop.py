@@ -290,7 +290,7 @@ def _final(packed: Tensor, projections: Sequence[Tensor], layout: Layout) -> lis
     return [packed.new_empty((layout.states(packed.shape[0]), D), dtype=dtype) for _ in range(2 if projections else 1)]
 
 
-@operator("gateloop::channel_loop")
+@operator("channel_loop")
 @checks.full_precision
 def _forward(
     packed: Tensor,
@@ -335,7 +335,7 @@ def _(
     return [y, *_final(packed, projections, loop.layout), FUSED[backend].loop_kept(loop)]
 
 
-@operator("gateloop::channel_loop_backward")
+@operator("channel_loop_backward")
 @checks.full_precision
 def _backward(
     grad: Sequence[Tensor],

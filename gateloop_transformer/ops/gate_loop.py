@@ -209,7 +209,7 @@ def _empty_final(
     return [queries.new_empty(shape, dtype=dtype) for _ in range(max(len(gates), len(initial)))]
 
 
-@operator("gateloop::gate_loop")
+@operator("gate_loop")
 @checks.full_precision
 def _forward(
     queries: Tensor,
@@ -251,7 +251,7 @@ def _(
     return [queries.new_empty(values.shape), *_empty_final(queries, values, gates, initial, Layout(resets, cu_seqlens))]
 
 
-@operator("gateloop::gate_loop_backward")
+@operator("gate_loop_backward")
 @checks.full_precision
 def _backward(
     grad: Sequence[Tensor],

@@ -71,7 +71,7 @@ def _empty(projections: Tensor, gate: str, real: bool) -> list[Tensor]:
     return [projections.new_empty(shape, dtype=dtype) for _ in range((1 if real else 2) + (gate == "ring"))]
 
 
-@operator("gateloop::head_gates")
+@operator("head_gates")
 def _forward(
     projections: Tensor, bias: Sequence[Tensor], gate: str, real: bool, fraction: float, backend: str
 ) -> list[Tensor]:
@@ -87,7 +87,7 @@ def _(
     return _empty(projections, gate, real)
 
 
-@operator("gateloop::head_gates_backward")
+@operator("head_gates_backward")
 def _backward(
     grad: Sequence[Tensor],
     projections: Tensor,

@@ -73,7 +73,7 @@ def _combine(left: Elements, right: Elements) -> Elements:
     return (left[0] + gate, *combined)
 
 
-@operator("gateloop::heinsen_scan")
+@operator("heinsen_scan")
 @checks.full_precision
 def _forward(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor]) -> Tensor:
     dtype = compute_dtype(gates.dtype, inputs.dtype)
@@ -94,7 +94,7 @@ def _(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor]) -> Tensor:
     return inputs.new_empty(inputs.shape, dtype=torch.promote_types(gates.dtype, inputs.dtype))
 
 
-@operator("gateloop::heinsen_scan_backward")
+@operator("heinsen_scan_backward")
 @checks.full_precision
 def _backward(grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor]) -> list[Tensor]:
     if inputs.numel() == 0:

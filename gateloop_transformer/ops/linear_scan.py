@@ -137,7 +137,7 @@ def _empty_states(
     return [inputs[0].new_empty(shape, dtype=dtype) for _ in range(parts)]
 
 
-@operator("gateloop::linear_scan")
+@operator("linear_scan")
 @checks.full_precision
 def _forward(
     gates: Sequence[Tensor],
@@ -173,7 +173,7 @@ def _(
     return _empty_states(gates, inputs, initial, inputs[0].shape)
 
 
-@operator("gateloop::linear_scan_backward")
+@operator("linear_scan_backward")
 @checks.full_precision
 def _backward(
     grad: Sequence[Tensor],

@@ -1,8 +1,8 @@
 """Custom operators of torch, with a way past its dispatcher.
 
 Compilers, tracers, transformations and modes see an operator by its name. Where none of them is at work the same
-functions are called directly: the way through the dispatcher takes longer than a decoding step of a layer, and up to a
-millisecond of a training step.
+functions are called directly: the way through the dispatcher takes longer than a decoding step of a layer, and half a
+millisecond or more of its training step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SINGLE = -1
 
 
 class Operator:
-    """`body` under a name of torch's: `gateloop::...`.
+    """`body` as `gateloop::name`.
 
     Args:
         name: what torch knows it by.
@@ -31,8 +31,8 @@ class Operator:
     """
 
     def __init__(self, name: str, body: Callable[..., Any]) -> None:
-        self.name, self.body = name.removeprefix("gateloop::"), body
-        self.registered = torch.library.custom_op(name, mutates_args=())(body)
+        self.name, self.body = name, body
+        self.registered = torch.library.custom_op(f"gateloop::{name}", mutates_args=())(body)
         self.register_fake = self.registered.register_fake
         self._function: type[torch.autograd.Function] | None = None
 

@@ -55,7 +55,7 @@ def rms_norm(x: Tensor, gamma: Tensor, backend: str = "auto", *, dtype: torch.dt
     return scaled.to(own)
 
 
-@operator("gateloop::rms_norm")
+@operator("rms_norm")
 def _forward(x: Tensor, gamma: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return FUSED[backend].norm_forward(x, gamma, dtype) if x.numel() else x.new_empty(x.shape, dtype=dtype)
 
@@ -65,7 +65,7 @@ def _(x: Tensor, gamma: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@operator("gateloop::rms_norm_backward")
+@operator("rms_norm_backward")
 def _backward(grad: Tensor, x: Tensor, gamma: Tensor, backend: str) -> list[Tensor]:
     if not x.numel():
         return checks.no_gradient(x, gamma)

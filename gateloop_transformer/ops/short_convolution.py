@@ -58,7 +58,7 @@ def _empty(inputs: Tensor, weight: Tensor) -> Tensor:
     return inputs.new_empty(B, L - weight.shape[1] + 1, D, dtype=torch.promote_types(inputs.dtype, weight.dtype))
 
 
-@operator("gateloop::short_convolution")
+@operator("short_convolution")
 def _forward(inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> Tensor:
     empty = _empty(inputs, weight)
     return FUSED[backend].conv_forward(inputs, weight, silu) if empty.numel() else empty
@@ -69,7 +69,7 @@ def _(inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> Tensor:
     return _empty(inputs, weight)
 
 
-@operator("gateloop::short_convolution_backward")
+@operator("short_convolution_backward")
 def _backward(grad: Tensor, inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> list[Tensor]:
     if not grad.numel():
         return checks.no_gradient(inputs, weight)

@@ -81,7 +81,7 @@ def _decay(gates: Tensor, imaginary: Tensor | None) -> Tensor:
     return (exponent.exp() * turned).to(gates.dtype)
 
 
-@operator("gateloop::surrogate_attention")
+@operator("surrogate_attention")
 @checks.full_precision
 def _forward(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> Tensor:
     if queries.numel() == 0 or values.numel() == 0:
@@ -104,7 +104,7 @@ def _(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) ->
     return queries.new_empty(values.shape)
 
 
-@operator("gateloop::surrogate_attention_backward")
+@operator("surrogate_attention_backward")
 @checks.full_precision
 def _backward(grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
     if queries.numel() == 0 or values.numel() == 0:
