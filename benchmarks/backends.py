@@ -107,7 +107,7 @@ def features(backend: str, operator: str, in_kernels: bool, needs: list[str]) ->
         "yes" if "tuple" in str(inspect.signature(forward).return_annotation) else "all states",
         "yes" if takes(forward, "reverse") else "—",
         "of all" if takes(backward, "grad") else "—",
-        "—" if lacks(backend, "resets") else "in kernels" if in_kernels else "as gates of 0",
+        "—" if lacks(backend, "resets") else "yes",
         "in kernels" if in_kernels else "as rows of batches",
         "whole graph" if in_kernels else "whole graph, without `cu_seqlens`",
     )

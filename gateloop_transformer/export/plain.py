@@ -202,7 +202,7 @@ def plain_gate_loop(
     added = to_end.map(lambda x: (k * x).transpose(-1, -2) @ v)
     whole = to_start.select(-2, -1).map(lambda x: x.unsqueeze(-1))
     before, final = _carry(whole, added, start, 2, cut.rounds(max_length))
-    y = _scores(q, k, decay.re) @ v + (q * to_start.re) @ before.re
+    y = _seen(_scores(q, k, decay.re), v) + (q * to_start.re) @ before.re
     if to_start.im is not None and before.im is not None:
         y = y - (q * to_start.im) @ before.im
     return cut.mend(y.permute(0, 2, 3, 1, 4)).to(queries.dtype), final
@@ -226,6 +226,14 @@ def _scores(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
         return (q @ k.transpose(-1, -2)) * decay.squeeze(-3)
     outer = q.transpose(-1, -2).unsqueeze(-1) * k.transpose(-1, -2).unsqueeze(-2)
     return (outer * decay).sum(-3)
+
+
+def _seen(scores: Tensor, values: Tensor) -> Tensor:
+    """Σ_j scores[i, j] v[j] over j ≤ i. What is not finite reaches no earlier step: it is not multiplied by their 0."""
+    C = scores.shape[-1]
+    lower = torch.ones(C, C, dtype=torch.bool, device=scores.device).tril()
+    finite = torch.where(values.isfinite(), values, 0.0)
+    return torch.where(lower, scores, 0.0) @ finite + (values - finite).cumsum(-2)
 
 
 def _carry(gates: Pair, added: Pair, start: Pair, dim: int, rounds: int) -> tuple[Pair, Pair]:

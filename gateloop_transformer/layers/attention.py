@@ -20,7 +20,7 @@ from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import polar, scale_gradient
 from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.packing import groups
-from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, without_autocast
 
 # ablate_complex, ablate_state_transition
 _Flags = tuple[bool, bool]
@@ -84,8 +84,9 @@ class View(NamedTuple):
         else:
             positions = (before[:, None] + steps)[:, None]
             old = torch.arange(past, 0, -1, device=x.device) <= before[:, None]
-            # A mask costs more than no mask.
-            old = None if not torch.compiler.is_compiling() and bool(old.all()) else old
+            # A mask costs more than no mask; whether one is needed, only values tell.
+            told = not (torch.compiler.is_compiling() or old.is_meta)
+            old = None if told and bool(old.all()) else old
         if resets is None:
             return View(past, positions, before + T, old, None, window)
         segment = resets.cumsum(1)
@@ -135,6 +136,9 @@ class CausalFullAttention(nn.Module):
     """Causal attention over all past steps; the defaults are the original's, weights and numbers included.
 
     Inside of `ops.context_parallel` keys and values of all ranks are gathered: what is sent grows with T.
+
+    As in torch's own attention, values that a step must not see are multiplied by 0: one that is not finite makes the
+    outputs of earlier steps, and of steps behind a reset, NaN. Packed documents (`cu_seqlens`) are apart.
 
     Args:
         dim: width of input and output.
@@ -312,7 +316,7 @@ class CausalFullAttention(nn.Module):
             if self.softmax_normalize and not self.data_dependent_rel_pos:
                 y = self._softmax_attention(q, keys[:, :, seen], values[:, :, seen], view)
             else:
-                with torch.autocast(x.device.type, enabled=False):
+                with without_autocast(x):
                     scores = q @ keys[:, :, seen].transpose(-1, -2).to(q.dtype)
                     y = self._attend(scores, values[:, :, seen], view)
         return y, AttentionState(keys, imaginary, values, view.seen if earlier.after is None else earlier.after)

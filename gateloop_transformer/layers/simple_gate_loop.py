@@ -166,7 +166,7 @@ class SimpleGateLoopLayer(nn.Module):
             hidden = heinsen_scan(gates.flip(1), inputs.flip(1), start, **backwards._asdict()).flip(1)
         else:
             hidden = heinsen_scan(gates, inputs, initial, **layout._asdict())
-        return q * hidden.to(q.dtype), last_states(hidden, initial, self.reverse, layout)
+        return (q * hidden).to(q.dtype), last_states(hidden, initial, self.reverse, layout)
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""

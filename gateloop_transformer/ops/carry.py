@@ -3,6 +3,8 @@
 Rank r turns the state S before its part into A[r] S + E[r] after it: A[r] is the product of its gates, E[r] what it
 ends with from nothing. All ranks learn all A and E at once and have their S by a few products. The gradient G of the
 state after a part comes back the same way: conj(A[r]) G + D[r] before it, D[r] what the outputs of the part say alone.
+
+A part that begins anew forgets S and G whatever they are. It says so besides its A, for 0 times NaN would be NaN.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gateloop_transformer.ops.context_parallel import Ranks, nothing, uncompiled
+from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
 
 
@@ -27,6 +31,14 @@ class Shift(NamedTuple):
     gates: slice
     first: int
     last: int
+
+    def layout(self, resets: Tensor | None) -> Layout:
+        """Where that scan begins anew, given the resets (B, T) of the other."""
+        return PLAIN if resets is None else Layout(resets[:, self.gates])
+
+    def forgotten(self, state: Pair, resets: Tensor | None) -> Pair:
+        """`state` (B, ...), 0 where the first step forgets what precedes it."""
+        return state if resets is None else cleared(state, resets[:, self.first])
 
     @staticmethod
     def of(reverse: bool) -> Shift:
@@ -42,6 +54,7 @@ class Recurrence(NamedTuple):
     product: of the gates of all steps, in the shape of a state or with 1 in its place; called without gradient.
     before: the gradient of the first state, given that of the outputs, and `saved`.
     parts: 2 where the state is complex, else 1.
+    resets: (B, T) booleans; None: there are none.
     """
 
     run: Callable[[Pair | None], tuple[Tensor, Pair]]
@@ -49,6 +62,12 @@ class Recurrence(NamedTuple):
     before: Callable[..., Pair]
     saved: Sequence[Tensor]
     parts: int
+    resets: Tensor | None
+
+    def forgets(self, state: Tensor) -> Tensor:
+        """Whether each row begins anew on the way: 0 or 1, in the type of a state (B, ...) and with its dimensions."""
+        rows = state.new_zeros(state.shape[0]) if self.resets is None else self.resets.any(1).to(state.dtype)
+        return rows.reshape(-1, *[1] * (state.ndim - 1))
 
 
 @uncompiled
@@ -86,8 +105,10 @@ def over_ranks(ranks: Ranks, operator: str, part: Recurrence, initial: Pair | No
 def _learn(
     ranks: Ranks, operator: str, part: Recurrence, end: Pair, initial: Pair | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The products of all ranks (size, ...), and the states before each part and after the last (size + 1, ...)."""
-    ends, product = _parts(end, part.parts), part.product().parts()
+    """The products of all ranks (size, ...), after which it says whether they forget, and the states before each part
+    and after the last (size + 1, ...).
+    """
+    ends, product = _parts(end, part.parts), [*part.product().parts(), part.forgets(end.re)]
     words = f"{operator}, states {tuple(end.re.shape)} of {end.re.dtype}, {'complex' if part.parts == 2 else 'real'}"
     ranks.compare(words + ("" if initial is None else ", with an initial state"), end.re.device)
     products, ends = _exchange(ranks, [product, ends])
@@ -114,12 +135,19 @@ def _exchange(ranks: Ranks, lists: Sequence[Sequence[Tensor]]) -> list[list[Tens
     return take(whole, [len(tensors) for tensors in lists])
 
 
+def _passed(product: Sequence[Tensor], state: Pair, backwards: bool = False) -> Pair:
+    """What a part leaves of a state, or backwards of its gradient."""
+    *parts, forgets = product
+    gates = Pair(*parts).conj() if backwards else Pair(*parts)
+    return gates.times(state).map(lambda x: x.masked_fill(forgets > 0, 0))
+
+
 def _carried(products: Sequence[Tensor], ends: Sequence[Tensor]) -> list[Tensor]:
     """States before each part and after the last (size + 1, ...); what the first ends with has `initial` in it."""
     state = Pair(*(x[0] for x in ends))
     states = [state.map(torch.zeros_like), state]
     for n in range(1, ends[0].shape[0]):
-        state = Pair(*(x[n] for x in products)).times(state).plus(Pair(*(x[n] for x in ends)))
+        state = _passed([x[n] for x in products], state).plus(Pair(*(x[n] for x in ends)))
         states.append(state)
     return [torch.stack(parts) for parts in zip(*(state.parts() for state in states), strict=True)]
 
@@ -149,5 +177,5 @@ class _Onward(torch.autograd.Function):
         before, final = _exchange(ranks, [[x.to(grad_final[0].dtype) for x in own], list(grad_final)])
         G = Pair(*(x.sum(0) for x in final))
         for n in range(ranks.size - 1, ranks.place, -1):
-            G = Pair(*(x[n] for x in products)).conj().times(G).plus(Pair(*(x[n] for x in before)))
+            G = _passed([x[n] for x in products], G, backwards=True).plus(Pair(*(x[n] for x in before)))
         return None, None, None, grad, *_parts(G, parts), *[None] * (parts + count + kept)

@@ -19,7 +19,6 @@ from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.linear_scan import gradient_before as scan_before
 from gateloop_transformer.ops.linear_scan import last_states, linear_scan
 from gateloop_transformer.ops.operator import operator
-from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
 
 RealPair = tuple[Tensor, Tensor]
@@ -85,14 +84,16 @@ def channel_gate_loop(
         else:
             y, final = _run(arguments, start, options)
         return y, (final[0], final[1])
-    q, k, v = (x.unsqueeze(-1) for x in qkv.chunk(3, -1))
+    # Wide before anything is multiplied: what is rounded between would not get to the state.
+    wide = compute_dtype(qkv.dtype)
+    q, k, v = (x.unsqueeze(-1) for x in qkv.to(wide).chunk(3, -1))
     re, im, scale = gates_of(projections, gate, bias, fraction)
     assert im is not None
-    k = k if scale is None else k * scale.to(k.dtype).unsqueeze(-1)
+    k = k if scale is None else k * scale.unsqueeze(-1)
     state = None if initial is None else (initial[0][..., None, None], initial[1][..., None, None])
     out, last = gate_loop(q, k, v, (re, im), state, reverse=reverse, backend=chosen, **layout._asdict())
-    y = out.squeeze(-1) if swish is None else out.squeeze(-1) * torch.nn.functional.silu(swish)
-    return y, (last[0].flatten(1), last[1].flatten(1))
+    y = out.squeeze(-1) if swish is None else out.squeeze(-1) * torch.nn.functional.silu(swish.to(wide))
+    return y.to(qkv.dtype), (last[0].flatten(1), last[1].flatten(1))
 
 
 def simple_gate_loop(
@@ -152,7 +153,7 @@ def _simple(qkva: Tensor, initial: Tensor | None, reverse: bool, backend: str, l
     gates = torch.sigmoid(a.to(wide))
     before = None if initial is None else initial.to(wide)
     h = linear_scan(gates, kv.to(wide), before, reverse=reverse, backend=backend, **layout._asdict())
-    return q * h.to(q.dtype), last_states(h, before, reverse, layout)
+    return (q * h).to(q.dtype), last_states(h, before, reverse, layout)
 
 
 def _simple_over_ranks(
@@ -162,7 +163,7 @@ def _simple_over_ranks(
 
     def gates(qkva: Tensor) -> Pair:
         a = qkva.chunk(3, -1)[2].detach()
-        return cleared(Pair(torch.sigmoid(a.to(compute_dtype(a.dtype)))), layout.resets)
+        return Pair(torch.sigmoid(a.to(compute_dtype(a.dtype))))
 
     def run(start: Pair | None) -> tuple[Tensor, Pair]:
         with context_parallel(None):
@@ -172,9 +173,9 @@ def _simple_over_ranks(
     def before(grad: Tensor, qkva: Tensor) -> Pair:
         a = gates(qkva)
         read = Pair(qkva.chunk(3, -1)[0].to(a.re.dtype) * grad.to(a.re.dtype))
-        return scan_before(read, a, reverse, backend)
+        return scan_before(read, a, reverse, backend, layout.resets)
 
-    part = Recurrence(run, lambda: product_over_time(gates(qkva)), before, [qkva], 1)
+    part = Recurrence(run, lambda: product_over_time(gates(qkva)), before, [qkva], 1, layout.resets)
     y, final = over_ranks(ranks, "simple_gate_loop", part, None if initial is None else Pair(initial))
     return y, final.re
 
@@ -209,11 +210,11 @@ def _over_ranks(
         swish, bias = take(rest, counts)
         read = grad * torch.nn.functional.silu(swish[0]) if swish else grad
         re, im, _ = head_gates(projections, gate=gate, bias=(bias[0], bias[1]) if bias else None, backend=backend)
-        queries, gates = packed.chunk(3, -1)[0], cleared(Pair(re, im), resets)
-        state = loop_before(read.unsqueeze(-1), queries.unsqueeze(-1), gates, reverse, backend)
+        queries = packed.chunk(3, -1)[0]
+        state = loop_before(read.unsqueeze(-1), queries.unsqueeze(-1), Pair(re, im), reverse, backend, resets)
         return state.map(lambda x: x.flatten(1))
 
-    part = Recurrence(run, product, before, [packed, projections, *swish, *bias], 2)
+    part = Recurrence(run, product, before, [packed, projections, *swish, *bias], 2, resets)
     y, final = over_ranks(ranks, "channel_gate_loop", part, Pair(*start) if start else None)
     return y, final.parts()
 

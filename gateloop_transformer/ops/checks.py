@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops.layout import Layout, read_layout
-from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.pairs import Pair, without_autocast
 
 
 def tensors(operator: str, **arguments: object) -> None:
@@ -152,9 +152,7 @@ def full_precision(body: Body) -> Body:
     @functools.wraps(body)
     def wrapped(*arguments: Any, **options: Any) -> Any:
         first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
-        if not torch.is_autocast_enabled(first.device.type):
-            return body(*arguments, **options)
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first):
             return body(*arguments, **options)
 
     return wrapped  # type: ignore[return-value]

@@ -19,43 +19,13 @@ class Backend(Protocol):
 
     Gradients follow the convention dL/dRe + i·dL/dIm. Arithmetic on gates and states is float32 or
     better whatever the inputs' dtype. Outputs never alias inputs. Shapes as in the public operators.
+
+    A layout has resets at most; documents are only for backends that read them (`FusedBackend`). A step that begins
+    anew forgets the state before it by selection, for 0 times NaN is NaN; the gradient of its gate is 0.
     """
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot run on such tensors; None when it can."""
-
-    def linear_scan_forward(self, gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
-        """All states."""
-
-    def linear_scan_backward(
-        self, grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
-    ) -> tuple[Pair, Pair, Pair]:
-        """Gradients of gates, inputs and the initial state."""
-
-    def gate_loop_forward(
-        self, queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
-    ) -> tuple[Tensor, Pair]:
-        """Outputs and the final state."""
-
-    def gate_loop_backward(
-        self,
-        grad: Tensor,
-        grad_final: Pair,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        gates: Pair,
-        initial: Pair | None,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
-        """Gradients of queries, keys, values, gates and the initial state."""
-
-
-class FusedBackend(Protocol):
-    """A backend whose kernels read a layout, and run in one pass what surrounds the recurrences."""
-
-    def reads_layout(self, keys: Tensor, values: Tensor, gates: Pair) -> bool:
-        """Whether the kernels of such a gate loop know resets and documents."""
 
     def linear_scan_forward(
         self, gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout
@@ -84,7 +54,7 @@ class FusedBackend(Protocol):
         reverse: bool,
         layout: Layout,
     ) -> tuple[Tensor, Pair]:
-        """Outputs and the final state. With a layout only where `reads_layout`."""
+        """Outputs and the final state."""
 
     def gate_loop_backward(
         self,
@@ -99,6 +69,13 @@ class FusedBackend(Protocol):
         layout: Layout,
     ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
         """Gradients of queries, keys, values, gates and the initial state."""
+
+
+class FusedBackend(Backend, Protocol):
+    """A backend whose kernels read documents too, and run in one pass what surrounds the recurrences."""
+
+    def reads_layout(self, keys: Tensor, values: Tensor, gates: Pair) -> bool:
+        """Whether the kernels of such a gate loop know documents."""
 
     def loop_kept(self, loop: ChannelLoop) -> Tensor:
         """An empty tensor for what the forward pass keeps for the backward pass."""
@@ -194,7 +171,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, *needs: str) 
 
 
 def reads_layout(backend: str, keys: Tensor, values: Tensor, gates: Pair) -> bool:
-    """Whether a gate loop's kernels there know resets and documents."""
+    """Whether a gate loop's kernels there know documents."""
     return backend in FUSED and FUSED[backend].reads_layout(keys, values, gates)
 
 

@@ -10,8 +10,9 @@ from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.associative_scan import Elements, associative_scan
 from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import TABLE, choose
+from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.operator import operator
-from gateloop_transformer.ops.packing import by_documents, cleared
+from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
 
 
@@ -37,7 +38,7 @@ def heinsen_scan(
         gates: a (B, T, D), real, in [0, 1].
         inputs: x (B, T, D), real.
         initial: h before the first step (B, D), or of each document (N, D); zero when None.
-        resets: (B, T) booleans: h is cleared before such a step (its gate counts as 0); None: never.
+        resets: (B, T) booleans: h is cleared before such a step, whatever it was, NaN included; None: never.
         cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in one row, as in `linear_scan`.
 
     Returns:
@@ -55,14 +56,17 @@ def heinsen_scan(
     refuse("heinsen_scan", "linear_scan gives the same states")
     layout = checks.scan("heinsen_scan", gates, inputs, initial, resets, cu_seqlens)
     checks.floating("heinsen_scan", ("gates", "inputs", "initial"), gates=gates, inputs=inputs, initial=initial)
-    gates, start = cleared(Pair(gates), resets).re, [] if initial is None else [initial]
+    start = [] if initial is None else [initial]
     if cu_seqlens is None:
-        result: Tensor = _forward(gates, inputs, start)
+        result: Tensor = _forward(gates, inputs, start, resets)
         return result
-    bounds = layout.bounds(inputs.shape[1])
-    (states,), _ = by_documents(
-        lambda rows, first: ([_forward(*rows, first)], []), [(gates, 1), (inputs, 0)], start, bounds
-    )
+
+    def scan(rows: list[Tensor], first: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        x, a, *marks = rows
+        return [_forward(a, x, first, marks[0] if marks else None)], []
+
+    rows = loop_inputs(inputs, gates=Pair(gates), resets=resets)
+    (states,), _ = by_documents(scan, rows, start, layout.bounds(inputs.shape[1]))
     return states
 
 
@@ -73,35 +77,48 @@ def _combine(left: Elements, right: Elements) -> Elements:
     return (left[0] + gate, *combined)
 
 
+def _combine_marked(left: Elements, right: Elements) -> Elements:
+    """The same, with whether a stretch begins anew on its way last: then nothing is left of what precedes it."""
+    anew = right[-1]
+    combined = _combine(left[:-1], right[:-1])
+    kept = [torch.where(anew, later, both) for later, both in zip(right[:-1], combined, strict=True)]
+    return (*kept, left[-1] | anew)
+
+
 @operator("heinsen_scan")
 @checks.full_precision
-def _forward(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor]) -> Tensor:
+def _forward(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor], resets: Tensor | None) -> Tensor:
     dtype = compute_dtype(gates.dtype, inputs.dtype)
     out_dtype = torch.promote_types(gates.dtype, inputs.dtype)
     if inputs.numel() == 0:
         return inputs.new_empty(inputs.shape, dtype=out_dtype)
     a, x = gates.to(dtype), inputs.to(dtype)
     if initial:
-        first = torch.addcmul(x[:, :1], a[:, :1], initial[0].to(dtype).unsqueeze(1))
-        x = torch.cat([first, x[:, 1:]], 1)
-    positive, negative = x.clamp(min=0).log(), (-x).clamp(min=0).log()
-    _, positive, negative = associative_scan(_combine, (a.log(), positive, negative))
+        first = cleared(Pair(a[:, 0] * initial[0].to(dtype)), None if resets is None else resets[:, 0]).re
+        x = torch.cat([x[:, :1] + first.unsqueeze(1), x[:, 1:]], 1)
+    elements = a.log(), x.clamp(min=0).log(), (-x).clamp(min=0).log()
+    if resets is None:
+        _, positive, negative = associative_scan(_combine, elements)
+    else:
+        _, positive, negative, _ = associative_scan(_combine_marked, (*elements, resets.unsqueeze(-1)))
     return (positive.exp() - negative.exp()).to(out_dtype)
 
 
 @_forward.register_fake
-def _(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor]) -> Tensor:
+def _(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor], resets: Tensor | None) -> Tensor:
     return inputs.new_empty(inputs.shape, dtype=torch.promote_types(gates.dtype, inputs.dtype))
 
 
 @operator("heinsen_scan_backward")
 @checks.full_precision
-def _backward(grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor]) -> list[Tensor]:
+def _backward(
+    grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor], resets: Tensor | None
+) -> list[Tensor]:
     if inputs.numel() == 0:
         return checks.no_gradient(gates, inputs, *initial)
     start = Pair(initial[0]) if initial else None
     gradients = TABLE[choose("auto", inputs.device, inputs.dtype)].linear_scan_backward(
-        Pair(grad), Pair(gates), Pair(inputs), Pair(states), start, False
+        Pair(grad), Pair(gates), Pair(inputs), Pair(states), start, False, Layout(resets)
     )
     arguments = [gates, inputs, *initial]
     return [
@@ -112,20 +129,23 @@ def _backward(grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initi
 
 
 @_backward.register_fake
-def _(grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor]) -> list[Tensor]:
+def _(
+    grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor], resets: Tensor | None
+) -> list[Tensor]:
     return checks.no_gradient(gates, inputs, *initial)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gates, xs, initial = inputs
+    gates, xs, initial, resets = inputs
     ctx.lengths = 1, 1, 1, len(initial)
-    ctx.save_for_backward(gates, xs, output, *initial)
+    ctx.save_for_backward(gates, xs, output, *initial, resets)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (gates,), (inputs,), (states,), initial = take(ctx.saved_tensors, ctx.lengths)
-    d_gates, d_inputs, *d_initial = _backward(grad, gates, inputs, states, initial)
-    return d_gates, d_inputs, d_initial
+    *saved, resets = ctx.saved_tensors
+    (gates,), (inputs,), (states,), initial = take(saved, ctx.lengths)
+    d_gates, d_inputs, *d_initial = _backward(grad, gates, inputs, states, initial, resets)
+    return d_gates, d_inputs, d_initial, None
 
 
 _forward.register_autograd(_gradient, _setup)

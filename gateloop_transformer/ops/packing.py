@@ -1,7 +1,7 @@
 """Resets and packed documents for functions that know neither: ordinary tensor operations, differentiable.
 
-A reset is a gate of 0. Documents become rows of batches, those of like length together, filled up with gates of 1 and
-inputs of 0: at most twice the work of the steps alone.
+Documents become rows of batches, those of like length together, filled up with gates of 1 and inputs of 0: at most
+twice the work of the steps alone.
 
 B batch, T time, N documents.
 """
@@ -79,13 +79,17 @@ def by_documents(
     return whole, [torch.cat(parts)[numbers] for parts in zip(*finals, strict=True)]
 
 
-def loop_inputs(queries: Tensor, keys: Tensor, values: Tensor, gates: Pair) -> list[tuple[Tensor, float]]:
-    """A gate loop's inputs for `by_documents`, with what fills them: a gate of 1, and nothing added."""
-    return [(x, 0.0) for x in (queries, keys, values)] + list(zip(gates.parts(), (1.0, 0.0), strict=False))
+def loop_inputs(*inputs: Tensor, gates: Pair, resets: Tensor | None) -> list[tuple[Tensor, float]]:
+    """A recurrence's inputs for `by_documents`, with what fills them: nothing added, a gate of 1, no reset."""
+    marks = [] if resets is None else [(resets, 0.0)]
+    return [(x, 0.0) for x in inputs] + list(zip(gates.parts(), (1.0, 0.0), strict=False)) + marks
 
 
-def cleared(gates: Pair, resets: Tensor | None) -> Pair:
-    """Gates (B, T, ...) that are 0 where a step begins anew."""
+def cleared(x: Pair, resets: Tensor | None) -> Pair:
+    """x (B, ...), such as gates or their gradients (B, T, ...), with 0 where `resets` (B,) or (B, T) marks a step.
+
+    Only what is finite is cleared by a gate of 0.
+    """
     if resets is None:
-        return gates
-    return gates.map(lambda x: x.masked_fill(resets.reshape(*resets.shape, *[1] * (x.ndim - 2)), 0))
+        return x
+    return x.map(lambda part: part.masked_fill(resets.reshape(*resets.shape, *[1] * (part.ndim - resets.ndim)), 0))

@@ -6,8 +6,9 @@ everywhere. An absent imaginary part means "real", and no arithmetic is spent on
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,9 +79,19 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if any(dtype in wide for dtype in dtypes) else torch.float32
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether torch's autocast is on for x's device; where there are no values there is none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside, nothing on x's device is narrowed."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that torch's autocast would multiply x in; None where it is off, or leaves x alone."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float64 or not autocasts(x):
         return None
     return torch.get_autocast_dtype(x.device.type)
 

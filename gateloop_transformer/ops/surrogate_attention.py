@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
+from gateloop_transformer.ops.backends import stepwise
 from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import TABLE, choose
+from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.operator import operator
 from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
@@ -34,7 +36,7 @@ def surrogate_attention(
         keys: k (B, T, H, K).
         values: v (B, T, H, V).
         gates: a, per head (B, T, H) or per key channel (B, T, H, K); real, complex, or a tuple (real, imaginary).
-        resets: (B, T) booleans: such a step sees none before it (its gate counts as 0); None: never.
+        resets: (B, T) booleans: such a step sees none before it; None: never.
         cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in one row, as in `gate_loop`.
 
     Returns:
@@ -52,13 +54,17 @@ def surrogate_attention(
     refuse("surrogate_attention", "gate_loop gives the same outputs")
     a = split(gates)
     layout = checks.gate_loop("surrogate_attention", queries, keys, values, a, None, resets, cu_seqlens)
-    a = cleared(a, resets)
     if cu_seqlens is None:
-        result: Tensor = _forward(queries, keys, values, a.parts())
+        result: Tensor = _forward(queries, keys, values, a.parts(), resets)
         return result
-    inputs = loop_inputs(queries, keys, values, a)
-    bounds = layout.bounds(queries.shape[1])
-    (y,), _ = by_documents(lambda rows, _: ([_forward(*rows[:3], rows[3:])], []), inputs, [], bounds)
+    lengths = 3, len(a.parts()), resets is not None
+
+    def attend(rows: list[Tensor], _: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        inputs, gates, marks = take(rows, lengths)
+        return [_forward(*inputs, gates, marks[0] if marks else None)], []
+
+    inputs = loop_inputs(queries, keys, values, gates=a, resets=resets)
+    (y,), _ = by_documents(attend, inputs, [], layout.bounds(queries.shape[1]))
     return y
 
 
@@ -83,12 +89,21 @@ def _decay(gates: Tensor, imaginary: Tensor | None) -> Tensor:
 
 @operator("surrogate_attention")
 @checks.full_precision
-def _forward(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> Tensor:
+def _forward(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor], resets: Tensor | None) -> Tensor:
     if queries.numel() == 0 or values.numel() == 0:
         return torch.zeros_like(values, memory_format=torch.contiguous_format)
-    dtype = compute_dtype(queries.dtype, gates[0].dtype)
+    y = _attend(queries, keys, values, cleared(Pair(*gates), resets))
+    if not stepwise.all_finite(y):
+        # What a step must not see was multiplied by 0.
+        return stepwise.gate_loop_forward(queries, keys, values, Pair(*gates), None, False, Layout(resets))[0]
+    return y.to(queries.dtype).contiguous()
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, gates: Pair) -> Tensor:
+    """y in the precision of the arithmetic."""
+    dtype = compute_dtype(queries.dtype, gates.re.dtype)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (queries, keys, values))
-    a = Pair(*gates).map(lambda x: x.to(dtype).transpose(1, 2))
+    a = gates.map(lambda x: x.to(dtype).transpose(1, 2))
     if a.re.ndim == 3:
         scores = (q @ k.transpose(-1, -2)) * _decay(a.re, a.im)
     else:
@@ -96,17 +111,19 @@ def _forward(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tens
         for c in range(q.shape[-1]):
             gate = a.select(-1, c)
             scores += q[..., c, None] * k[..., None, :, c] * _decay(gate.re, gate.im)
-    return (scores @ v).transpose(1, 2).to(queries.dtype).contiguous()
+    return (scores @ v).transpose(1, 2)
 
 
 @_forward.register_fake
-def _(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> Tensor:
+def _(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor], resets: Tensor | None) -> Tensor:
     return queries.new_empty(values.shape)
 
 
 @operator("surrogate_attention_backward")
 @checks.full_precision
-def _backward(grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
+def _backward(
+    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor], resets: Tensor | None
+) -> list[Tensor]:
     if queries.numel() == 0 or values.numel() == 0:
         return checks.no_gradient(queries, keys, values, *gates)
     state = queries.new_zeros(
@@ -114,26 +131,30 @@ def _backward(grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates
     )
     backend = TABLE[choose("auto", queries.device, queries.dtype)]
     final = Pair(state) if len(gates) == 1 else Pair(state, state)
-    *d_inputs, d_gates, _ = backend.gate_loop_backward(grad, final, queries, keys, values, Pair(*gates), None, False)
+    arguments = grad, final, queries, keys, values, Pair(*gates), None, False, Layout(resets)
+    *d_inputs, d_gates, _ = backend.gate_loop_backward(*arguments)
     fitted = [x.to(queries.dtype).contiguous() for x in d_inputs if isinstance(x, Tensor)]
     return [*fitted, *checks.fit(d_gates, list(gates))]
 
 
 @_backward.register_fake
-def _(grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
+def _(
+    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor], resets: Tensor | None
+) -> list[Tensor]:
     return checks.no_gradient(queries, keys, values, *gates)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    queries, keys, values, gates = inputs
+    queries, keys, values, gates, resets = inputs
     ctx.lengths = 3, len(gates)
-    ctx.save_for_backward(queries, keys, values, *gates)
+    ctx.save_for_backward(queries, keys, values, *gates, resets)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    inputs, gates = take(ctx.saved_tensors, ctx.lengths)
-    d_inputs, d_gates = take(_backward(grad, *inputs, gates), ctx.lengths)
-    return (*d_inputs, d_gates)
+    *saved, resets = ctx.saved_tensors
+    inputs, gates = take(saved, ctx.lengths)
+    d_inputs, d_gates = take(_backward(grad, *inputs, gates, resets), ctx.lengths)
+    return (*d_inputs, d_gates, None)
 
 
 _forward.register_autograd(_gradient, _setup)

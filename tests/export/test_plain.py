@@ -60,3 +60,16 @@ def test_extreme_gates_are_exact(T: int, per_channel: bool) -> None:
         y, final = plain_gate_loop(*loop[:3], a, initial, T)
         expected, last = eager.gate_loop_forward(*loop[:3], a, initial, False)
         assert_equal([y, *final.parts()], [expected, *last.parts()])
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("place", range(4))
+def test_what_is_not_finite_reaches_no_earlier_step(place: int, per_channel: bool) -> None:
+    loop = make_loop(1, 80, 3, 3, 5, per_channel=per_channel)
+    inputs = [x.clone() for x in loop[:4]]
+    inputs[place][:, 21] = torch.nan
+    a = Pair(inputs[3].real.clone(), inputs[3].imag.clone())
+    y, _ = plain_gate_loop(*inputs[:3], a, None, 80)
+    expected, _ = eager.gate_loop_forward(*inputs[:3], a, None, False)
+    assert torch.equal(y[:, :21].isfinite(), expected[:, :21].isfinite())
+    assert y[:, :21].isfinite().all()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,50 +121,10 @@ def test_processes_share_the_cache_of_compiled_kernels(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CACHED]
     running = [subprocess.Popen(command, env=environment) for _ in range(3)]
     assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.kernel")}
     assert kept
     subprocess.run(command, env=environment, check=True, timeout=120)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == kept
-
-
-def test_compiles_without_a_folder_to_keep_kernels_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = numba_launch.cfunc
-
-    def without_folder(signature: Any, cache: bool = False) -> Any:
-        if cache:
-            raise RuntimeError("cannot cache function 'kernel': no locator available for file 'numba.py'")
-        return original(signature)
-
-    monkeypatch.setattr(numba_launch, "cfunc", without_folder)
-
-    def kernel(pointer: Any) -> None:
-        pass
-
-    assert numba_launch.compiled(kernel).address
-
-
-def test_a_process_that_stopped_while_it_compiled_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(numba_launch, "_patience", 0.2)
-    asked: list[bool] = []
-    original = numba_launch.cfunc
-
-    def recording(signature: Any, cache: bool = False) -> Any:
-        asked.append(cache)
-        return original(signature)
-
-    monkeypatch.setattr(numba_launch, "cfunc", recording)
-
-    def kernel(pointer: Any) -> None:
-        pass
-
-    with (Path(tempfile.gettempdir()) / f"gateloop-numba-{os.getuid()}.lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        start = time.monotonic()
-        assert numba_launch.compiled(kernel).address
-        assert time.monotonic() - start >= 0.2
-    assert asked == [False]
-    assert numba_launch._patience == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.kernel")} == kept
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -192,11 +150,3 @@ def test_a_trace_without_gradients_holds_the_operator() -> None:
     with torch.no_grad():
         exported = torch.export.export(Scan(), (a, x)).module()
         assert torch.equal(exported(x, a), linear_scan(x, a, backend="numba"))
-
-
-def test_kernels_are_named_after_their_sources() -> None:
-    def kernel(pointer: Any) -> None:
-        pass
-
-    numba_launch.compiled(kernel)
-    assert kernel.__qualname__.endswith(numba_launch._sources())

@@ -235,7 +235,48 @@ def simple_case(reverse: bool, backend: str, resets: bool, start: bool) -> Case:
     return case
 
 
-OPERATORS: dict[str, Case] = {}
+def forgetting_case(tensors: dict[str, Sequence[int]], function: Callable[..., Any]) -> Case:
+    """What is not finite, forwards and backwards, ends at a reset, which is the first step of the second part.
+
+    tensors: the shapes behind (B, T) of what `function` takes besides resets.
+    """
+
+    def case(place: Place) -> None:
+        if place.T < 4:
+            return
+        whole = {name: normal(n, 2, place.T, *shape) for n, (name, shape) in enumerate(tensors.items())}
+        for x in whole.values():
+            x[:, 0] = torch.nan
+        resets = torch.zeros(2, place.T, dtype=torch.bool)
+        resets[:, place.second] = True
+        part = {name: x[:, place.steps].clone().requires_grad_() for name, x in whole.items()}
+        whole = {name: x.requires_grad_() for name, x in whole.items()}
+        y = function(**whole, resets=resets)
+        given = normal(9, *y.shape)
+        given[:, -1] = torch.nan
+        y.backward(given)
+        with context_parallel(place.group):
+            own = function(**part, resets=resets[:, place.steps])
+        own.backward(given[:, place.steps])
+        found = {"output": own} | {f"gradient of {name}": x.grad for name, x in part.items()}
+        expected = {"output": y} | {f"gradient of {name}": x.grad for name, x in whole.items()}
+        assert bool(y[:, place.second :].isfinite().all())
+        for name, x in found.items():
+            other = expected[name][:, place.steps]
+            assert torch.equal(x.isfinite(), other.isfinite()), name
+            close(name, x.nan_to_num(), other.nan_to_num())
+
+    return case
+
+
+OPERATORS: dict[str, Case] = {
+    "a scan forgets": forgetting_case({"gates": [3], "inputs": [3]}, linear_scan),
+    "a loop forgets": forgetting_case(
+        {"queries": [2, 3], "keys": [2, 3], "values": [2, 4], "gates": [2]}, lambda **x: gate_loop(**x)[0]
+    ),
+    "channels forget": forgetting_case({"qkv": [9], "projections": [6]}, lambda **x: channel_gate_loop(**x)[0]),
+    "a simple loop forgets": forgetting_case({"qkva": [9]}, lambda **x: simple_gate_loop(**x)[0]),
+}
 for way, back in (("", False), (" backwards", True)):
     for chosen in ("numba", "chunkwise", "eager"):
         given = chosen != "eager"

@@ -4,7 +4,8 @@ B batch, T time, H heads, K key size, V value size, D channels, N chunks, C step
 G gates per head (1, or K when each key channel has its own). Derivations: docs/math.md.
 
 Products of gates within a chunk come from doubling, never from logarithms or quotients: they are exact
-at a gate of 0 and lose no digits over long spans.
+at a gate of 0 and lose no digits over long spans. Where a result is not finite it is computed anew, step by step: see
+`stepwise`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gateloop_transformer.ops.backends import eager, stepwise
+from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 # Elements of the largest temporary: chunks are worked through in groups of at most this size.
@@ -44,8 +48,19 @@ def _pad_gates(gates: Pair, length: int) -> Pair:
     return Pair(_pad_time(gates.re, length, 1.0), im)
 
 
-def _scan(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
-    """All states (B, T, D) in 2·√T vectorised steps: all chunks at once, then from chunk to chunk."""
+def _scan(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
+    """All states (B, T, D) in 2·√T vectorised steps: all chunks at once, then from chunk to chunk.
+
+    A gate of 0 in a reset's place clears no state that is not finite: states before and after the chunks tell.
+    """
+    scanned, borders = _scan_chunks(cleared(gates, layout.resets), inputs, initial, reverse)
+    if layout.resets is None or stepwise.all_finite(*borders.parts()):
+        return scanned
+    return eager.linear_scan_forward(gates, inputs, initial, reverse, layout)
+
+
+def _scan_chunks(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> tuple[Pair, Pair]:
+    """All states, and those before and after each chunk (B, N + 1, D)."""
     B, T, D = inputs.re.shape
     C = 1 << max(0, round(math.log2(max(T, 1)) / 2))
     N = -(-T // C)
@@ -69,7 +84,7 @@ def _scan(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pai
     order = starts[:N][::-1] if reverse else starts[:N]
     carried = _stack(order, 1).map(lambda x: x.unsqueeze(2))
     states = p.times(carried).plus(h)
-    return states.map(lambda x: x.reshape(B, N * C, D)[:, :T])
+    return states.map(lambda x: x.reshape(B, N * C, D)[:, :T]), _stack(starts, 1)
 
 
 def _write(target: Pair, step: int, value: Pair) -> None:
@@ -98,33 +113,47 @@ def _shift(x: Pair, first: Pair | None, reverse: bool) -> Pair:
     return Pair(moved(x.re, None if first is None else first.re), im)
 
 
-def _adjoint(grad: Pair, grad_final: Pair | None, gates: Pair, reverse: bool) -> Pair:
+def _adjoint(grad: Pair, grad_final: Pair | None, gates: Pair, reverse: bool, layout: Layout) -> Pair:
     """g[t] = grad[t] + conj(a[t+1]) g[t+1]: a scan against the order of the first."""
     one = Pair(torch.ones_like(gates.re[:, 0]))
-    return _scan(_shift(gates, one, not reverse).conj(), grad, grad_final, not reverse)
+    if layout.resets is not None:
+        layout = Layout(_shift(Pair(layout.resets), None, not reverse).re)
+    return _scan(_shift(gates, one, not reverse).conj(), grad, grad_final, not reverse, layout)
+
+
+def _first_gradient(g: Pair, gates: Pair, reverse: bool, layout: Layout) -> Pair:
+    """conj(a[1]) g[1]: the gradient of the initial state, from that of all states."""
+    first = _first_step(gates, reverse).conj().times(_first_step(g, reverse))
+    return first if layout.resets is None else cleared(first, layout.resets[:, -1 if reverse else 0])
 
 
 def _first_step(x: Pair, reverse: bool) -> Pair:
     return x.select(1, -1 if reverse else 0)
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
+def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
     """h[t] = a[t] h[t-1] + x[t]."""
     dtype = compute_dtype(gates.re.dtype, inputs.re.dtype)
     start = None if initial is None else initial.to(dtype)
-    return _scan(gates.to(dtype), inputs.to(dtype), start, reverse).map(torch.Tensor.contiguous)
+    return _scan(gates.to(dtype), inputs.to(dtype), start, reverse, layout).map(torch.Tensor.contiguous)
 
 
 def linear_scan_backward(
-    grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
+    grad: Pair,
+    gates: Pair,
+    inputs: Pair,
+    states: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Pair, Pair, Pair]:
     """Gradients by one scan in the opposite direction."""
     dtype = compute_dtype(gates.re.dtype, states.re.dtype)
     dh, a, h = grad.to(dtype), gates.to(dtype), states.to(dtype)
-    g = _adjoint(dh, None, a, reverse)
+    g = _adjoint(dh, None, a, reverse, layout)
     before = _shift(h, None if initial is None else initial.to(dtype), reverse)
-    first = _first_step(a, reverse).conj().times(_first_step(g, reverse))
-    return g.times(before.conj()), g.map(torch.Tensor.contiguous), first
+    d_gates = cleared(g.times(before.conj()), layout.resets)
+    return d_gates, g.map(torch.Tensor.contiguous), _first_gradient(g, a, reverse, layout)
 
 
 # ---- matrix state -----------------------------------------------------------------------------------
@@ -202,7 +231,7 @@ def _chunk_length(T: int, K: int, V: int, G: int) -> int:
     return 1 << min(math.ceil(math.log2(longest)), math.ceil(math.log2(max(T, 1))))
 
 
-class _Layout:
+class _Cuts:
     """How (B, T, H, ·) tensors are cut into chunks, and put back."""
 
     def __init__(self, queries: Tensor, values: Tensor, gates: Pair, reverse: bool) -> None:
@@ -249,10 +278,10 @@ def _carry(gates: Pair, added: Pair, start: Pair) -> tuple[Pair, Pair]:
     return _stack(states[:-1], 2), states[-1]
 
 
-def _start_state(layout: _Layout, q: Tensor, gates: Pair, initial: Pair | None) -> Pair:
+def _start_state(cuts: _Cuts, q: Tensor, gates: Pair, initial: Pair | None) -> Pair:
     if initial is None:
-        initial = Pair(torch.zeros(layout.B, layout.H, layout.K, layout.V, device=q.device))
-    start = initial.to(layout.dtype)
+        initial = Pair(torch.zeros(cuts.B, cuts.H, cuts.K, cuts.V, device=q.device))
+    start = initial.to(cuts.dtype)
     return start if gates.im is None else start.as_complex()
 
 
@@ -282,24 +311,44 @@ def _read(state: Pair, weights: Pair, q: Tensor) -> Tensor:
 
 
 def gate_loop_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
     if keys.shape[-1] == values.shape[-1] == 1:
-        return _elementwise_forward(queries, keys, values, gates, initial, reverse)
-    layout = _Layout(queries, values, gates, reverse)
-    v = layout.cut(values)
-    chunks = _Chunks(layout.cut(queries), layout.cut(keys), v, layout.cut_gates(gates), v)
-    state = _start_state(layout, queries, gates, initial)
-    y = torch.empty(v.shape, dtype=layout.dtype, device=v.device)
-    for at, part in layout.groups(chunks):
+        return _elementwise_forward(queries, keys, values, gates, initial, reverse, layout)
+    y, final = _matrix_forward(queries, keys, values, cleared(gates, layout.resets), initial, reverse)
+    if not (_alone(queries, layout) or stepwise.all_finite(y, *final.parts())):
+        return stepwise.gate_loop_forward(queries, keys, values, gates, initial, reverse, layout)
+    return y.to(queries.dtype).contiguous(), final
+
+
+def _alone(queries: Tensor, layout: Layout) -> bool:
+    """Whether there is one step and nothing to forget: no tile that could multiply what a step must not see."""
+    return queries.shape[1] == 1 and layout.resets is None
+
+
+def _matrix_forward(
+    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+) -> tuple[Tensor, Pair]:
+    """y in the precision of the arithmetic, and the last state."""
+    cuts = _Cuts(queries, values, gates, reverse)
+    v = cuts.cut(values)
+    chunks = _Chunks(cuts.cut(queries), cuts.cut(keys), v, cuts.cut_gates(gates), v)
+    state = _start_state(cuts, queries, gates, initial)
+    y = torch.empty(v.shape, dtype=cuts.dtype, device=v.device)
+    for at, part in cuts.groups(chunks):
         products = _products(part.gates)
         added = _transposed_product(products.end.over(torch.mul, part.k), part.v)
         before, state = _carry(products.whole, added, state)
         inside = _scores(part.q, part.k, products.inside.re) @ part.v
         y[:, :, at] = inside + _read(before, products.start, part.q)
-    final = state.map(lambda x: x.clone())
-    return layout.mend(y).to(queries.dtype).contiguous(), final
+    return cuts.mend(y), state.map(lambda x: x.clone())
 
 
 def gate_loop_backward(
@@ -311,21 +360,38 @@ def gate_loop_backward(
     gates: Pair,
     initial: Pair | None,
     reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """States at chunk borders are computed again, then chunks are worked through from the last to the first."""
     if keys.shape[-1] == values.shape[-1] == 1:
-        return _elementwise_backward(grad, grad_final, queries, keys, values, gates, initial, reverse)
-    layout = _Layout(queries, values, gates, reverse)
-    chunks = _Chunks(
-        layout.cut(queries), layout.cut(keys), layout.cut(values), layout.cut_gates(gates), layout.cut(grad)
-    )
-    borders = _border_states(layout, chunks, _start_state(layout, queries, gates, initial))
-    g = (grad_final.as_complex() if gates.im is not None else grad_final).to(layout.dtype)
+        return _elementwise_backward(grad, grad_final, queries, keys, values, gates, initial, reverse, layout)
+    a = cleared(gates, layout.resets)
+    dq, dk, dv, d_gates, d_initial = _matrix_backward(grad, grad_final, queries, keys, values, a, initial, reverse)
+    if not (_alone(queries, layout) or stepwise.all_finite(dq, dk, dv, *d_gates.parts(), *d_initial.parts())):
+        arguments = grad, grad_final, queries, keys, values, gates, initial, reverse, layout
+        return stepwise.gate_loop_backward(*arguments)
+    return dq, dk, dv, cleared(d_gates, layout.resets), d_initial
+
+
+def _matrix_backward(
+    grad: Tensor,
+    grad_final: Pair,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    cuts = _Cuts(queries, values, gates, reverse)
+    chunks = _Chunks(cuts.cut(queries), cuts.cut(keys), cuts.cut(values), cuts.cut_gates(gates), cuts.cut(grad))
+    borders = _border_states(cuts, chunks, _start_state(cuts, queries, gates, initial))
+    g = (grad_final.as_complex() if gates.im is not None else grad_final).to(cuts.dtype)
     like = chunks.gates.re
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in chunks[:3])
     complex_gates = gates.im is not None or g.im is not None or borders[0].im is not None
     da = Pair(torch.zeros_like(like), torch.zeros_like(like) if complex_gates else None)
-    for n, (at, part) in reversed(list(enumerate(layout.groups(chunks)))):
+    for n, (at, part) in reversed(list(enumerate(cuts.groups(chunks)))):
         products = _products(part.gates)
         pulled = _transposed_product(products.start.conj().over(torch.mul, part.q), part.dy)
         after, g = _carry_back(products.whole.conj(), pulled, g)
@@ -334,14 +400,14 @@ def gate_loop_backward(
         da.re[:, :, at] = gate_grad.re
         if da.im is not None and gate_grad.im is not None:
             da.im[:, :, at] = gate_grad.im
-    d_gates = da.map(lambda x: layout.mend(x.transpose(-1, -2)).reshape(gates.re.shape))
-    return layout.mend(dq), layout.mend(dk), layout.mend(dv), d_gates, g.map(lambda x: x.clone())
+    d_gates = da.map(lambda x: cuts.mend(x.transpose(-1, -2)).reshape(gates.re.shape))
+    return cuts.mend(dq), cuts.mend(dk), cuts.mend(dv), d_gates, g.map(lambda x: x.clone())
 
 
-def _border_states(layout: _Layout, chunks: _Chunks, state: Pair) -> list[Pair]:
+def _border_states(cuts: _Cuts, chunks: _Chunks, state: Pair) -> list[Pair]:
     """Per group, the state before each of its chunks (B, H, N, K, V)."""
     borders = []
-    for _, part in layout.groups(chunks):
+    for _, part in cuts.groups(chunks):
         products = _products(part.gates)
         added = _transposed_product(products.end.over(torch.mul, part.k), part.v)
         before, state = _carry(products.whole, added, state)
@@ -444,12 +510,18 @@ def _flat_state(state: Pair, dtype: torch.dtype) -> Pair:
 
 
 def _elementwise_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout,
 ) -> tuple[Tensor, Pair]:
     dtype = compute_dtype(queries.dtype, gates.re.dtype)
     q, k, v = (_flat(x, dtype) for x in (queries, keys, values))
     start = None if initial is None else _flat_state(initial, dtype)
-    h = _scan(gates.map(lambda x: _flat(x, dtype)), Pair(k * v), start, reverse)
+    h = _scan(gates.map(lambda x: _flat(x, dtype)), Pair(k * v), start, reverse, layout)
     final = _first_step(h, not reverse).map(lambda x: x[..., None, None].clone())
     return (q * h.re).to(queries.dtype).unsqueeze(-1), final
 
@@ -463,14 +535,15 @@ def _elementwise_backward(
     gates: Pair,
     initial: Pair | None,
     reverse: bool,
+    layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     dtype = compute_dtype(queries.dtype, gates.re.dtype)
     q, k, v, dy = (_flat(x, dtype) for x in (queries, keys, values, grad))
     a = gates.map(lambda x: _flat(x, dtype))
     start = None if initial is None else _flat_state(initial, dtype)
-    h = _scan(a, Pair(k * v), start, reverse)
-    g = _adjoint(Pair(q * dy), _flat_state(grad_final, dtype), a, reverse)
+    h = _scan(a, Pair(k * v), start, reverse, layout)
+    g = _adjoint(Pair(q * dy), _flat_state(grad_final, dtype), a, reverse, layout)
     dq, dk, dv = ((x * y).unsqueeze(-1) for x, y in ((h.re, dy), (g.re, v), (g.re, k)))
-    da = g.times(_shift(h, start, reverse).conj()).map(lambda x: x.reshape(gates.re.shape))
-    first = _first_step(a, reverse).conj().times(_first_step(g, reverse))
+    da = cleared(g.times(_shift(h, start, reverse).conj()), layout.resets).map(lambda x: x.reshape(gates.re.shape))
+    first = _first_gradient(g, a, reverse, layout)
     return dq, dk, dv, da, first.map(lambda x: x[..., None, None].clone())

@@ -2,6 +2,9 @@
 
 B batch, T time, H heads, K key size, V value size, D channels. Gradients are the recurrences of
 docs/math.md, written down as they stand there. Keeps one state per step: slow, and memory T·K·V.
+
+A gate multiplies, a reset selects: where a step begins anew the state before it and the gradient that reaches that
+state are exactly 0, whatever they were, NaN included.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 
@@ -19,6 +23,13 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _steps(length: int, reverse: bool) -> list[int]:
     return list(range(length))[::-1] if reverse else list(range(length))
+
+
+def _kept(x: Tensor, layout: Layout, t: int) -> Tensor:
+    """What is left at step t of a state or gradient x (B, ...): nothing where the step begins anew."""
+    if layout.resets is None:
+        return x
+    return x.masked_fill(layout.resets[:, t].reshape(-1, *[1] * (x.ndim - 1)), 0)
 
 
 def _wide(value: Pair) -> Tensor:
@@ -35,21 +46,27 @@ def _parts(value: Tensor, is_complex: bool) -> Pair:
     return Pair(re, im)
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
+def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
     """h[t] = a[t] h[t-1] + x[t], one step at a time."""
     a, x = _wide(gates), _wide(inputs)
     is_complex = any(pair is not None and pair.im is not None for pair in (gates, inputs, initial))
     h = torch.zeros_like(x[:, 0]) if initial is None else _wide(initial)
     states: dict[int, Tensor] = {}
     for t in _steps(x.shape[1], reverse):
-        h = a[:, t] * h + x[:, t]
+        h = _kept(a[:, t] * h, layout, t) + x[:, t]
         states[t] = h
     stacked = torch.stack([states[t] for t in range(x.shape[1])], 1)
     return _parts(stacked, is_complex)
 
 
 def linear_scan_backward(
-    grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
+    grad: Pair,
+    gates: Pair,
+    inputs: Pair,
+    states: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Pair, Pair, Pair]:
     """g[t] = dh[t] + conj(a[t+1]) g[t+1]; da[t] = g[t] conj(h[t-1]); dx = g; dh0 = conj(a[1]) g[1]."""
     dh, a, h = _wide(grad), _wide(gates), _wide(states)
@@ -60,9 +77,9 @@ def linear_scan_backward(
     for n in range(len(steps) - 1, -1, -1):
         t = steps[n]
         g = dh[:, t] + g
-        da[t] = g * torch.conj_physical(h[:, steps[n - 1]] if n else first)
+        da[t] = _kept(g * torch.conj_physical(h[:, steps[n - 1]] if n else first), layout, t)
         dx[t] = g
-        g = torch.conj_physical(a[:, t]) * g
+        g = _kept(torch.conj_physical(a[:, t]) * g, layout, t)
     return _parts(torch.stack(da, 1), True), _parts(torch.stack(dx, 1), True), _parts(g, True)
 
 
@@ -72,23 +89,29 @@ def _per_channel(gates: Pair) -> Tensor:
     return a[..., None, None] if a.ndim == 3 else a[..., None]
 
 
-def _states(k: Tensor, v: Tensor, a: Tensor, initial: Pair | None, reverse: bool) -> list[Tensor]:
+def _states(k: Tensor, v: Tensor, a: Tensor, initial: Pair | None, reverse: bool, layout: Layout) -> list[Tensor]:
     """The state before the first step, then after each step in the order of the scan."""
     B, T, H, K = k.shape
     zero = torch.zeros(B, H, K, v.shape[-1], dtype=torch.promote_types(k.dtype, a.dtype), device=k.device)
     states = [zero if initial is None else _wide(initial.to(k.dtype))]
     for t in _steps(T, reverse):
-        states.append(a[:, t] * states[-1] + k[:, t, :, :, None] * v[:, t, :, None, :])
+        states.append(_kept(a[:, t] * states[-1], layout, t) + k[:, t, :, :, None] * v[:, t, :, None, :])
     return states
 
 
 def gate_loop_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t]), one step at a time."""
     dtype = compute_dtype(queries.dtype, gates.re.dtype)
     q, k, v = (x.to(dtype) for x in (queries, keys, values))
-    states = _states(k, v, _per_channel(gates.map(lambda x: x.to(dtype))), initial, reverse)
+    states = _states(k, v, _per_channel(gates.map(lambda x: x.to(dtype))), initial, reverse, layout)
     y = torch.zeros_like(v)
     for n, t in enumerate(_steps(q.shape[1], reverse)):
         y[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], states[n + 1].real)
@@ -105,12 +128,13 @@ def gate_loop_backward(
     gates: Pair,
     initial: Pair | None,
     reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """The adjoint recurrence, one step at a time, from the last to the first."""
     dtype = compute_dtype(queries.dtype, gates.re.dtype)
     q, k, v, dy = (x.to(dtype) for x in (queries, keys, values, grad))
     a = _per_channel(gates.map(lambda x: x.to(dtype)))
-    states = _states(k, v, a, initial, reverse)
+    states = _states(k, v, a, initial, reverse, layout)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     da = torch.zeros(gates.re.shape, dtype=torch.promote_types(dtype, torch.complex64), device=q.device)
     g = _wide(grad_final)
@@ -121,7 +145,7 @@ def gate_loop_backward(
         dq[:, t] = torch.einsum("bhkv,bhv->bhk", states[n + 1].real, dy[:, t])
         dk[:, t] = torch.einsum("bhkv,bhv->bhk", g.real, v[:, t])
         dv[:, t] = torch.einsum("bhkv,bhk->bhv", g.real, k[:, t])
-        product = g * torch.conj_physical(states[n])
+        product = _kept(g * torch.conj_physical(states[n]), layout, t)
         da[:, t] = product.sum((-2, -1)) if gates.re.ndim == 3 else product.sum(-1)
-        g = torch.conj_physical(a[:, t]) * g
+        g = _kept(torch.conj_physical(a[:, t]) * g, layout, t)
     return dq, dk, dv, _parts(da, True), _parts(g.clone(), True)

@@ -26,13 +26,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 INSTALL_HINT = "needs flash-linear-attention 0.6 or newer: pip install flash-linear-attention"
 LACKS = {
     "linear_scan": "its kernels are those of gate_loop",
     "gates per key channel": "its kernels have one gate per head",
-    "resets": "they are gates of 0, and it takes logarithms of gates; use cu_seqlens",
+    "resets": "its kernels know none; use cu_seqlens",
 }
 _OLDEST = (0, 6)
 
@@ -143,7 +144,13 @@ def _number(blocks: Tensor, turns: Pair, dim: int = -2) -> Pair:
 
 
 def gate_loop_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t]); gates per head, none of them 0."""
     loop = _loop(queries, keys, values, gates, initial, reverse)
@@ -166,6 +173,7 @@ def gate_loop_backward(
     gates: Pair,
     initial: Pair | None,
     reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """The kernel runs again and gives the gradients of its arguments; those of turning them are written out here.
 
@@ -212,13 +220,19 @@ def _kernel_gradients(loop: _Loop, grad: Tensor, grad_final: Pair) -> tuple[tupl
     return gradients, state.detach()
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
+def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
     """Not here: `LACKS`, which is asked first."""
     raise NotImplementedError(f"backend 'fla' has no linear_scan: {LACKS['linear_scan']}")
 
 
 def linear_scan_backward(
-    grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
+    grad: Pair,
+    gates: Pair,
+    inputs: Pair,
+    states: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Pair, Pair, Pair]:
-    """Nor this."""
+    """Not here either."""
     raise NotImplementedError(f"backend 'fla' has no linear_scan: {LACKS['linear_scan']}")

@@ -15,6 +15,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 INSTALL_HINT = "JAX is not installed; `pip install gateloop-transformer[jax]`"
@@ -68,16 +69,16 @@ def _split(value: Any) -> Any:
     return (value.real, value.imag) if jnp.iscomplexobj(value) else (value, None)
 
 
-def _linear_scan(reverse: bool, gates: Any, inputs: Any, initial: Any) -> Any:
+def _linear_scan(reverse: bool, resets: Any, gates: Any, inputs: Any, initial: Any) -> Any:
     from gateloop_transformer.jax.ops import linear_scan
 
-    return _split(linear_scan(_join(gates), _join(inputs), _join(initial), reverse=reverse))
+    return _split(linear_scan(_join(gates), _join(inputs), _join(initial), reverse=reverse, resets=resets))
 
 
-def _gate_loop(reverse: bool, q: Any, k: Any, v: Any, gates: Any, initial: Any) -> Any:
+def _gate_loop(reverse: bool, resets: Any, q: Any, k: Any, v: Any, gates: Any, initial: Any) -> Any:
     from gateloop_transformer.jax.ops import gate_loop
 
-    y, final = gate_loop(q, k, v, _join(gates), _join(initial), reverse=reverse)
+    y, final = gate_loop(q, k, v, _join(gates), _join(initial), reverse=reverse, resets=resets)
     return y, _split(final)
 
 
@@ -87,8 +88,8 @@ def _compiled(function: Callable[..., Any], reverse: bool, backward: bool) -> Ca
 
     forward = functools.partial(function, reverse)
 
-    def gradient(primals: Any, cotangents: Any) -> Any:
-        return jax.vjp(forward, *primals)[1](cotangents)
+    def gradient(resets: Any, primals: Any, cotangents: Any) -> Any:
+        return jax.vjp(functools.partial(forward, resets), *primals)[1](cotangents)
 
     return jax.jit(gradient if backward else forward)
 
@@ -111,28 +112,40 @@ def _one_precision(*pairs: Pair | None) -> list[Any]:
     return [None if pair is None else pair.map(lambda x: x.to(dtype)) for pair in pairs]
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> Pair:
+def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
     """h[t] = a[t] h[t-1] + x[t]."""
-    return Pair(*_run(_linear_scan, reverse, *_one_precision(gates, inputs, initial)))
+    return Pair(*_run(_linear_scan, reverse, layout.resets, *_one_precision(gates, inputs, initial)))
 
 
 def linear_scan_backward(
-    grad: Pair, gates: Pair, inputs: Pair, states: Pair, initial: Pair | None, reverse: bool
+    grad: Pair,
+    gates: Pair,
+    inputs: Pair,
+    states: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Pair, Pair, Pair]:
     """JAX's vjp of the forward."""
     start = initial or Pair(torch.zeros_like(inputs.re[:, 0]))
     gates, inputs, start, grad = _one_precision(gates, inputs, start, grad)
-    gradients = _run(_linear_scan, reverse, (gates, inputs, start), tuple(grad), backward=True)
+    gradients = _run(_linear_scan, reverse, layout.resets, (gates, inputs, start), tuple(grad), backward=True)
     d_gates, d_inputs, d_initial = (Pair(*gradient) for gradient in gradients)
     return d_gates, d_inputs, d_initial
 
 
 def gate_loop_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
     gates, initial = _one_precision(gates, initial)
-    y, final = _run(_gate_loop, reverse, queries, keys, values, gates, initial)
+    y, final = _run(_gate_loop, reverse, layout.resets, queries, keys, values, gates, initial)
     return y, Pair(*final)
 
 
@@ -145,6 +158,7 @@ def gate_loop_backward(
     gates: Pair,
     initial: Pair | None,
     reverse: bool,
+    layout: Layout = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """JAX's vjp of the forward."""
     start = initial or Pair(torch.zeros_like(grad_final.re))
@@ -152,5 +166,6 @@ def gate_loop_backward(
         start = Pair(start.re, torch.zeros_like(start.re))
     gates, start, grad_final = _one_precision(gates, start, grad_final)
     primals = (queries, keys, values, gates, start)
-    dq, dk, dv, d_gates, d_initial = _run(_gate_loop, reverse, primals, (grad, tuple(grad_final)), backward=True)
+    cotangents = grad, tuple(grad_final)
+    dq, dk, dv, d_gates, d_initial = _run(_gate_loop, reverse, layout.resets, primals, cotangents, backward=True)
     return dq, dk, dv, Pair(*d_gates), Pair(*d_initial)

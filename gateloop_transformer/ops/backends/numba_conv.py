@@ -5,13 +5,14 @@ T steps, L = T + TAPS - 1 inputs, D channels, TAPS taps; weights (TAPS, D).
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from numba import carray, njit
 
+from gateloop_transformer.ops.backends.numba_cache import kernel
 from gateloop_transformer.ops.backends.numba_gates import silu
-from gateloop_transformer.ops.backends.numba_launch import HEADER, Kernel, compiled
+from gateloop_transformer.ops.backends.numba_launch import HEADER
 from gateloop_transformer.ops.backends.numba_scans import MAX_ARGUMENTS
 from gateloop_transformer.ops.backends.numba_simd import F32, F64, ITEM_SIZE, fma, load, store, take_ticket, zeros
 
@@ -30,8 +31,8 @@ def _sum(p: Any, x: int, n: int, kind: Any, wide: Any, lanes: Any) -> Any:
     return result
 
 
-@functools.cache
-def conv_forward(KIND: int, OUT: int, SILU: bool, LANES: int) -> Kernel:
+@kernel
+def conv_forward(KIND: int, OUT: int, SILU: bool, LANES: int) -> Callable[[Any], None]:
     """y. KIND, OUT: how inputs and y lie in memory."""
     WIDE = F64 if F64 in (KIND, OUT) else F32
 
@@ -42,7 +43,7 @@ def conv_forward(KIND: int, OUT: int, SILU: bool, LANES: int) -> Kernel:
             value, _ = silu(value)
         store(y, n, value, OUT)
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         while True:
             item = take_ticket(pointer, 0)
@@ -60,11 +61,11 @@ def conv_forward(KIND: int, OUT: int, SILU: bool, LANES: int) -> Kernel:
                     step(p, x, y, n, 1)
                     n += 1
 
-    return compiled(kernel)
+    return run
 
 
-@functools.cache
-def conv_slopes(KIND: int, OUT: int, SILU: bool, LANES: int) -> Kernel:
+@kernel
+def conv_slopes(KIND: int, OUT: int, SILU: bool, LANES: int) -> Callable[[Any], None]:
     """Gradients of the sums before the SiLU (SILU; in the width of the arithmetic) and of the weights, per item."""
     WIDE = F64 if F64 in (KIND, OUT) else F32
 
@@ -79,7 +80,7 @@ def conv_slopes(KIND: int, OUT: int, SILU: bool, LANES: int) -> Kernel:
             place = tap * p[D] + n
             store(sums, place, fma(given, load(x, place, KIND, lanes), load(sums, place, WIDE, lanes)), WIDE)
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         while True:
             item = take_ticket(pointer, 0)
@@ -99,11 +100,11 @@ def conv_slopes(KIND: int, OUT: int, SILU: bool, LANES: int) -> Kernel:
                     step(p, x, dy, g, sums, n, 1)
                     n += 1
 
-    return compiled(kernel)
+    return run
 
 
-@functools.cache
-def conv_inputs(KIND: int, GIVEN: int, LANES: int) -> Kernel:
+@kernel
+def conv_inputs(KIND: int, GIVEN: int, LANES: int) -> Callable[[Any], None]:
     """Gradients of the inputs; BLOCKS are of inputs here. GIVEN: how the gradients of the sums lie in memory."""
     WIDE = F64 if F64 in (KIND, GIVEN) else F32
 
@@ -115,7 +116,7 @@ def conv_inputs(KIND: int, GIVEN: int, LANES: int) -> Kernel:
             result = fma(load(g, n - tap * p[D], GIVEN, lanes), weight, result)
         store(dx, n, result, KIND)
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         while True:
             item = take_ticket(pointer, 0)
@@ -135,4 +136,4 @@ def conv_inputs(KIND: int, GIVEN: int, LANES: int) -> Kernel:
                     step(p, g, dx, low, high, n, 1)
                     n += 1
 
-    return compiled(kernel)
+    return run

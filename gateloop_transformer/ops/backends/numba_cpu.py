@@ -7,7 +7,9 @@ number of threads.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,10 +23,12 @@ from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, one_width
 
 if TYPE_CHECKING:
-    from gateloop_transformer.ops.backends.numba_launch import Kernel
+    from gateloop_transformer.ops.backends.numba_cache import Kernel
 
 INSTALL_HINT = "needs Numba: pip install numba"
 _INSTALLED = importlib.util.find_spec("numba") is not None
+# As Numba reads it, once, when it is imported.
+_DISABLED = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 # Channels that a row of the batch is cut into, at most: their state and a chunk of them stay in the cache.
 _BLOCK = 1024
 
@@ -35,11 +39,26 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
         return "runs on the CPU only"
     if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
         return "needs floating point of 16, 32 or 64 bits, or complex tensors"
-    return None if _INSTALLED else INSTALL_HINT
+    if not _INSTALLED:
+        return INSTALL_HINT
+    if _DISABLED:
+        return "compiles nothing while NUMBA_DISABLE_JIT is set: unset it"
+    if dtype == torch.float16 and not _converts_half():
+        return "needs a processor that converts float16 (F16C); use float32 or bfloat16"
+    return None
+
+
+@functools.cache
+def _converts_half() -> bool:
+    """Whether there are instructions for it: without them code would call a function that is nowhere."""
+    from gateloop_transformer.ops.backends.numba_cache import processor
+
+    triple, _, features = processor()
+    return not triple.startswith(("x86", "i386", "i686")) or "f16c" in features
 
 
 def reads_layout(keys: Tensor, values: Tensor, gates: Pair) -> bool:
-    """Kernels know resets and documents, but those for gates per key channel are plain torch's."""
+    """Kernels know documents, but those for gates per key channel are plain torch's."""
     return gates.re.ndim == 3 or elementwise(keys, values)
 
 
@@ -359,8 +378,7 @@ def gate_loop_forward(
         y, final, _ = loop_forward(loop, None if initial is None else flat_state(initial))
         return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
     if gates.re.ndim == 4:
-        assert layout.plain, "see reads_layout"
-        return chunkwise.gate_loop_forward(queries, keys, values, gates, initial, reverse)
+        return chunkwise.gate_loop_forward(queries, keys, values, gates, initial, reverse, layout)
     return numba_matrix.forward(queries, keys, values, gates, initial, reverse, layout)
 
 
@@ -380,8 +398,7 @@ def gate_loop_backward(
     if elementwise(keys, values):
         return _channels_backward(*arguments, layout)
     if gates.re.ndim == 4:
-        assert layout.plain, "see reads_layout"
-        return chunkwise.gate_loop_backward(*arguments)
+        return chunkwise.gate_loop_backward(*arguments, layout)
     return numba_matrix.backward(*arguments, layout)
 
 

@@ -5,12 +5,13 @@ Pairs of projections lie next to each other; P pairs, of which each H in turn ha
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from numba import carray, njit
 
-from gateloop_transformer.ops.backends.numba_launch import HEADER, Kernel, compiled
+from gateloop_transformer.ops.backends.numba_cache import kernel
+from gateloop_transformer.ops.backends.numba_launch import HEADER
 from gateloop_transformer.ops.backends.numba_simd import (
     F32,
     F64,
@@ -48,10 +49,15 @@ P, H, Z, BIAS, BIAS_IM, A, A_IM, SCALE, DZ, SUMS, STEP, FRACTION = range(HEADER,
 
 @njit
 def sigmoid(x: Any) -> Any:
-    """σ(x) and 1 - σ(x), both with all their digits."""
-    e = decay(where_less(x, -80.0, full(x, -80.0), x))
-    m = 1.0 / (e + 1.0)
-    return m, e * m
+    """σ(x) and 1 - σ(x), both with all their digits; NaN where x is."""
+    if all_between(x, -80.0, 1e30):
+        e = decay(x)
+        m = 1.0 / (e + 1.0)
+        return m, e * m
+    # σ(x) = e^x where e^-x has no place, 0 where e^x has none.
+    e = decay(absolute(x))
+    m, rest = 1.0 / (e + 1.0), e / (e + 1.0)
+    return where_less(x, 0.0, rest, m), where_less(x, 0.0, m, rest)
 
 
 @njit
@@ -152,12 +158,12 @@ def _write(p: Any, n: int, gate: Any, real: Any, kind: Any, wide: Any, lanes: An
         store(p[SCALE], n, input_scale(m, rest), wide)
 
 
-@functools.cache
-def gates_forward(KIND: int, GATE: int, REAL: bool, LANES: int) -> Kernel:
+@kernel
+def gates_forward(KIND: int, GATE: int, REAL: bool, LANES: int) -> Callable[[Any], None]:
     """Gates and, for "ring", the scale of the inputs. KIND: how projections lie in memory."""
     WIDE = F64 if KIND == F64 else F32
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         while True:
             item = take_ticket(pointer, 0)
@@ -171,7 +177,7 @@ def gates_forward(KIND: int, GATE: int, REAL: bool, LANES: int) -> Kernel:
                 _write(p, n, GATE, REAL, KIND, WIDE, 1)
                 n += 1
 
-    return compiled(kernel)
+    return run
 
 
 @njit
@@ -194,12 +200,12 @@ def _pull(p: Any, n: int, sums: int, fraction: float, gate: Any, real: Any, kind
     store_pairs(p[DZ], n, dz * fraction, dz_im * fraction, kind)
 
 
-@functools.cache
-def gates_backward(KIND: int, GATE: int, REAL: bool, LANES: int) -> Kernel:
+@kernel
+def gates_backward(KIND: int, GATE: int, REAL: bool, LANES: int) -> Callable[[Any], None]:
     """Gradients of projections and biases from those of gates (in A, A_IM) and of the scale (in SCALE)."""
     WIDE = F64 if KIND == F64 else F32
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         fraction = real_number(p[FRACTION])
         while True:
@@ -215,4 +221,4 @@ def gates_backward(KIND: int, GATE: int, REAL: bool, LANES: int) -> Kernel:
                 _pull(p, n, sums, fraction, GATE, REAL, KIND, WIDE, 1)
                 n += 1
 
-    return compiled(kernel)
+    return run

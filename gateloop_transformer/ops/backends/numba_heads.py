@@ -7,24 +7,26 @@ sequence (a row of the batch, or a document packed in a row). Operands have the 
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import carray, njit
 
-from gateloop_transformer.ops.backends.numba_launch import HEADER, Kernel, compiled
-from gateloop_transformer.ops.backends.numba_scans import MAX_ARGUMENTS, stretch
+from gateloop_transformer.ops.backends.numba_cache import kernel
+from gateloop_transformer.ops.backends.numba_launch import HEADER
+from gateloop_transformer.ops.backends.numba_scans import MAX_ARGUMENTS, begins, stretch
 from gateloop_transformer.ops.backends.numba_simd import ITEM_SIZE, fma, fms, load, store, take_ticket, zeros
 
 # Arguments: sizes, the memory of a thread,
 HP, T, K, V, C, SCRATCH, ROOM, DOCUMENTS = range(HEADER, HEADER + 8)
 # operands (address, strides of batch and time in bytes), and states: STATE (sequences, parts, K, V, HP), the running
-# one, and BEFORE, those before each chunk: (chunks of all sequences, parts, K, V, HP).
+# one, and BEFORE, those before each chunk: (chunks of all sequences, parts, K, V, HP). ANEW marks the steps that begin
+# anew (address, strides of batch and time).
 QUERY, KEY, VALUE, GATE, GATE_IM, OUT, DY, DQ, DK, DV, DA, DA_IM = (
     np.int64(place) for place in range(HEADER + 8, HEADER + 44, 3)
 )
-STATE, BEFORE = HEADER + 44, HEADER + 45
+STATE, BEFORE, ANEW = HEADER + 44, HEADER + 45, np.int64(HEADER + 46)
 
 
 @njit
@@ -38,6 +40,13 @@ def _copy(kind: Any, lanes: Any, source: int, source_apart: int, target: int, ta
     """`count` vectors, each so many bytes from the next."""
     for n in range(count):
         store(target + n * target_apart, 0, load(source + n * source_apart, 0, kind, lanes), kind)
+
+
+@njit
+def _forget(kind: Any, lanes: Any, state: int, count: int) -> None:
+    """A state of 0: gates multiply what they forget, and 0 times NaN is NaN."""
+    for n in range(count):
+        store(state, n * lanes, zeros(kind, lanes), kind)
 
 
 @njit
@@ -75,13 +84,13 @@ def _read(kind: Any, lanes: Any, p: Any, b: int, t: int, first: int, state: int)
         store(outputs + j * apart, 0, y, kind)
 
 
-@functools.cache
-def heads_forward(WIDE: int, COMPLEX: bool, STATES: bool, LANES: int) -> Kernel:
+@kernel
+def heads_forward(WIDE: int, COMPLEX: bool, STATES: bool, LANES: int) -> Callable[[Any], None]:
     """y and the last state; if STATES, instead of y, the state before each chunk."""
     SIZE = ITEM_SIZE[WIDE]
     PARTS = 2 if COMPLEX else 1
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         apart, width = p[HP] * SIZE, LANES * SIZE
         count = PARTS * p[K] * p[V]
@@ -99,12 +108,14 @@ def heads_forward(WIDE: int, COMPLEX: bool, STATES: bool, LANES: int) -> Kernel:
                 if STATES and t % p[C] == 0:
                     before = p[BEFORE] + (earlier + t // p[C]) * count * apart + first
                     _copy(WIDE, LANES, state, width, before, apart, count)
+                if begins(p, ANEW, b, begin + t):
+                    _forget(WIDE, LANES, state, count)
                 _advance(WIDE, COMPLEX, LANES, p, b, begin + t, first, state, state)
                 if not STATES:
                     _read(WIDE, LANES, p, b, begin + t, first, state)
             _copy(WIDE, LANES, state, width, own, apart, count)
 
-    return compiled(kernel)
+    return run
 
 
 @njit
@@ -148,19 +159,21 @@ def _retreat(
         store(_row(p, DA_IM, b, t, first), 0, da_im, kind)
 
 
-@functools.cache
-def heads_backward(WIDE: int, COMPLEX: bool, LANES: int) -> Kernel:
+@kernel
+def heads_backward(WIDE: int, COMPLEX: bool, LANES: int) -> Callable[[Any], None]:
     """All gradients, from the states before each chunk. STATE holds the gradient of the last state."""
     SIZE = ITEM_SIZE[WIDE]
     PARTS = 2 if COMPLEX else 1
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         apart, width = p[HP] * SIZE, LANES * SIZE
         count = PARTS * p[K] * p[V]
         grad = p[SCRATCH] + take_ticket(pointer, 1) * p[ROOM]
-        # The states of a chunk, the one before it first.
-        states = grad + count * width
+        # What a step that begins anew finds; the states of a chunk, the one before it first.
+        nothing = grad + count * width
+        states = nothing + count * width
+        _forget(WIDE, LANES, nothing, count)
         groups = p[HP] // LANES
         while True:
             item = take_ticket(pointer, 0)
@@ -175,11 +188,16 @@ def heads_backward(WIDE: int, COMPLEX: bool, LANES: int) -> Kernel:
                 before = p[BEFORE] + (earlier + chunk) * count * apart + first
                 _copy(WIDE, LANES, before, apart, states, width, count)
                 for n in range(steps):
-                    old = states + n * count * width
-                    _advance(WIDE, COMPLEX, LANES, p, b, begin + start + n, first, old, old + count * width)
+                    t, new = begin + start + n, states + (n + 1) * count * width
+                    old = nothing if begins(p, ANEW, b, t) else new - count * width
+                    _advance(WIDE, COMPLEX, LANES, p, b, t, first, old, new)
                 for n in range(steps - 1, -1, -1):
-                    old = states + n * count * width
-                    _retreat(WIDE, COMPLEX, LANES, p, b, begin + start + n, first, old, old + count * width, grad)
+                    t, new = begin + start + n, states + (n + 1) * count * width
+                    anew = begins(p, ANEW, b, t)
+                    old = nothing if anew else new - count * width
+                    _retreat(WIDE, COMPLEX, LANES, p, b, t, first, old, new, grad)
+                    if anew:
+                        _forget(WIDE, LANES, grad, count)
             _copy(WIDE, LANES, grad, width, own, apart, count)
 
-    return compiled(kernel)
+    return run

@@ -6,11 +6,12 @@ The forward pass keeps the state before each chunk of steps; the backward pass c
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from numba import carray, njit
 
+from gateloop_transformer.ops.backends.numba_cache import kernel
 from gateloop_transformer.ops.backends.numba_gates import (
     GIVEN_COMPLEX,
     GIVEN_REAL,
@@ -24,7 +25,6 @@ from gateloop_transformer.ops.backends.numba_gates import (
     projection_gradient,
     silu,
 )
-from gateloop_transformer.ops.backends.numba_launch import Kernel, compiled
 from gateloop_transformer.ops.backends.numba_scans import (
     AHEAD,
     CHUNK,
@@ -142,8 +142,8 @@ def _ask_rest(gate: Any, kind: Any, gate_kind: Any, swish: Any, p: Any, b: int, 
         prefetch(row_of(p, DP, b, t) + c * ITEM_SIZE[gate_kind])
 
 
-@functools.cache
-def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: int) -> Kernel:
+@kernel
+def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: int) -> Callable[[Any], None]:
     """y (times SiLU(s) if SWISH), the last state in the carry, and the state before each chunk.
 
     X: how q, k, v, s and y lie in memory; A: gates or projections.
@@ -151,7 +151,7 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
     WIDE = F64 if F64 in (X, A) else F32
     COMPLEX = GATE not in (GIVEN_REAL, SIGMOID)
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         last = p[D] - LANES
         while True:
@@ -192,7 +192,7 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
                         y = y * gain
                     store(y_row, c, y, X)
 
-    return compiled(kernel)
+    return run
 
 
 @njit
@@ -206,8 +206,8 @@ def _keep(p: Any, sequence: int, chunk: int, first: int, end: int, complex_: Any
             store(row_of(p, BEFORE_IM, chunk, 0), n * lanes, h_im, wide)
 
 
-@functools.cache
-def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: int) -> Kernel:
+@kernel
+def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: int) -> Callable[[Any], None]:
     """Gradients of q, k, v, s, of gates or projections and of biases (partial sums per chunk); chunks from the last.
 
     The carry is the gradient that reaches the step before: conj(a) times that of a step's state.
@@ -218,7 +218,7 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
     SLOTS = 6 if COMPLEX else 3
     U_IM, M, REST, H, H_IM = (1, 2, 3, 4, 5) if COMPLEX else (0, 0, 1, 2, 2)
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         last = p[D] - LANES
         room = p[SCRATCH] + take_ticket(pointer, 1) * p[ROOM]
@@ -307,7 +307,8 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                     else:
                         store(carry, n * LANES, m * g, WIDE)
                     v = fetch(v_row, c, p[V + 3], X, LANES, STRIDED)
-                    da = g * before
+                    # A gate that only forgets has no gradient, not even where g is not finite.
+                    da = zeros(WIDE, LANES) if anew else g * before
                     if GATE == SIGMOID:
                         store(dv_row, c, g, X)
                         store(dp_row, c, (da * (m * rest)) * fraction, A)
@@ -320,8 +321,10 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                         store(dv_row, c, scaled * k, X)
                         if COMPLEX:
                             before_im = zeros(WIDE, LANES) if anew else load(room, cell + H_IM * LANES, WIDE, LANES)
-                            da = fma(g_im, before_im, da)
-                            da_im = fms(g, before_im, g_im * before)
+                            da_im = da
+                            if not anew:
+                                da = fma(g_im, before_im, da)
+                                da_im = fms(g, before_im, g_im * before)
                             dz, dz_im = projection_gradient(GATE, u, u_im, m, rest, da, da_im)
                             if GATE == RING:
                                 dz = fms((g * k) * v, input_scale_slope(m, rest), dz)
@@ -342,4 +345,4 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                     if COMPLEX:
                         clear(carry_im, first, end, WIDE, LANES)
 
-    return compiled(kernel)
+    return run

@@ -1,7 +1,7 @@
 """The Numba backend for matrix states: sizes, padding and the kernels' arguments.
 
 Chunks of time as matrix products (`numba_tiles.py`), or, where many heads are small, step by step with a lane for each
-head (`numba_heads.py`).
+head (`numba_heads.py`). Step by step too where a product would meet numbers that are not finite: masks multiply by 0.
 
 B sequences (rows of the batch, or documents packed in one), T time, H heads, K key size, V value size, C steps per
 chunk.
@@ -20,7 +20,7 @@ from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 if TYPE_CHECKING:
-    from gateloop_transformer.ops.backends.numba_launch import Kernel
+    from gateloop_transformer.ops.backends.numba_cache import Kernel
 
 
 # Entries of a head's state up to which a lane for each head is faster than a product of matrices for each, as far as
@@ -68,8 +68,12 @@ class _Sizes(NamedTuple):
         steps: int,
         places: list[int],
         reverse: bool,
-    ) -> None:
-        """Run a kernel over all items, with `room` numbers of memory for each thread and chunks of so many steps."""
+    ) -> list[int]:
+        """Run a kernel over all items, with `room` numbers of memory for each thread and chunks of so many steps.
+
+        Returns:
+            `places` as the kernel left them.
+        """
         from gateloop_transformer.ops.backends.numba_launch import HEADER, launch, threads_for
 
         # What a step does to a head is work on its state.
@@ -81,7 +85,9 @@ class _Sizes(NamedTuple):
         documents = self.layout.table(self.T, steps, reverse)
         # The table of documents stands behind all else.
         table = HEADER + len(sizes) + 1 + len(places) if documents else 0
-        launch(kernel, items, [*sizes, table, *places, *documents], work)
+        block = launch(kernel, items, [*sizes, table, *places, *documents], work)
+        first = HEADER + len(sizes) + 1
+        return block[first : first + len(places)]
 
 
 class _Tiles(_Sizes):
@@ -105,14 +111,19 @@ class _Tiles(_Sizes):
         parts = (padded[:, :, n, : self.K, : self.V] for n in range(self.parts))
         return Pair(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
 
-    def run(self, kernel: Kernel, operands: list[Tensor | None], state: Tensor, before: Tensor, reverse: bool) -> None:
-        """Launch a kernel over all heads. Operands are (B, T, H, ·) in the kernels' order."""
+    def run(self, kernel: Kernel, operands: list[Tensor | None], state: Tensor, before: Tensor, reverse: bool) -> bool:
+        """Launch a kernel over all heads. Operands are (B, T, H, ·) in the kernels' order.
+
+        Returns:
+            Whether all results are finite; if not, none of them counts.
+        """
         KP, VP, C = self.padded(self.K), self.padded(self.V), self.C
         room = C * (9 * KP + 6 * VP + 8 * C + 10) + 4 * KP * VP
         sizes = [self.H, self.T, self.K, self.V, KP, VP]
         places = [number for x in operands for number in _place(x, reverse)]
-        places += [state.data_ptr(), before.data_ptr()]
-        self.launch(kernel, self.B * self.H, sizes, room, C, places, reverse)
+        places += [state.data_ptr(), before.data_ptr(), 0]
+        *_, amiss = self.launch(kernel, self.B * self.H, sizes, room, C, places, reverse)
+        return not amiss
 
 
 def _place(x: Tensor | None, reverse: bool) -> list[int]:
@@ -169,9 +180,10 @@ class _Heads(_Sizes):
 
     def run(self, kernel: Kernel, operands: list[Tensor | None], state: Tensor, before: Tensor, reverse: bool) -> None:
         """Launch a kernel over all groups of heads. Operands are what `operand` gives, in the kernels' order."""
-        room = (self.C + 2) * self.parts * self.K * self.V * self.lanes
+        room = (self.C + 3) * self.parts * self.K * self.V * self.lanes
+        anew = self.layout.resets
         places = [number for x in operands for number in ([0, 0, 0] if x is None else start_of(x, reverse))]
-        places += [state.data_ptr(), before.data_ptr()]
+        places += [state.data_ptr(), before.data_ptr(), *([0, 0, 0] if anew is None else start_of(anew, reverse))]
         sizes = [self.HP, self.T, self.K, self.V]
         self.launch(kernel, self.B * (self.HP // self.lanes), sizes, room, self.C, places, reverse)
 
@@ -239,7 +251,8 @@ def forward(
     a = a if tiles.wide != torch.float64 else a.to(torch.float64)
     y, state = new_memory(inputs[0], *values.shape), tiles.new_state(initial)
     kernel = tiles_forward(kind_of(inputs[0].dtype), kind_of(a.re.dtype), tiles.parts == 2, False, tiles.lanes)
-    tiles.run(kernel, [*inputs, a.re, a.im, y, *[None] * 6], state, state, reverse)
+    if not tiles.run(kernel, [*inputs, a.re, a.im, y, *[None] * 6], state, state, reverse):
+        return _heads_forward(_Heads(*tiles), queries, keys, values, a, initial, reverse)
     return y.to(queries.dtype), tiles.state(state)
 
 
@@ -255,13 +268,27 @@ def backward(
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """All gradients; states before each chunk are computed again."""
+    tiles, a = _matrix(queries, values, gates, initial, layout)
+    arguments = grad, grad_final, queries, keys, values, a, initial, reverse
+    found = None if tiles.small else _tiles_backward(tiles, *arguments)
+    dq, dk, dv, da, after = found or _heads_backward(_Heads(*tiles), *arguments)
+    return dq, dk, dv, cleared(da, layout.resets), after
+
+
+def _tiles_backward(
+    tiles: _Tiles,
+    grad: Tensor,
+    grad_final: Pair,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    a: Pair,
+    initial: Pair | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Pair, Pair] | None:
+    """All gradients; None where one is not finite."""
     from gateloop_transformer.ops.backends.numba_tiles import tiles_backward, tiles_forward
 
-    tiles, a = _matrix(queries, values, gates, initial, layout)
-    if tiles.small:
-        heads = _Heads(*tiles)
-        dq, dk, dv, da, after = _heads_backward(heads, grad, grad_final, queries, keys, values, a, initial, reverse)
-        return dq, dk, dv, cleared(da, layout.resets), after
     double = tiles.wide == torch.float64
     q, k, v, dy = (_neighbours(x.double() if double else x) for x in (queries, keys, values, grad))
     a = a.to(torch.float64) if double else a
@@ -273,5 +300,6 @@ def backward(
     dq, dk, dv = (new_memory(x, *x.shape) for x in (q, k, v))
     da = a.map(lambda x: new_memory(x, *x.shape))
     kernel = tiles_backward(X, A, tiles.parts == 2, tiles.lanes)
-    tiles.run(kernel, [q, k, v, a.re, a.im, None, dy, dq, dk, dv, da.re, da.im], last, before, reverse)
-    return dq, dk, dv, cleared(da, layout.resets), tiles.state(last)
+    if not tiles.run(kernel, [q, k, v, a.re, a.im, None, dy, dq, dk, dv, da.re, da.im], last, before, reverse):
+        return None
+    return dq, dk, dv, da, tiles.state(last)

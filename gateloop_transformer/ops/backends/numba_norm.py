@@ -5,12 +5,13 @@ R rows, D channels; rows take the G rows of gamma in turn.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from numba import carray, njit
 
-from gateloop_transformer.ops.backends.numba_launch import HEADER, Kernel, compiled
+from gateloop_transformer.ops.backends.numba_cache import kernel
+from gateloop_transformer.ops.backends.numba_launch import HEADER
 from gateloop_transformer.ops.backends.numba_scans import MAX_ARGUMENTS
 from gateloop_transformer.ops.backends.numba_simd import (
     F32,
@@ -56,12 +57,12 @@ def _scale(norm: Any, count: int) -> Any:
     return total(sqrt(full(norm, float(count))) / maximum(norm, full(norm, _TINY)))
 
 
-@functools.cache
-def norm_forward(KIND: int, GAIN: int, OUT: int, LANES: int) -> Kernel:
+@kernel
+def norm_forward(KIND: int, GAIN: int, OUT: int, LANES: int) -> Callable[[Any], None]:
     """y = √D · x / max(‖x‖, 1e-12) · gamma. KIND, GAIN, OUT: how x, gamma and y lie in memory."""
     WIDE = F64 if F64 in (KIND, GAIN) else F32
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         while True:
             item = take_ticket(pointer, 0)
@@ -79,15 +80,15 @@ def norm_forward(KIND: int, GAIN: int, OUT: int, LANES: int) -> Kernel:
                     store(y, n, load(x, n, KIND, 1) * r * load(gamma, n, GAIN, 1), OUT)
                     n += 1
 
-    return compiled(kernel)
+    return run
 
 
-@functools.cache
-def norm_backward(KIND: int, GAIN: int, OUT: int, LANES: int) -> Kernel:
+@kernel
+def norm_backward(KIND: int, GAIN: int, OUT: int, LANES: int) -> Callable[[Any], None]:
     """Gradients of x and, summed over the rows of each item, of gamma (items, G, D)."""
     WIDE = F64 if F64 in (KIND, GAIN) else F32
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         while True:
             item = take_ticket(pointer, 0)
@@ -125,4 +126,4 @@ def norm_backward(KIND: int, GAIN: int, OUT: int, LANES: int) -> Kernel:
                     store(dx, n, (given - load(x, n, KIND, 1) * share) * r, KIND)
                     n += 1
 
-    return compiled(kernel)
+    return run

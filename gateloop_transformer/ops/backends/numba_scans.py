@@ -8,12 +8,13 @@ Arguments: see `numba_cpu.py`, which fills them in this order.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from numba import carray, njit
 
-from gateloop_transformer.ops.backends.numba_launch import HEADER, Kernel, compiled
+from gateloop_transformer.ops.backends.numba_cache import kernel
+from gateloop_transformer.ops.backends.numba_launch import HEADER
 from gateloop_transformer.ops.backends.numba_simd import (
     F32,
     F64,
@@ -76,9 +77,15 @@ def stretch(p: Any, documents: int, T: int, n: int, chunk: int) -> Any:
 
 
 @njit
+def begins(p: Any, marks: int, b: int, t: int) -> Any:
+    """Whether a step begins anew. `marks`: an operand of bytes; its address is 0 where no step does."""
+    return p[marks] != 0 and byte(row_of(p, marks, b, t)) != 0
+
+
+@njit
 def resets(p: Any, b: int, t: int) -> Any:
-    """Whether a step begins anew."""
-    return p[RESETS] != 0 and byte(row_of(p, RESETS, b, t)) != 0
+    """Whether a step begins anew, where the marks stand in their usual place."""
+    return begins(p, RESETS, b, t)
 
 
 @njit
@@ -94,13 +101,15 @@ def clear(state: int, first: int, end: int, kind: Any, lanes: Any) -> None:
 SCAN_A, SCAN_A_IM, SCAN_X, SCAN_X_IM, SCAN_H, SCAN_H_IM, SCAN_CARRY, SCAN_CARRY_IM = range(OPERANDS, OPERANDS + 32, 4)
 
 
-@functools.cache
-def scan_forward(A: int, X: int, H: int, COMPLEX_A: bool, COMPLEX_X: bool, STRIDED: bool, LANES: int) -> Kernel:
+@kernel
+def scan_forward(
+    A: int, X: int, H: int, COMPLEX_A: bool, COMPLEX_X: bool, STRIDED: bool, LANES: int
+) -> Callable[[Any], None]:
     """All states. A, X, H: how gates, inputs and states lie in memory."""
     WIDE = F64 if F64 in (A, X, H) else F32
     COMPLEX = COMPLEX_A or COMPLEX_X
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         last = p[D] - LANES
         while True:
@@ -141,7 +150,7 @@ def scan_forward(A: int, X: int, H: int, COMPLEX_A: bool, COMPLEX_X: bool, STRID
                     store(carry, n * LANES, new, WIDE)
                     store(h_row, c, new, H)
 
-    return compiled(kernel)
+    return run
 
 
 SCAN_B_DH, SCAN_B_DH_IM, SCAN_B_A, SCAN_B_A_IM, SCAN_B_H, SCAN_B_H_IM, SCAN_B_START, SCAN_B_START_IM = range(
@@ -150,17 +159,17 @@ SCAN_B_DH, SCAN_B_DH_IM, SCAN_B_A, SCAN_B_A_IM, SCAN_B_H, SCAN_B_H_IM, SCAN_B_ST
 SCAN_B_DA, SCAN_B_DA_IM, SCAN_B_DX, SCAN_B_DX_IM, SCAN_B_CARRY, SCAN_B_CARRY_IM = range(OPERANDS + 32, OPERANDS + 56, 4)
 
 
-@functools.cache
+@kernel
 def scan_backward(
     DH: int, A: int, H: int, X: int, COMPLEX_A: bool, COMPLEX_X: bool, COMPLEX: bool, STRIDED: bool, LANES: int
-) -> Kernel:
+) -> Callable[[Any], None]:
     """Gradients of gates and inputs, every operand reversed in time. DH, A, H, X: how the gradient of the states, the
     gates, the states and the inputs lie in memory; COMPLEX: the states are. The carry is the gradient that reaches the
     step before: conj(a) times that of its state; START the state before the first step.
     """
     WIDE = F64 if F64 in (DH, A, H, X) else F32
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         last = p[D] - LANES
         while True:
@@ -209,16 +218,17 @@ def scan_backward(
                             a_im = fetch(a_row_im, c, p[SCAN_B_A_IM + 3], A, LANES, STRIDED)
                             pulled = fma(a_im, g_im, pulled)
                             pulled_im = fms(a_im, g, pulled_im)
-                            store(da_row_im, c, fms(g, h_im, g_im * h), A)
+                            da_im = zeros(WIDE, LANES) if anew else fms(g, h_im, g_im * h)
+                            store(da_row_im, c, da_im, A)
                         if COMPLEX_X:
                             store(dx_row_im, c, g_im, X)
                         store(carry_im, n * LANES, pulled_im, WIDE)
                     store(carry, n * LANES, pulled, WIDE)
-                    store(da_row, c, da, A)
+                    store(da_row, c, zeros(WIDE, LANES) if anew else da, A)
                     store(dx_row, c, g, X)
                 if anew:
                     clear(carry, first, end, WIDE, LANES)
                     if COMPLEX:
                         clear(carry_im, first, end, WIDE, LANES)
 
-    return compiled(kernel)
+    return run

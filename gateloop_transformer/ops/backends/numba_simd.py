@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import llvmlite.binding
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
@@ -17,11 +16,13 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, overload, register_model
 
+from gateloop_transformer.ops.backends.numba_cache import processor
+
 # How a number lies in memory.
 F32, F64, BF16, F16 = range(4)
 ITEM_SIZE = (4, 8, 2, 2)
 _STORED = {F32: ir.FloatType(), F64: ir.DoubleType(), BF16: ir.IntType(16), F16: ir.HalfType()}
-AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f", False))
+AVX512 = "avx512f" in processor()[2]
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
@@ -500,7 +501,7 @@ def _power_of_two(typingctx: Any, x: Vector, mantissa: Vector) -> Any:
 
 
 def decay(x: Any) -> Any:
-    """e^-x for x ≥ -80, for sigmoids: its relative error is 2 ulp where it is near 1 and grows with x."""
+    """e^-x for x ≥ -80, for sigmoids: its relative error is 2 ulp where it is near 1 and grows with x. NaN for NaN."""
     raise NotImplementedError("inside Numba only")
 
 
@@ -514,7 +515,8 @@ def _decay64(x: Any) -> Any:
 
 
 def _decay32(x: Any) -> Any:
-    t = where_less(x, 87.0, x, full(x, 87.0)) * -1.4426950408889634
+    less = 0.0 - x
+    t = where_less(less, -87.0, full(x, -87.0), less) * 1.4426950408889634
     n = t + 12582912.0
     f = t - (n - 12582912.0)
     square = f * f

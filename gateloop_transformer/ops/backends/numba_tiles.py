@@ -6,17 +6,21 @@ Derivation: docs/math.md.
 
 Within a chunk D[i, j] = a[j+1] ··· a[i] for i ≥ j, else 0, built row by row: exact at a gate of 0. P[i] is the product
 from the chunk's start to i, E[j] that from after j to its end, w that over all of it.
+
+All of this multiplies what a step must not see by 0, which is exact for finite numbers alone. A kernel says in AMISS
+whether a result is not finite: then nothing that it wrote counts (see `numba_matrix`).
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import carray, njit
 
-from gateloop_transformer.ops.backends.numba_launch import HEADER, Kernel, compiled
+from gateloop_transformer.ops.backends.numba_cache import kernel
+from gateloop_transformer.ops.backends.numba_launch import HEADER
 from gateloop_transformer.ops.backends.numba_scans import MAX_ARGUMENTS, stretch
 from gateloop_transformer.ops.backends.numba_simd import (
     AVX512,
@@ -47,11 +51,11 @@ FULL, LOWER, UPPER = np.int64(0), np.int64(1), np.int64(2)
 HEADS, T, K, V, KP, VP, C, SCRATCH, ROOM, DOCUMENTS = range(HEADER, HEADER + 10)
 # operands (address, strides of batch, time and head in bytes), and states, real and imaginary part side by side: STATE
 # (sequences, H, 2, KP, VP), the running one, and BEFORE, those before each chunk: sequence by sequence (H, chunks, 2,
-# KP, VP).
+# KP, VP). AMISS: 1 as soon as a result is not finite.
 QUERY, KEY, VALUE, GATE, GATE_IM, OUT, DY, DQ, DK, DV, DA, DA_IM = (
     np.int64(place) for place in range(HEADER + 10, HEADER + 58, 4)
 )
-STATE, BEFORE = HEADER + 58, HEADER + 59
+STATE, BEFORE, AMISS = HEADER + 58, HEADER + 59, HEADER + 60
 
 
 @njit
@@ -105,6 +109,16 @@ def _move(source_kind: Any, target_kind: Any, lanes: Any, source: int, target: i
         for n in range(0, count, lanes):
             at = min(n, count - lanes)
             store(target, at, load(source, at, source_kind, lanes), target_kind)
+
+
+@njit
+def _check(kind: Any, lanes: Any, p: Any, source: int, count: int) -> None:
+    """Say so where one of `count` numbers, whole vectors, is not finite: 0 times it is not 0."""
+    sums = zeros(kind, lanes)
+    for n in range(0, count, lanes):
+        sums = fma(load(source, n, kind, lanes), zeros(kind, lanes), sums)
+    if total(sums) != 0.0:
+        p[AMISS] = 1
 
 
 @njit
@@ -266,14 +280,14 @@ def _step(
         store(state, n, new, wide)
 
 
-@functools.cache
-def tiles_forward(X: int, A: int, COMPLEX: bool, STATES: bool, LANES: int) -> Kernel:
+@kernel
+def tiles_forward(X: int, A: int, COMPLEX: bool, STATES: bool, LANES: int) -> Callable[[Any], None]:
     """y and the last state; if STATES, instead of y, the state before each chunk."""
     WIDE = F64 if F64 in (X, A) else F32
     SIZE = ITEM_SIZE[WIDE]
     PARTS = 2 if COMPLEX else 1
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         kp, vp = p[KP], p[VP]
         state_size = kp * vp
@@ -332,6 +346,7 @@ def tiles_forward(X: int, A: int, COMPLEX: bool, STATES: bool, LANES: int) -> Ke
                         YES,
                         FULL,
                     )
+                    _check(WIDE, LANES, p, y, c * vp)
                     _put(WIDE, X, LANES, p, OUT, b, h, start, steps, p[V], vp, y)
                 # What the chunk adds to the state: row j of v weighs E[j].
                 for part in range(PARTS):
@@ -352,8 +367,10 @@ def tiles_forward(X: int, A: int, COMPLEX: bool, STATES: bool, LANES: int) -> Ke
                         FULL,
                     )
                 _step(WIDE, COMPLEX, LANES, state_size, starts, c - 1, c, 1.0, state, added)
+            # A state that is not finite stays so.
+            _check(WIDE, LANES, p, state, PARTS * state_size)
 
-    return compiled(kernel)
+    return run
 
 
 @njit
@@ -405,6 +422,7 @@ def _gate_gradients(
     size = ITEM_SIZE[wide]
     inside_im, x_im = inside + c * c * size, x + c * c * size
     end, end_im = (c - 1) * c, c * c + (c - 1) * c
+    amiss = 0.0
     # X[t, j] = Σ_i conj(D[i, t]) W[i, j] + conj(E[t]) to_end[j]; the imaginary part with its sign turned.
     _multiply(wide, lanes, inside, ONE, c, within, x, c, c, c, NO, UPPER)
     if complex_:
@@ -444,20 +462,26 @@ def _gate_gradients(
         if t > 0:
             p1, p2 = total(load(starts, t - 1, wide, 1)), total(load(starts, c + t - 1, wide, 1)) if complex_ else 0.0
         row = p[DA] + b * p[DA + 1] + (start + t) * p[DA + 2] + h * p[DA + 3]
-        store(row, 0, zeros(wide, 1) + (da + re * p1 + im * p2), kind)
+        whole = da + re * p1 + im * p2
+        amiss = amiss + whole * 0.0
+        store(row, 0, zeros(wide, 1) + whole, kind)
         if complex_:
             row = p[DA_IM] + b * p[DA_IM + 1] + (start + t) * p[DA_IM + 2] + h * p[DA_IM + 3]
-            store(row, 0, zeros(wide, 1) + (da_im + im * p1 - re * p2), kind)
+            whole = da_im + im * p1 - re * p2
+            amiss = amiss + whole * 0.0
+            store(row, 0, zeros(wide, 1) + whole, kind)
+    if amiss != 0.0:
+        p[AMISS] = 1
 
 
-@functools.cache
-def tiles_backward(X: int, A: int, COMPLEX: bool, LANES: int) -> Kernel:
+@kernel
+def tiles_backward(X: int, A: int, COMPLEX: bool, LANES: int) -> Callable[[Any], None]:
     """All gradients, from the states before each chunk. STATE holds the gradient of the state after a chunk."""
     WIDE = F64 if F64 in (X, A) else F32
     SIZE = ITEM_SIZE[WIDE]
     PARTS = 2 if COMPLEX else 1
 
-    def kernel(pointer: Any) -> None:
+    def run(pointer: Any) -> None:
         p = carray(pointer, (MAX_ARGUMENTS,))
         kp, vp = p[KP], p[VP]
         state_size = kp * vp
@@ -571,12 +595,16 @@ def tiles_backward(X: int, A: int, COMPLEX: bool, LANES: int) -> Kernel:
                     corner_im,
                     c,
                 )
+                _check(WIDE, LANES, p, dq, c * kp)
+                _check(WIDE, LANES, p, dk, c * kp)
+                _check(WIDE, LANES, p, dv, c * vp)
                 _put(WIDE, X, LANES, p, DQ, b, h, start, steps, p[K], kp, dq)
                 _put(WIDE, X, LANES, p, DK, b, h, start, steps, p[K], kp, dk)
                 _put(WIDE, X, LANES, p, DV, b, h, start, steps, p[V], vp, dv)
                 _step(WIDE, COMPLEX, LANES, state_size, starts, c - 1, c, -1.0, after, pulled)
+            _check(WIDE, LANES, p, after, PARTS * state_size)
 
-    return compiled(kernel)
+    return run
 
 
 @njit
