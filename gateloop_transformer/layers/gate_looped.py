@@ -34,10 +34,14 @@ def check_input(layer: str, x: Tensor, dim: int, module: nn.Module) -> None:
         raise ValueError(f"{layer}: input must have shape (B, T, {dim}), not {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{layer}: input must be floating point, not {x.dtype}")
-    # Autocast narrows no float64, so this fits nowhere; mixtures of the others are torch's to judge.
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    if x.dtype == torch.float64 and (own := next(module.parameters()).dtype) in narrow:
-        raise ValueError(f"{layer}: input is {x.dtype} but the layer {own}: convert one of them")
+    if x.dtype != torch.float64:
+        return
+    # Autocast narrows no float64, so this fits nowhere; mixtures of the others are torch's to judge. Some parameters
+    # may be constants of a type of their own, and a replica has none.
+    own = {parameter.dtype for parameter in module.parameters()}
+    if own and x.dtype not in own:
+        kinds = " and ".join(sorted(map(str, own)))
+        raise ValueError(f"{layer}: input is {x.dtype} but the layer {kinds}: convert one of them")
 
 
 def _gate_projection(dim: int, rank: int | None, out: int, bias: bool) -> nn.Sequential:
