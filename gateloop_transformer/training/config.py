@@ -73,7 +73,7 @@ class TrainingConfig:
     seed: int = option(0, "of weights, batches and dropout", common=True)
     device: str = option("auto", "auto, cpu, cuda, ...", common=True)
     valid_fraction: float = option(0.1, "share of the data held out for validation")
-    eval_every: int = option(200, "steps between validations", common=True)
+    eval_every: int = option(200, "steps between validations")
     eval_bytes: int = option(65536, "bytes of validation data used")
     sample_bytes: int = option(160, "length of the sample text at each validation; 0: none")
     checkpoint_every: int = option(100, "steps between checkpoints")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +159,19 @@ def test_damage_is_one_clear_error(harm: Callable[[Path], Any], problem: str, tm
     harm(folder)
     with pytest.raises(ValueError, match=rf"holds no model that can be read: .*{problem}"):
         Model(folder)
+
+
+def test_tokens_are_written_as_they_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    folder = save(tmp_path, "polar", build("polar", 256))
+    parts = []
+
+    def tokens(*_arguments: object) -> Iterator[int]:
+        for token in b"\xc3\xbc!":
+            parts.append(capsysbinary.readouterr().out)
+            yield token
+
+    monkeypatch.setattr(Model, "_tokens", tokens)
+    assert command(monkeypatch, folder, "--prompt", "ab") == 0
+    assert [*parts, capsysbinary.readouterr().out] == [b"ab", b"", "ü".encode(), b"!\n"]
