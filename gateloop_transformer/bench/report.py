@@ -244,10 +244,8 @@ def run(out: Path, python: Path | None, quick: bool, only: list[str], budget: fl
     groups = {case.group for case in every_case(True)}
     unknown = sorted(set(only) - groups)
     if unknown:
-        near = did_you_mean(unknown[0], groups)
-        raise ValueError(
-            f"--only: no group {', '.join(map(repr, unknown))}{near}; there are {', '.join(sorted(groups))}"
-        )
+        there = f"there are {', '.join(sorted(groups))}{did_you_mean(unknown[0], groups)}"
+        raise ValueError(f"--only: no group {', '.join(map(repr, unknown))}; {there}")
     earlier = _earlier(out) if only else []
     if python is not None and not python.is_file():
         raise ValueError(f"--peers must be a Python interpreter, and {str(python)!r} is no file")

@@ -351,7 +351,7 @@ def of_preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:
     """
     if preset not in PRESETS:
         near = did_you_mean(preset, PRESETS)
-        raise ValueError(f"unknown preset {preset!r}{near}; there are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}{near}")
     own, following = PRESETS[preset], {}
     if "max_memory" in own and given.get("context", 0) >= 1:
         following["max_memory"] = max(own["max_memory"] * given["context"] / own["context"], 2.0)

@@ -71,8 +71,8 @@ def parse_grid(texts: Sequence[str], seeds: str | None = None) -> dict[str, list
         name, _, values = text.partition("=")
         name = name.strip().replace("-", "_")
         if name not in _fields():
-            near = did_you_mean(name, _fields())
-            raise ValueError(f"--grid {text}: no setting {name!r}{near}; there are {', '.join(sorted(_fields()))}")
+            there = f"there are {', '.join(sorted(_fields()))}{did_you_mean(name, _fields())}"
+            raise ValueError(f"--grid {text}: there is no setting {name!r}; {there}")
         if not values:
             raise ValueError(f"--grid {text}: no values; it takes NAME=VALUE,VALUE,...")
         if name in grid:
