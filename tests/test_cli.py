@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gateloop_transformer import waiting
-from gateloop_transformer.cli import _COMMANDS, main
+from gateloop_transformer.cli import _COMMANDS, main, progress
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.tasks.settings import TaskTraining
 from gateloop_transformer.tasks.state_tracking import Counting
@@ -277,11 +277,11 @@ def test_a_work_of_many_parts_says_how_far_it_is(
 
     def work(_arguments: object) -> None:
         nonlocal now
-        progress = waiting.Milestones("lifting", 4000, "stone", 1000)
+        lifted = waiting.Milestones("lifting", 4000, "stone", 1000)
         for seconds in (1.5, 1.0, 29.0, 1.5):
             now += seconds
-            progress.set_postfix({"weight": f"{seconds}"})
-            progress.update(500)
+            lifted.set_postfix({"weight": f"{seconds}"})
+            lifted.update(500)
 
     monkeypatch.setattr("gateloop_transformer.cli.bench.run", work)
     assert main(["bench"]) == 0
@@ -289,6 +289,29 @@ def test_a_work_of_many_parts_says_how_far_it_is(
         "gateloop bench: lifting: 2,000 of 4,000 stones, weight 1.0",
         "gateloop bench: lifting: 3,000 of 4,000 stones, weight 1.5",
     ]
+
+
+def test_a_terminal_has_a_bar_once_there_is_something_to_wait_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(waiting, "PATIENCE", 2.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+    def work(_arguments: object) -> None:
+        nonlocal now
+        for number, pause in enumerate((0.5, 1.5)):
+            with progress.bar("lifting", 1234, "stone") as bar:
+                for _ in range(2):
+                    bar.set_postfix({"weight": "5"})
+                    bar.update(500)
+                    now += pause
+                bar.update(34)
+            assert ("| 1034/1234 [" in capsys.readouterr().err) == bool(number)
+
+    monkeypatch.setattr("gateloop_transformer.cli.bench.run", work)
+    assert main(["bench"]) == 0
 
 
 def commands(folder: Path) -> dict[str, list[str]]:

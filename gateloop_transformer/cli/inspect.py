@@ -14,7 +14,7 @@ from gateloop_transformer.cli import models
 from gateloop_transformer.cli.flags import add_checkpoint, add_device, folder
 from gateloop_transformer.cli.parser import Parser
 from gateloop_transformer.cli.progress import bar, importing
-from gateloop_transformer.waiting import PATIENCE, waiting
+from gateloop_transformer.waiting import waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # The page first: it says that the pictures beside it may be replaced.
     write_text(out / "index.html", page(found, _title(arguments), notes))
-    with bar("drawing", len(found.figures["layers"]), "layer", delay=PATIENCE) as progress:
+    with bar("drawing", len(found.figures["layers"]), "layer") as progress:
         images = draw(found, out, progress.update)
     for old in set(_pictures(out)) - set(images):
         old.unlink()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from gateloop_transformer.waiting import LOGGER, Milestones, waiting
+from gateloop_transformer import waiting
+from gateloop_transformer.waiting import LOGGER, Milestones
 
 
 def say(text: str, stream: TextIO) -> None:
@@ -55,27 +58,30 @@ def heard(command: str) -> Iterator[None]:
 
 def importing(what: str) -> contextlib.AbstractContextManager[None]:
     """Around imports that may take seconds, the more where the disk has not been read yet."""
-    return waiting(f"importing {what}")
+    return waiting.waiting(f"importing {what}")
 
 
 @contextlib.contextmanager
-def bar(what: str, total: int | None = None, unit: str = "byte", initial: int = 0, delay: float = 0.0) -> Iterator[Any]:
-    """A progress bar where standard error is a terminal and tqdm is installed; elsewhere a line now and then.
+def bar(what: str, total: int | None = None, unit: str = "byte", initial: int = 0) -> Iterator[Milestones | Bar]:
+    """What is told how far a command is, and shows it.
+
+    It is a progress bar where standard error is a terminal and tqdm is installed, and lines elsewhere.
 
     Args:
         what: is done.
         total: of units; None: nobody knows.
         unit: a word whose plural ends in s.
         initial: units that are done already.
-        delay: seconds before there is a bar.
     """
-    bars = _bars()
-    if bars is None:
+    kind = _bars()
+    if kind is None:
         yield Milestones(what, total, unit, initial)
         return
-    options = {"unit": "B" if unit == "byte" else unit, "unit_scale": unit == "byte", "dynamic_ncols": True}
-    with bars(total=total, initial=initial, delay=delay, **options) as shown:
+    shown = Bar(kind, total, unit, initial)
+    try:
         yield shown
+    finally:
+        shown.close()
 
 
 def _bars() -> Any:
@@ -87,3 +93,34 @@ def _bars() -> Any:
     except ImportError:
         return None
     return tqdm
+
+
+class Bar:
+    """A bar that is there once the work has taken `waiting.PATIENCE` seconds: what is quick needs none.
+
+    tqdm's own `delay` ends when anything else is written.
+    """
+
+    def __init__(self, kind: Any, total: int | None, unit: str, initial: int) -> None:
+        scaled = {"unit": "B", "unit_scale": True} if unit == "byte" else {"unit": unit}
+        self._make = functools.partial(kind, total=total, dynamic_ncols=True, **scaled)
+        self._done, self._bar = initial, None
+        self._due = time.monotonic() + waiting.PATIENCE
+
+    def update(self, count: int) -> None:
+        """So many units more are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() >= self._due:
+            self._bar = self._make(initial=self._done)
+
+    def set_postfix(self, values: dict[str, str], refresh: bool = True) -> None:
+        """What stands behind the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix(values, refresh=refresh)
+
+    def close(self) -> None:
+        """The bar stays as it is."""
+        if self._bar is not None:
+            self._bar.close()

@@ -16,7 +16,6 @@ from gateloop_transformer.cli.flags import add_field, add_fields, folder
 from gateloop_transformer.cli.needs import needs_of, print_needs
 from gateloop_transformer.cli.parser import Parser, Rare
 from gateloop_transformer.cli.progress import bar, importing, say
-from gateloop_transformer.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
@@ -165,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_installed()
     how = (arguments.resume, arguments.overwrite, _warn)
     with contextlib.ExitStack() as stack:
-        with bar("tokenising the data", delay=PATIENCE) as progress:
+        with bar("tokenising the data") as progress:
             trainer = stack.enter_context(prepare(config, arguments.out, *how, tokenizer, progress.update))
         main = trainer.engine.main
         stream = (sys.stderr if arguments.json else sys.stdout) if main else open(os.devnull, "w")  # noqa: SIM115
