@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -161,17 +162,16 @@ def test_damage_is_one_clear_error(harm: Callable[[Path], Any], problem: str, tm
         Model(folder)
 
 
-def test_tokens_are_written_as_they_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> None:
-    folder = save(tmp_path, "polar", build("polar", 256))
-    parts = []
+def test_tokens_are_written_as_they_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, pipe = save(tmp_path, "polar", build("polar", 256)), io.BytesIO()
+    seen = []
 
     def tokens(*_arguments: object) -> Iterator[int]:
-        for token in b"\xc3\xbc!":
-            parts.append(capsysbinary.readouterr().out)
+        for token in "ü!".encode():
+            seen.append(pipe.getvalue().decode())
             yield token
 
     monkeypatch.setattr(Model, "_tokens", tokens)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(pipe)))  # type: ignore[arg-type]
     assert command(monkeypatch, folder, "--prompt", "ab") == 0
-    assert [*parts, capsysbinary.readouterr().out] == [b"ab", b"", "ü".encode(), b"!\n"]
+    assert [*seen, pipe.getvalue().decode()] == ["ab", "ab", "abü", "abü!\n"]
