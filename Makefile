@@ -30,9 +30,9 @@ slow: .venv/dev
 
 # The examples that train for minutes, in full; the tests run them with few steps.
 examples: .venv/dev
-	$(BIN)/python examples/filter_a_signal.py
-	$(BIN)/python examples/classify_digits.py
-	$(BIN)/python examples/classify_digits.py --model gru
+	$(BIN)/python -u examples/filter_a_signal.py
+	$(BIN)/python -u examples/classify_digits.py
+	$(BIN)/python -u examples/classify_digits.py --model gru
 
 # Figures of this machine: docs/results/cpu.{json,md,png}. Peers run in an environment of their own.
 bench: .venv/dev .venv-peers/ready

@@ -213,7 +213,8 @@ def run(sweep: Sweep, report: Callable[[str], object]) -> list[Row]:
             later = [done[name_of(each)] for each in combinations[n:] if name_of(each) in done]
             write_text(results, json.dumps({"rows": rows + later}, indent=2) + "\n")
             report(f"{n}/{len(combinations)} {_said(row)}" + (", as before" if name in done else ""))
-        _draw(sweep, rows)
+        with waiting("drawing"):
+            _draw(sweep, rows)
     return rows
 
 
