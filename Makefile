@@ -8,6 +8,7 @@ WORKERS ?= 2
 .PHONY: demo test check slow examples bench bench-gpu results format clean
 
 demo: .venv/train
+	@echo "Training a small model: a few minutes, and half a minute more where kernels are compiled for the first time."
 	$(BIN)/gateloop train --preset tiny --out $(OUT) --overwrite
 	@echo
 	@echo "Python from the model, after the prompt 'class Reader':"
@@ -23,14 +24,15 @@ check: .venv/dev
 	$(BIN)/lint-imports
 
 slow: .venv/dev
+	@echo "Installing lm-eval into .venv, where it is not there yet: a minute."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[harness]'
 	$(BIN)/pytest -m slow
 
 # The examples that train for minutes, in full; the tests run them with few steps.
 examples: .venv/dev
-	$(BIN)/python examples/filter_a_signal.py
-	$(BIN)/python examples/classify_digits.py
-	$(BIN)/python examples/classify_digits.py --model gru
+	$(BIN)/python -u examples/filter_a_signal.py
+	$(BIN)/python -u examples/classify_digits.py
+	$(BIN)/python -u examples/classify_digits.py --model gru
 
 # Figures of this machine: docs/results/cpu.{json,md,png}. Peers run in an environment of their own.
 bench: .venv/dev .venv-peers/ready
@@ -55,18 +57,22 @@ clean:
 	rm -rf .venv .venv-peers runs build dist *.egg-info
 
 $(BIN)/python:
+	@echo "Making a virtual environment in .venv."
 	$(PYTHON) -m venv .venv
 
 .venv/train: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing PyTorch and what training needs into .venv: minutes the first time, a few GB on disk."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train]'
 	@touch $@
 
 # Modules are compiled when they are first imported: most never are.
 .venv/dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing PyTorch, JAX and what the tests need into .venv: minutes the first time, several GB on disk."
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[train,data,watch,jax,hf,export,examples,dev]'
 	@touch $@
 
 .venv-peers/ready: constraints.txt Makefile
+	@echo "Installing what is measured beside this library into .venv-peers: minutes the first time."
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt \
 		gateloop-transformer==0.2.5 mambapy==1.2.0 transformers==5.23.0 torch numpy

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from numbers import Integral
 
+# What `quantize` makes of the weights of Linear layers.
+WEIGHT_KINDS = ("float32", "bfloat16", "int8")
+
 
 def check_fraction(layer: str, name: str, fraction: float) -> None:
     """A factor on a gradient is a finite number.

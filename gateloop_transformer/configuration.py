@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from gateloop_transformer.model import Transformer
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None, since: int = 1) -> Any:
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, since: int = 1, common: bool = False
+) -> Any:
     """A dataclass field with the text that the command line shows for it.
 
-    `since`: the first format that has it; files of an earlier one mean the default.
+    `since`: the first format that has it; files of an earlier one mean the default. `common`: one of the few that most
+    users set: --help shows it, the others are shown by --help-all.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "since": since})
+    return field(default=default, metadata={"help": help, "choices": choices, "since": since, "common": common})
 
 
 # What did best of all that was tried (docs/results/language.md): mixers alone, whose convolved queries, keys and values
@@ -42,8 +45,8 @@ def recipe_rank(dim: int, changes: Mapping[str, Any] = MappingProxyType({})) -> 
 class TransformerConfig:
     """The arguments of `Transformer`, in its words; the vocabulary is the tokenizer's."""
 
-    dim: int = option(128, "width")
-    depth: int = option(4, "number of blocks")
+    dim: int = option(128, "width", common=True)
+    depth: int = option(4, "number of blocks", common=True)
     dim_head: int = option(64, "size of an attention head")
     heads: int = option(8, "number of attention heads")
     ff_mult: int = option(4, "inner width of the feed-forward, as a multiple of the width; 0: none")
@@ -62,7 +65,7 @@ class TransformerConfig:
     post_ln_norm: bool = option(False, "LayerNorm after each residual instead of RMSNorm before each layer")
     sub_ln: bool = option(False, "LayerNorm on the merged heads")
     layer_pattern: str | None = option(None, "mixers in turn, such as 'gate gate attention'; none: all alike")
-    gate: str = option("polar", "kind of gate", ("polar", "paper", "ring"))
+    gate: str = option("polar", "kind of gate", ("polar", "paper", "ring"), common=True)
     head_norm: bool = option(False, "RMS norm on the output of each gate loop head")
     qk_norm: bool = option(False, "RMS norm on queries and keys")
     conv_size: int = option(0, "taps of the causal convolution in gate loop layers; 0: none")

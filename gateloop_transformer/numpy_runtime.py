@@ -8,11 +8,14 @@ W norm(x). A layer's memory is S = a S + k ⊗ v, read as y = Re(q S). All is fl
 """
 
 import argparse
+import codecs
 import json
 import math
 import struct
 import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +127,21 @@ class Model:
 
     def generate(self, prompt: list[int], count: int) -> list[int]:
         """`count` tokens after a prompt, the likeliest at each step."""
+        return list(self.stream(prompt, count))
+
+    def stream(self, prompt: list[int], count: int) -> Iterator[int]:
+        """The same as they are found."""
         if not prompt or count < 0:
             raise ValueError("a prompt needs at least one token, and 0 or more are added")
+        return self._tokens(prompt, count)
+
+    def _tokens(self, prompt: list[int], count: int) -> Iterator[int]:
         self.reset()
         *_, logits = (self.step(token) for token in prompt)
-        tokens: list[int] = []
-        while len(tokens) < count:
-            tokens.append(int(logits.argmax()))
-            logits = self.step(tokens[-1])
-        return tokens
+        for _ in range(count):
+            token = int(logits.argmax())
+            yield token
+            logits = self.step(token)
 
     def gate_loop(self, w: dict[str, Array], state: dict[str, Array], x: Array) -> Array:
         """S = a S + k ⊗ v and y = Re(q S) in each head, S being K × K; then norms, SiLU gate and output projection."""
@@ -248,6 +257,13 @@ def silu(x: Array) -> Array:
     return x * sigmoid(x)
 
 
+def write(parts: Iterable[str]) -> None:
+    """A line of text on standard output, each part as it comes."""
+    for part in chain(parts, ["\n"]):
+        sys.stdout.buffer.write(part.encode())
+        sys.stdout.buffer.flush()
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Continue a text by the likeliest tokens, in NumPy alone.")
@@ -260,14 +276,15 @@ def main() -> int:
     try:
         model = Model(arguments.dir)
         if arguments.ids is not None:
-            tokens = model.generate([int(n) for n in arguments.ids.split(",")], arguments.tokens)
-            sys.stdout.write(",".join(map(str, tokens)) + "\n")
+            tokens = model.stream([int(n) for n in arguments.ids.split(",")], arguments.tokens)
+            write(f"{',' if n else ''}{token}" for n, token in enumerate(tokens))
             return 0
         if not model.is_bytes:
             raise ValueError("the model's tokens are no bytes: encode the text by its tokenizer and give --ids")
         prompt = list(arguments.prompt.encode())
-        text = bytes(prompt + model.generate(prompt, arguments.tokens)).decode(errors="replace")
-        sys.stdout.buffer.write(f"{text}\n".encode())
+        tokens = model.stream(prompt, arguments.tokens)
+        pieces = chain([bytes(prompt)], (bytes([token]) for token in tokens))
+        write(codecs.iterdecode(pieces, "utf-8", "replace"))
         return 0
     except ValueError as error:
         sys.stderr.write(f"numpy_runtime: error: {error}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 # Kernels for GPUs run on the CPU, as Python; Triton asks once, when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -11,10 +12,14 @@ import pytest
 import torch
 from cases import HERE, INTERPRETED
 
+from gateloop_transformer import waiting
+
 # XLA compiles each shape for seconds; most of that is optimisation, which no law depends on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Tensors here are small: a second thread only waits, and on a busy machine it waits spinning.
 torch.set_num_threads(1)
+# What takes long says so, on a busy machine also where a test looks at all that is said.
+waiting.PATIENCE = waiting.EVERY = 1e6
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -49,6 +54,19 @@ def backend(request: pytest.FixtureRequest) -> str:
     """
     name: str = request.param
     return name
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would be said if it took long is said, and each part of a work."""
+
+    class AtOnce(threading.Timer):
+        def start(self) -> None:
+            self.function(*self.args, **self.kwargs)
+
+    monkeypatch.setattr(waiting.threading, "Timer", AtOnce)
+    monkeypatch.setattr(waiting, "PATIENCE", 0.0)
+    monkeypatch.setattr(waiting, "EVERY", 0.0)
 
 
 @pytest.fixture(autouse=True)

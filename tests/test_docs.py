@@ -88,3 +88,10 @@ def test_every_public_name_loads() -> None:
         assert getattr(gateloop_transformer, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Absent'"):
         gateloop_transformer.Absent  # noqa: B018
+
+
+def test_every_installation_is_announced() -> None:
+    recipes = [part for part in (ROOT / "Makefile").read_text().split("\n\n") if "pip install" in part]
+    assert len(recipes) == 4
+    for recipe in recipes:
+        assert '@echo "Installing' in recipe.split("pip install")[0], recipe

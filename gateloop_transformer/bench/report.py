@@ -19,6 +19,7 @@ import torch
 from gateloop_transformer.bench.cases import Case, candidates, every_case
 from gateloop_transformer.bench.peers import Peer
 from gateloop_transformer.bench.timing import interleaved
+from gateloop_transformer.nearest import did_you_mean
 
 PACKAGES = {name: name for name in ("torch", "numba", "numpy", "jax")} | {
     "gateloop-transformer": "gateloop_transformer"
@@ -243,12 +244,19 @@ def run(out: Path, python: Path | None, quick: bool, only: list[str], budget: fl
     groups = {case.group for case in every_case(True)}
     unknown = sorted(set(only) - groups)
     if unknown:
-        raise ValueError(f"--only: no group {', '.join(map(repr, unknown))}; there are {', '.join(sorted(groups))}")
+        there = f"there are {', '.join(sorted(groups))}{did_you_mean(unknown[0], groups)}"
+        raise ValueError(f"--only: no group {', '.join(map(repr, unknown))}; {there}")
     earlier = _earlier(out) if only else []
     if python is not None and not python.is_file():
         raise ValueError(f"--peers must be a Python interpreter, and {str(python)!r} is no file")
     out.mkdir(parents=True, exist_ok=True)
-    results = measure(python, quick, only, lambda text: print(text, file=sys.stderr, flush=True), budget)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    cases = [case for case in every_case(quick) if case.group in (only or groups)]
+    say(f"{len(cases)} cases of {budget:g} s or more, a line for each; kernels are compiled first where they are new")
+    results = measure(python, quick, only, say, budget)
     results["cases"] = _merged(earlier, results["cases"])
     (out / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "cpu.md").write_text(markdown(results))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from typing import NoReturn
 
 import gateloop_transformer
 from gateloop_transformer.cli import (
@@ -23,6 +21,8 @@ from gateloop_transformer.cli import (
     train,
 )
 from gateloop_transformer.cli.errors import let_main_speak, message
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.cli.progress import heard
 
 _COMMANDS = {
     "train": train,
@@ -40,19 +40,12 @@ _COMMANDS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
-        let_main_speak()
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gateloop", description="Train, run and evaluate GateLoop language models.")
+def _parser() -> Parser:
+    parser = Parser(prog="gateloop", description="Train, run and evaluate GateLoop language models.")
     parser.add_argument("--version", action="version", version=f"gateloop {gateloop_transformer.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for command in _COMMANDS.values():
-        command.add_parser(commands)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        commands.add_parser(name, help=command.HELP, description=command.DESCRIPTION, fill=command.add_arguments)
     return parser
 
 
@@ -63,23 +56,22 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
-            output.reconfigure(errors="replace")
+            # A line is seen when it is written, also at the other end of a pipe.
+            output.reconfigure(errors="replace", line_buffering=True)
     if sys.stderr is None:
         # Closed by the caller: nothing can be said to it, and it must not go to standard output instead.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        arguments, unknown = _parser().parse_known_args(argv)
+        arguments = _parser().parse_args(argv)
     except KeyboardInterrupt:
         print("\ngateloop: interrupted", file=sys.stderr)
         return 1
-    if unknown:
-        # The parser itself would name the command that all have in common.
-        _Parser(prog=f"gateloop {arguments.command}").error(f"unrecognized arguments: {' '.join(unknown)}")
     if sys.stdout is None:
         print(f"gateloop {arguments.command}: error: standard output is closed; send it to /dev/null", file=sys.stderr)
         return 2
     try:
-        _COMMANDS[arguments.command].run(arguments)
+        with heard(arguments.command):
+            _COMMANDS[arguments.command].run(arguments)
     except SystemExit:
         # Another process has failed.
         let_main_speak()

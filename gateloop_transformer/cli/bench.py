@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from gateloop_transformer.cli.flags import folder
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.cli.progress import importing
+
+HELP = "measure the speed of this machine"
+DESCRIPTION = (
+    "Time operators, layers, training steps and decoding beside peers and the memory's own speed. Writes cpu.json, "
+    "cpu.md and cpu.png; rows are said on standard error as they are done."
+)
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="measure the speed of this machine",
-        description="Time operators, layers, training steps and decoding beside peers and the memory's own speed. "
-        "Writes cpu.json, cpu.md and cpu.png; rows are said on standard error as they are done.",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     parser.add_argument("--out", type=folder, default=Path("bench"), metavar="DIR", help="(default: bench)")
     parser.add_argument("--quick", action="store_true", help="a few minutes: shorter sequences")
     parser.add_argument(
@@ -30,9 +32,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gateloop_transformer.bench.report import markdown, run
-
+    """Measure."""
     if not arguments.seconds >= 0:
         raise ValueError(f"--seconds must be 0 or more, not {arguments.seconds}")
+    with importing("torch"):
+        from gateloop_transformer.bench.report import markdown, run
+
     results = run(arguments.out, arguments.peers, arguments.quick, arguments.only, arguments.seconds)
     print(json.dumps(results) if arguments.json else markdown(results))

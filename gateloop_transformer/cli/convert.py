@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from gateloop_transformer.cli.flags import folder
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.cli.progress import importing
+from gateloop_transformer.waiting import waiting
+
+HELP = "a checkpoint of the original package as a folder of this one"
+DESCRIPTION = (
+    "Read a checkpoint of the Transformer of gateloop-transformer 0.2.5 and write a folder that the other commands, "
+    "load_model and Hugging Face's transformers load. Arguments are inferred from the names and shapes of its "
+    "parameters where these determine them. No code in the file is executed."
+)
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "convert",
-        help="a checkpoint of the original package as a folder of this one",
-        description="Read a checkpoint of the Transformer of gateloop-transformer 0.2.5 and write a folder that the "
-        "other commands, load_model and Hugging Face's transformers load. Arguments are inferred from the names and "
-        "shapes of its parameters where these determine them. No code in the file is executed.",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -48,17 +52,20 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gateloop_transformer.training.conversion import convert, read_arguments
+    """Convert."""
+    with importing("torch"):
+        from gateloop_transformer.training.conversion import convert, read_arguments
 
     given = {} if arguments.config is None else read_arguments(arguments.config)
-    result = convert(
-        arguments.source,
-        arguments.out,
-        given,
-        tokenizer=arguments.tokenizer,
-        entry=arguments.entry,
-        overwrite=arguments.overwrite,
-    )
+    with waiting("reading the checkpoint and writing the model"):
+        result = convert(
+            arguments.source,
+            arguments.out,
+            given,
+            tokenizer=arguments.tokenizer,
+            entry=arguments.entry,
+            overwrite=arguments.overwrite,
+        )
     if arguments.json:
         print(json.dumps(result))
         return

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateloop_transformer.cli import figures
-from gateloop_transformer.cli.flags import add_checkpoint, add_dtype, add_field, bytes_bar, folder
+from gateloop_transformer.cli import figures, models
+from gateloop_transformer.cli.flags import add_checkpoint, add_device, add_dtype, add_field, folder
+from gateloop_transformer.cli.parser import Parser, Rare
+from gateloop_transformer.cli.progress import bar, importing
+from gateloop_transformer.waiting import waiting
 
 if TYPE_CHECKING:
     from gateloop_transformer.data.documents import Source
@@ -19,18 +22,18 @@ if TYPE_CHECKING:
     from gateloop_transformer.model import Transformer
 
 
-def add_parser(commands: Any) -> None:
+HELP = "bits per byte of a trained model on any text"
+DESCRIPTION = "Bits per byte, each document read once from start to end with the state carried along."
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     from gateloop_transformer.data.documents import SOURCES
 
-    parser = commands.add_parser(
-        "eval",
-        help="bits per byte of a trained model on any text",
-        description="Bits per byte, each document read once from start to end with the state carried along.",
-    )
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
     parser.add_argument("data", metavar="DATA", help=SOURCES)
     add_field(parser)
-    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
+    add_device(parser)
     add_dtype(parser)
     add_checkpoint(parser)
     what = parser.add_mutually_exclusive_group()
@@ -50,18 +53,18 @@ def add_parser(commands: Any) -> None:
         "--up-to",
         type=int,
         metavar="N",
-        help="with --by-position: windows of N times the training context (default: 64, less if DATA is short)",
+        help=Rare("with --by-position: windows of N times the training context (default: 64, less if DATA is short)"),
     )
     both = "with --by-position or --suite"
     parser.add_argument(
-        "--windows", type=int, metavar="N", help=f"{both}: N windows, evenly through DATA (default: all)"
+        "--windows", type=int, metavar="N", help=Rare(f"{both}: N windows, evenly through DATA (default: all)")
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"{both}: draw the loss against the position")
     parser.add_argument(
         "--context",
         type=int,
         metavar="T",
-        help=f"{both}: tokens in a training window (default: the run's; a converted model does not know)",
+        help=Rare(f"{both}: tokens in a training window (default: the run's; a converted model does not know)"),
     )
     parser.add_argument(
         "--json",
@@ -74,22 +77,24 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gateloop_transformer.data.sources import open_source
-    from gateloop_transformer.layers.quantized import quantize
-    from gateloop_transformer.training.checkpoint import weights_file
-    from gateloop_transformer.training.folder import load_model, load_tokenizer, pick_device
-
+    """Evaluate."""
     _check_flags(arguments)
-    source = open_source(arguments.data, field=arguments.field)
+    with importing("torch"):
+        from gateloop_transformer.data.sources import open_source
+        from gateloop_transformer.training.checkpoint import weights_file
+        from gateloop_transformer.training.folder import load_tokenizer
+
     counts = _Counts()
-    texts = counts.texts(source)
-    # Data that cannot be read is refused before the model is looked at.
-    documents = itertools.chain([next(texts)], texts)
+    with waiting("opening the data"):
+        source = open_source(arguments.data, field=arguments.field)
+        texts = counts.texts(source)
+        # Data that cannot be read is refused before the model is looked at.
+        documents = itertools.chain([next(texts)], texts)
     tokenizer = load_tokenizer(arguments.dir)
     if arguments.by_position or arguments.suite:
         arguments.context = _context(arguments)
     weights = weights_file(arguments.dir, arguments.checkpoint)
-    model = quantize(load_model(arguments.dir, weights), arguments.dtype).to(pick_device(arguments.device))
+    model = models.load(arguments.dir, weights, arguments.device, arguments.dtype)
     if arguments.by_position:
         _by_position(arguments, model, documents, tokenizer)
         _say_left_out(source, counts)
@@ -114,10 +119,10 @@ def _bits_per_byte(
     from gateloop_transformer.training.evaluation import Score, score
 
     total = Score(0.0, 0)
-    with bytes_bar(source.size()) as bar:
+    with bar("evaluating", source.size()) as progress:
         for document in documents:
             ids = encode_document(tokenizer, document)
-            new = score(model, ids, tokenizer, report=bar.update)
+            new = score(model, ids, tokenizer, report=progress.update)
             total = Score(total.nats + new.nats, total.size + new.size)
     result: dict[str, Any] = {
         "bits_per_byte": total.bits_per_byte,
@@ -193,10 +198,10 @@ def _suite(
 
     with tokens_on_disk(documents, tokenizer) as tokens:
         chosen = windows(tokens, arguments.context, arguments.windows)
-        with bytes_bar(counts.size) as bar:
-            result: dict[str, Any] = perplexities(model, tokens, tokenizer, bar.update)
-        with bytes_bar(chosen.length * len(chosen.starts), unit="token") as bar:
-            found = generalisation(model, tokens, chosen, arguments.context, tokenizer, bar.update)
+        with bar("reading whole documents", counts.size) as progress:
+            result: dict[str, Any] = perplexities(model, tokens, tokenizer, progress.update)
+        with bar("reading windows", chosen.length * len(chosen.starts), "token") as progress:
+            found = generalisation(model, tokens, chosen, arguments.context, tokenizer, progress.update)
         size = len(tokens)
     result |= {"tokens": size, "bytes": counts.size, "documents": counts.documents, "length_generalisation": found}
     if arguments.plot is not None:
@@ -217,9 +222,9 @@ def _by_position(
         starts, times = windows_up_to(tokens, context, arguments.up_to)
         starts = starts if arguments.windows is None else evenly(starts, arguments.windows)
         length = times * context
-        with bytes_bar(length * len(starts), unit="token") as bar:
+        with bar("reading windows", length * len(starts), "token") as progress:
             spans = doubling_spans(length, context)
-            found = spread(model, tokens, starts, length, spans, tokenizer, bar.update)
+            found = spread(model, tokens, starts, length, spans, tokenizer, progress.update)
     result: dict[str, Any] = {
         "by_position": found.by_position(),
         "by_distance": found.by_distance(),

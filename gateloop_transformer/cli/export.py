@@ -8,19 +8,23 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gateloop_transformer.cli import models
 from gateloop_transformer.cli.flags import add_checkpoint, folder
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.cli.progress import importing
+from gateloop_transformer.waiting import waiting
 
+HELP = "write a model for Hugging Face, onnxruntime or torch.export"
+DESCRIPTION = (
+    "Write a trained model for others. hf: a folder for transformers with a model card, to publish. onnx: step.onnx "
+    "reads a token, prompt.onnx a block of tokens, and model.json says what they need. torch: model.pt2, a program of "
+    "torch.export."
+)
 _PROGRAM = "model.pt2"
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="write a model for Hugging Face, onnxruntime or torch.export",
-        description="Write a trained model for others. hf: a folder for transformers with a model card, to publish. "
-        "onnx: step.onnx reads a token, prompt.onnx a block of tokens, and model.json says what they need. torch: "
-        "model.pt2, a program of torch.export.",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
     parser.add_argument("--format", required=True, choices=("hf", "onnx", "torch"), help="of what is written")
     parser.add_argument("--out", required=True, type=folder, metavar="OUT", help="folder for the files")
@@ -36,16 +40,18 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gateloop_transformer.training.checkpoint import weights_file
-    from gateloop_transformer.training.folder import load_model, load_tokenizer
-
+    """Export."""
     _check_flags(arguments)
+    with importing("torch"):
+        from gateloop_transformer.training.checkpoint import weights_file
+        from gateloop_transformer.training.folder import load_tokenizer
+
     out: Path = arguments.out
     if arguments.format == "hf":
         _publish(arguments.dir, out, arguments.json)
         return
     tokenizer = load_tokenizer(arguments.dir)
-    model = load_model(arguments.dir, weights_file(arguments.dir, arguments.checkpoint))
+    model = models.load(arguments.dir, weights_file(arguments.dir, arguments.checkpoint))
     result: dict[str, Any] = {"out": str(out), "format": arguments.format, "tokenizer": tokenizer.kind}
     if arguments.format == "onnx":
         from gateloop_transformer.export.onnx import check_free, export_onnx
@@ -82,10 +88,12 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 def _publish(run: Path, out: Path, as_json: bool) -> None:
     try:
-        from gateloop_transformer.huggingface import export
+        with importing("transformers"):
+            from gateloop_transformer.huggingface import export
     except ImportError as error:
         raise ValueError(str(error)) from error
-    export(run, out)
+    with waiting("writing the model and its card"):
+        export(run, out)
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     if as_json:
         print(json.dumps({"out": str(out), "format": "hf", "files": files}))
@@ -106,7 +114,8 @@ def _write_program(model: Any, out: Path, portable: bool, overwrite: bool) -> No
         raise ValueError(f"{str(path)!r} is a folder, not a file: choose another folder")
     if path.exists() and not overwrite:
         raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
-    program = export_program(model, portable=portable)
+    with waiting("tracing the model"):
+        program = export_program(model, portable=portable)
     out.mkdir(parents=True, exist_ok=True)
     aside = out / f".partial-{_PROGRAM}"
     try:

@@ -1,23 +1,25 @@
-"""What the commands' flags have in common, and a bar."""
+"""What the commands' flags have in common."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gateloop_transformer.arguments import WEIGHT_KINDS
 from gateloop_transformer.cli.errors import message
+from gateloop_transformer.cli.parser import Parser, Rare
 
 
 def add_fields(
-    parser: argparse.ArgumentParser, kind: type, title: str, defaults: Mapping[str, Any] | None = None
+    parser: Parser, kind: type, title: str, defaults: Mapping[str, Any] | None = None, common: bool = False
 ) -> None:
     """One flag per field; a flag not given is absent from the namespace.
 
-    `defaults`: what the help says where a field's own default does not hold; None: those of the presets.
+    `defaults`: what the help says where a field's own default does not hold; None: those of the presets. `common`:
+    --help shows all of them, not only those that say so.
     """
     from gateloop_transformer.training.config import value_types
     from gateloop_transformer.training.presets import PRESETS
@@ -33,7 +35,8 @@ def add_fields(
         default = defaults.get(item.name, item.default)
         whose = "the preset's; tiny: " if item.name in preset else ""
         text = f"{item.metadata['help']} (default: {whose}{'none' if default is None else default})"
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        shown = text if common or item.metadata["common"] else Rare(text)
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": shown}
         kinds = [each for each in accepted[item.name] if each is not type(None)]
         if kinds == [bool]:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
@@ -60,7 +63,7 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint(parser: Parser) -> None:
     """--checkpoint: which weights of a run."""
     parser.add_argument(
         "--checkpoint",
@@ -70,35 +73,18 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    from gateloop_transformer.layers.quantized import KINDS
+def add_device(parser: Parser) -> None:
+    """--device."""
+    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
 
+
+def add_dtype(parser: Parser) -> None:
+    """--dtype: of the weights."""
     text = "of the weights of Linear layers, gates excepted: smaller is faster (default: float32)"
-    parser.add_argument("--dtype", choices=KINDS, default="float32", help=text)
+    parser.add_argument("--dtype", choices=WEIGHT_KINDS, default="float32", help=text)
 
 
-def add_field(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_field(parser: Parser, default: str | None = None) -> None:
+    """--field: of records."""
     text = "of JSON lines, Parquet files and datasets: where the text is (default: text)"
     parser.add_argument("--field", metavar="NAME", default=default, help=text)
-
-
-def bytes_bar(total: int | None, delay: float = 0, unit: str = "B") -> Any:
-    """A progress bar in bytes, or of `unit`, where there is a terminal and tqdm is installed, shown after `delay`
-    seconds.
-    """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return NoBar()
-    return tqdm(total=total, unit=unit, unit_scale=True, disable=None, dynamic_ncols=True, delay=delay)
-
-
-class NoBar(contextlib.nullcontext["NoBar"]):
-    def __enter__(self) -> NoBar:
-        return self
-
-    def update(self, _count: int) -> None:
-        """Nothing to show."""
-
-    def close(self) -> None:
-        """Nothing to end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import itertools
 import os
 import sys
 import time
@@ -11,20 +12,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateloop_transformer.cli.flags import add_checkpoint, add_dtype, folder
+from gateloop_transformer.cli import models
+from gateloop_transformer.cli.flags import add_checkpoint, add_device, add_dtype, folder
+from gateloop_transformer.cli.parser import Parser, Rare
+from gateloop_transformer.cli.progress import importing
+from gateloop_transformer.waiting import waiting
 
 if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
     from gateloop_transformer.generation import DraftReport
 
 
+HELP = "continue a text with a trained model"
+DESCRIPTION = "Continue a text, as it is drawn."
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "generate", help="continue a text with a trained model", description="Continue a text, as it is drawn."
-    )
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue, not empty")
     parser.add_argument("--state", type=Path, metavar="FILE", help="continue what 'gateloop read' has read")
@@ -40,46 +45,59 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="X", help="draw from the likeliest tokens that sum to X")
-    parser.add_argument("--min-p", type=float, metavar="X", help="draw from tokens X times as likely as the likeliest")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: less repetition")
+    parser.add_argument(
+        "--min-p", type=float, metavar="X", help=Rare("draw from tokens X times as likely as the likeliest")
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help=Rare("above 1: less repetition")
+    )
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end after this text (may be repeated)")
     parser.add_argument("--seed", type=int, metavar="S", help="for the same text every time")
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="search with N beams (default: 1, none)")
     parser.add_argument(
-        "--length-penalty", type=float, default=1.0, metavar="X", help="of beams: above 0 for longer text (default: 1)"
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help=Rare("of beams: above 0 for longer text (default: 1)"),
     )
     parser.add_argument(
         "--draft", type=folder, metavar="DIR", help="run of a smaller model that drafts tokens, for speed"
     )
-    parser.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="tokens drafted at once (default: 4)")
     parser.add_argument(
-        "--stats", action="store_true", help="say tokens per second, and how many drafted ones came, on standard error"
+        "--draft-tokens", type=int, default=4, metavar="K", help=Rare("tokens drafted at once (default: 4)")
     )
-    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help=Rare("say tokens per second, and how many drafted ones came, on standard error"),
+    )
+    add_device(parser)
     add_dtype(parser)
     add_checkpoint(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from gateloop_transformer.generation import DraftReport
-    from gateloop_transformer.layers.quantized import quantize
-    from gateloop_transformer.training.checkpoint import weights_file
-    from gateloop_transformer.training.folder import load_model, load_tokenizer, pick_device
-    from gateloop_transformer.training.reading import load_reading, model_digest
-
+    """Generate."""
     if arguments.tokens < 0:
         raise ValueError(f"--tokens must be 0 or more, not {arguments.tokens}")
-    device = pick_device(arguments.device)
     if arguments.prompt is None and arguments.state is None:
         raise ValueError("give a --prompt, a --state, or both")
     prompt = os.fsencode(arguments.prompt or "")
     if not prompt and arguments.state is None:
         raise ValueError("--prompt must not be empty; a newline starts from next to nothing")
+    with importing("torch"):
+        import torch
+
+        from gateloop_transformer.generation import DraftReport
+        from gateloop_transformer.training.checkpoint import weights_file
+        from gateloop_transformer.training.folder import load_tokenizer, pick_device
+        from gateloop_transformer.training.reading import load_reading, model_digest
+
+    device = pick_device(arguments.device)
     tokenizer = load_tokenizer(arguments.dir)
     weights = weights_file(arguments.dir, arguments.checkpoint)
-    model = quantize(load_model(arguments.dir, weights), arguments.dtype).to(device)
+    model = models.load(arguments.dir, weights, arguments.device, arguments.dtype)
     before, state = [], None
     if arguments.state is not None:
         reading = load_reading(arguments.state, model_digest(weights, arguments.dtype))
@@ -96,13 +114,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.draft is not None:
         if load_tokenizer(arguments.draft).sha256 != tokenizer.sha256:
             raise ValueError(f"--draft: {str(arguments.draft)!r} has another tokenizer than {str(arguments.dir)!r}")
-        draft = quantize(load_model(arguments.draft), arguments.dtype).to(device)
+        draft = models.load(arguments.draft, None, arguments.device, arguments.dtype)
         options.update(draft=draft, draft_tokens=arguments.draft_tokens, draft_report=report)
     start = time.perf_counter()
     steps: Iterable[Any]
     if beams:
         beam = {"num_beams": arguments.num_beams, "length_penalty": arguments.length_penalty}
-        steps = model.generate(ids, arguments.tokens, **options, **beam)[0, ids.shape[1] :]
+        with waiting(f"searching with {arguments.num_beams} beams"):
+            steps = model.generate(ids, arguments.tokens, **options, **beam)[0, ids.shape[1] :]
     else:
         steps = model.stream(ids, arguments.tokens, **options)
     count = _write(prompt, (tokenizer.pieces[int(token)] for token in steps), stops)
@@ -131,8 +150,12 @@ def _write(prompt: bytes, pieces: Iterable[bytes], stops: list[bytes]) -> int:
     """Print the prompt and what comes, up to the first of the texts in `stops`; returns how many pieces came."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     sys.stdout.write(decoder.decode(prompt))
+    sys.stdout.flush()
     longest, tail, count = max(map(len, stops), default=1), b"", 0
-    for piece in pieces:
+    pieces = iter(pieces)
+    with waiting("reading the prompt"):
+        first = list(itertools.islice(pieces, 1))
+    for piece in itertools.chain(first, pieces):
         count += 1
         text = tail + piece
         ends = [text.find(stop) + len(stop) for stop in stops if stop in text]

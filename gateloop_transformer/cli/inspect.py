@@ -10,7 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateloop_transformer.cli.flags import add_checkpoint, bytes_bar, folder
+from gateloop_transformer.cli import models
+from gateloop_transformer.cli.flags import add_checkpoint, add_device, folder
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.cli.progress import bar, importing
+from gateloop_transformer.waiting import waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,14 +23,16 @@ if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "inspect",
-        help="pictures of a trained model's gates on a text",
-        description="Read a text with a trained model and show its gates: how long each head remembers at each token, "
-        "where memory is reset, the spectrum of the gates, and what is predicted right. Writes index.html, one page "
-        "that needs nothing else, and PNGs.",
-    )
+HELP = "pictures of a trained model's gates on a text"
+DESCRIPTION = (
+    "Read a text with a trained model and show its gates: how long each head remembers at each token, where memory is "
+    "reset, the spectrum of the gates, and what is predicted right. Writes index.html, one page that needs nothing "
+    "else, and PNGs."
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", metavar="TEXT", help="the text to read")
@@ -35,7 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--tokens", type=int, default=512, metavar="N", help="of the text, 2 to 4000 at its start (default: 512)"
     )
-    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
+    add_device(parser)
     add_checkpoint(parser)
     parser.add_argument(
         "--json",
@@ -45,21 +51,22 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gateloop_transformer.inspection.draw import draw
-    from gateloop_transformer.inspection.page import MOST_TOKENS, page
-    from gateloop_transformer.inspection.report import report
-    from gateloop_transformer.inspection.trace import trace
-    from gateloop_transformer.training.checkpoint import weights_file
-    from gateloop_transformer.training.folder import load_model, load_tokenizer, pick_device
-    from gateloop_transformer.training.reading import text_blocks
-    from gateloop_transformer.training.storage import write_text
+    """Inspect."""
+    with importing("torch and matplotlib"):
+        from gateloop_transformer.inspection.draw import draw
+        from gateloop_transformer.inspection.page import MOST_TOKENS, page
+        from gateloop_transformer.inspection.report import report
+        from gateloop_transformer.inspection.trace import trace
+        from gateloop_transformer.training.checkpoint import weights_file
+        from gateloop_transformer.training.folder import load_tokenizer
+        from gateloop_transformer.training.reading import text_blocks
+        from gateloop_transformer.training.storage import write_text
 
     if not 2 <= arguments.tokens <= MOST_TOKENS:
         raise ValueError(f"--tokens must be from 2 to {MOST_TOKENS}, not {arguments.tokens}")
     out = _check_out(arguments)
     tokenizer = load_tokenizer(arguments.dir)
-    model = load_model(arguments.dir, weights_file(arguments.dir, arguments.checkpoint))
-    model = model.to(pick_device(arguments.device))
+    model = models.load(arguments.dir, weights_file(arguments.dir, arguments.checkpoint), arguments.device)
     text = text_blocks(arguments.file) if arguments.text is None else iter([os.fsencode(arguments.text)])
     ids, more = _first_tokens(tokenizer, text, arguments.tokens)
     notes = []
@@ -67,12 +74,13 @@ def run(arguments: argparse.Namespace) -> None:
         how = ", the most that a page holds" if len(ids) == MOST_TOKENS else ": --tokens N takes more"
         notes.append(f"only the first {len(ids):,} tokens of the text are shown{how}")
         print(f"gateloop inspect: {notes[0]}", file=sys.stderr)
-    found = report(trace(model, ids), tokenizer)
+    with waiting("reading the text"):
+        found = report(trace(model, ids), tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     # The page first: it says that the pictures beside it may be replaced.
     write_text(out / "index.html", page(found, _title(arguments), notes))
-    with bytes_bar(len(found.figures["layers"]), delay=1, unit="layer") as bar:
-        images = draw(found, out, bar.update)
+    with bar("drawing", len(found.figures["layers"]), "layer") as progress:
+        images = draw(found, out, progress.update)
     for old in set(_pictures(out)) - set(images):
         old.unlink()
     result = {**found.figures, "cut": more, "page": str(out / "index.html"), "images": list(map(str, images))}

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from gateloop_transformer.waiting import waiting
+
 if TYPE_CHECKING:
     from gateloop_transformer.training.config import RunConfig
     from gateloop_transformer.training.loop import Trainer
+
+_ESTIMATING = "estimating what the run needs"
 
 
 def print_needs(config: RunConfig, processes: int, as_json: bool) -> None:
@@ -22,8 +26,9 @@ def print_needs(config: RunConfig, processes: int, as_json: bool) -> None:
     device = "cuda" if _on_cuda(config.training.device) else "cpu"
     ranks = config.training.context_parallel
     sharded = config.training.parallel == "fsdp"
-    found = estimate(config, Spread(processes, ranks, sharded and processes > 1), device=device)
-    other = estimate(config, Spread(processes, ranks, not sharded), device=device) if processes > 1 else None
+    with waiting(_ESTIMATING):
+        found = estimate(config, Spread(processes, ranks, sharded and processes > 1), device=device)
+        other = estimate(config, Spread(processes, ranks, not sharded), device=device) if processes > 1 else None
     name = "ddp" if sharded else "fsdp"
     if as_json:
         print(json.dumps({**found.to_json(), **({} if other is None else {name: other.to_json()})}))
@@ -41,7 +46,8 @@ def needs_of(trainer: Trainer) -> list[str]:
 
     engine = trainer.engine
     spread = Spread(engine.size, engine.context_size, engine.fsdp)
-    found = estimate(trainer.config, spread, device="cuda" if trainer.device.type == "cuda" else "cpu")
+    with waiting(_ESTIMATING):
+        found = estimate(trainer.config, spread, device="cuda" if trainer.device.type == "cuda" else "cpu")
     lines = found.describe()[1:]
     available = available_memory(trainer.device)
     needed = found.memory.total - found.memory.weights

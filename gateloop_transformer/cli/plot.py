@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from gateloop_transformer.cli.flags import folder
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.waiting import waiting
+
+HELP = "draw the loss of runs against tokens, time and steps"
+DESCRIPTION = (
+    "Draw training losses (smoothed) and validations of one or several runs, finished or still going, in bits per byte."
+)
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "plot",
-        help="draw the loss of runs against tokens, time and steps",
-        description="Draw training losses (smoothed) and validations of one or several runs, finished or still going, "
-        "in bits per byte.",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     parser.add_argument("runs", nargs="+", metavar="RUN", type=folder, help="folder of a run")
     parser.add_argument(
         "--out", type=folder, default=Path("curves.png"), metavar="FILE.png", help="(default: curves.png)"
@@ -30,12 +31,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Plot."""
     from gateloop_transformer.training.curves import AGAINST, read_curves, summary
     from gateloop_transformer.training.plot import check_png, draw_curves
 
     check_png(arguments.out)
-    curves = read_curves(arguments.runs)
-    draw_curves(curves, arguments.out, AGAINST if arguments.against == "all" else (arguments.against,))
+    with waiting("reading the runs"):
+        curves = read_curves(arguments.runs)
+    with waiting("drawing"):
+        draw_curves(curves, arguments.out, AGAINST if arguments.against == "all" else (arguments.against,))
     rows = [summary(curve) for curve in curves]
     if arguments.json:
         print(json.dumps({"out": str(arguments.out), "runs": rows}))

@@ -7,54 +7,60 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
-from gateloop_transformer.cli.flags import add_checkpoint, add_dtype, bytes_bar, folder
+from gateloop_transformer.cli import models
+from gateloop_transformer.cli.flags import add_checkpoint, add_device, add_dtype, folder
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.cli.progress import bar, importing
+
+HELP = "read a text of any length and keep the state"
+DESCRIPTION = (
+    "Read a text with a trained model, in bounded memory, and save the state, from which 'gateloop generate --state' "
+    "continues."
+)
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "read",
-        help="read a text of any length and keep the state",
-        description="Read a text with a trained model, in bounded memory, and save the state, from which "
-        "'gateloop generate --state' continues.",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
     parser.add_argument("text", metavar="FILE", help="any file, .gz, .xz and .zst too; - for standard input")
     parser.add_argument("--state", required=True, type=Path, metavar="FILE", help="where to save the state")
     parser.add_argument("--after", type=Path, metavar="FILE", help="read on from this state, not from the start")
     parser.add_argument("--overwrite", action="store_true", help="replace the state file")
-    parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
+    add_device(parser)
     add_dtype(parser)
     add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help='print {"bytes": ..., "position": ..., "seconds": ...}')
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gateloop_transformer.data.documents import count
-    from gateloop_transformer.layers.quantized import quantize
-    from gateloop_transformer.training.checkpoint import weights_file
-    from gateloop_transformer.training.folder import load_model, load_tokenizer, pick_device
-    from gateloop_transformer.training.reading import load_reading, model_digest, read, save_reading, text_blocks
-
+    """Read."""
     path = arguments.state
     if path.is_dir():
         raise ValueError(f"--state: {str(path)!r} is a folder, not a file")
     same = arguments.after is not None and path.resolve() == arguments.after.resolve()
     if path.exists() and not (arguments.overwrite or same):
         raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
+    with importing("torch"):
+        from gateloop_transformer.data.documents import count
+        from gateloop_transformer.data.files import is_packed
+        from gateloop_transformer.training.checkpoint import weights_file
+        from gateloop_transformer.training.folder import load_tokenizer, pick_device
+        from gateloop_transformer.training.reading import load_reading, model_digest, read, save_reading, text_blocks
+
     device = pick_device(arguments.device)
     weights = weights_file(arguments.dir, arguments.checkpoint)
-    model = quantize(load_model(arguments.dir, weights), arguments.dtype).to(device)
+    model = models.load(arguments.dir, weights, arguments.device, arguments.dtype)
     digest = model_digest(weights, arguments.dtype)
     start = None if arguments.after is None else load_reading(arguments.after, digest)
     if start is not None and start.state is not None:
         start = start._replace(state=start.state.to(device))
-    size = os.path.getsize(arguments.text) if os.path.isfile(arguments.text) else 0
+    known = os.path.isfile(arguments.text) and not is_packed(Path(arguments.text))
+    size = os.path.getsize(arguments.text) if known else None
     began = time.perf_counter()
     text = text_blocks(arguments.text)
-    with bytes_bar(size) as bar:
-        reading = read(model, text, start, bar.update, load_tokenizer(arguments.dir))
+    with bar("reading", size) as progress:
+        reading = read(model, text, start, progress.update, load_tokenizer(arguments.dir))
     seconds = time.perf_counter() - began
     save_reading(reading, path, digest)
     new = reading.position - (0 if start is None else start.position)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
 
 from gateloop_transformer.cli.errors import check_installed
 from gateloop_transformer.cli.flags import add_field, add_fields, folder
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.cli.progress import importing
+
+HELP = "train with every combination of some settings"
+DESCRIPTION = (
+    "Train one run after the other, each in DIR/NAME, with every combination of the grid's values. Run again with the "
+    "same flags it goes on where it was. DIR gets results.json, curves.png, lr.png and logs."
+)
 
 
-def add_parser(commands: Any) -> None:
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     from gateloop_transformer.configuration import TransformerConfig
     from gateloop_transformer.training.config import TrainingConfig
     from gateloop_transformer.training.presets import PRESET_HELP, PRESETS
 
-    parser = commands.add_parser(
-        "sweep",
-        help="train with every combination of some settings",
-        description="Train one run after the other, each in DIR/NAME, with every combination of the grid's values. Run "
-        "again with the same flags it goes on where it was. DIR gets results.json, curves.png, lr.png and logs.",
-    )
     parser.add_argument("data", nargs="?", metavar="DATA", help="as for gateloop train")
     parser.add_argument("--out", required=True, metavar="DIR", type=folder, help="folder of the sweep")
     parser.add_argument(
@@ -41,16 +43,18 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from gateloop_transformer.training import sweep
+    """Sweep."""
+    with importing("torch"):
+        from gateloop_transformer.training import sweep
 
-    check_installed()
+        check_installed()
     own = {"command", "data", "out", "grid", "seeds", "json"}
     settings = {name: value for name, value in vars(arguments).items() if name not in own}
     plan = sweep.Sweep(
         arguments.out, sweep.data_of(arguments.data), settings, sweep.parse_grid(arguments.grid, arguments.seeds)
     )
     say = sys.stderr if arguments.json else sys.stdout
-    rows = sweep.run(plan, lambda line: print(line, file=say, flush=True))
+    rows = sweep.run(plan, lambda line: print(line, file=say))
     if arguments.json:
         print(json.dumps({"rows": sweep.ranked(rows)}))
     else:

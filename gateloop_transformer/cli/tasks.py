@@ -4,52 +4,65 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateloop_transformer.cli.flags import NoBar, add_fields, folder
+from gateloop_transformer.cli.flags import add_fields, folder
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.cli.progress import bar, importing
+from gateloop_transformer.waiting import waiting
 
 if TYPE_CHECKING:
     from gateloop_transformer.tasks.curriculum import Progress
     from gateloop_transformer.tasks.experiment import Experiment, Outcome
+    from gateloop_transformer.tasks.task import Task
 
 RESULT, PICTURE = "result.json", "accuracy.png"
+HELP = "train a model on a synthetic task and score it by length"
+DESCRIPTION = (
+    "Train a small model on a synthetic task, in minutes on a CPU, and score it by length and by span. "
+    f"DIR gets {RESULT} and {PICTURE}. Without NAME: say which tasks there are."
+)
 
 
-def add_parser(commands: Any) -> None:
-    from gateloop_transformer.configuration import TransformerConfig
-    from gateloop_transformer.tasks.settings import TaskTraining, defaults
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command, and its own commands."""
     from gateloop_transformer.tasks.table import TASKS
 
-    parser = commands.add_parser(
-        "tasks",
-        help="train a model on a synthetic task and score it by length",
-        description="Train a small model on a synthetic task, in minutes on a CPU, and score it by length and by span. "
-        f"DIR gets {RESULT} and {PICTURE}. Without NAME: say which tasks there are.",
-    )
     parser.add_argument("--list", action="store_true", help="say which tasks there are")
     names = parser.add_subparsers(dest="task", metavar="NAME")
     for name, task in TASKS.items():
-        own = names.add_parser(name, help=task.summary, description=(task.__doc__ or "").splitlines()[0])
-        own.add_argument(
-            "--out",
-            type=folder,
-            metavar="DIR",
-            help="where the results go, instead of earlier ones "
-            f"(default: {Path('runs', 'tasks', name)}, or where that is taken {name}-2 and so on)",
-        )
-        own.add_argument("--json", action="store_true", help="print the result as one JSON object, not as a table")
-        start = defaults(task)
-        if dataclasses.fields(task):
-            add_fields(own, task, "task", start)
-        add_fields(own, TaskTraining, "training and test", start)
-        add_fields(own, TransformerConfig, "model", start)
+        about = (task.__doc__ or "").splitlines()[0]
+        fill = functools.partial(_add_arguments, task=task)
+        names.add_parser(name, help=task.summary, description=about, fill=fill)
+
+
+def _add_arguments(parser: Parser, task: type[Task]) -> None:
+    """Flags of a task."""
+    from gateloop_transformer.configuration import TransformerConfig
+    from gateloop_transformer.tasks.settings import TaskTraining, defaults
+
+    parser.add_argument(
+        "--out",
+        type=folder,
+        metavar="DIR",
+        help="where the results go, instead of earlier ones "
+        f"(default: {Path('runs', 'tasks', task.name)}, or where that is taken {task.name}-2 and so on)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, not as a table")
+    start = defaults(task)
+    if dataclasses.fields(task):
+        add_fields(parser, task, "task", start, common=True)
+    add_fields(parser, TaskTraining, "training and test", start)
+    add_fields(parser, TransformerConfig, "model", start)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Run a task, or say which there are."""
     from gateloop_transformer.tasks.table import TASKS
 
     if arguments.task is None:
@@ -59,7 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.list:
         raise ValueError("--list takes no NAME")
-    from gateloop_transformer.tasks.experiment import Experiment
+    with importing("torch"):
+        from gateloop_transformer.tasks.experiment import Experiment
 
     own = {"command", "task", "list", "out", "json"}
     experiment = Experiment.of(
@@ -81,41 +95,34 @@ def _free(folder: Path) -> Path:
 
 
 def _run(experiment: Experiment, out: Path) -> Outcome:
-    """Train and score with a bar on a terminal, and write the results."""
+    """Train and score, and write the results."""
     from gateloop_transformer.tasks.experiment import run
     from gateloop_transformer.tasks.plot import draw_accuracy
     from gateloop_transformer.training.storage import write_text
 
     try:
-        import matplotlib  # noqa: F401
+        with importing("matplotlib"):
+            import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError("matplotlib is not installed; `pip install gateloop-transformer[train]`") from error
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {str(out)!r}: {error.strerror}") from error
-    with _bar(experiment.training.steps) as bar:
-        outcome = run(experiment, lambda progress: _show(bar, progress))
+    with bar("training", experiment.training.steps, "step") as shown:
+        outcome = run(experiment, lambda progress: _show(shown, progress))
     result = outcome.to_json()
     write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
-    draw_accuracy([result], out / PICTURE)
+    with waiting("drawing"):
+        draw_accuracy([result], out / PICTURE)
     return outcome
 
 
-def _bar(steps: int) -> Any:
-    """A progress bar of steps where standard error is a terminal and tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return NoBar()
-    return tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True, file=sys.stderr)
-
-
-def _show(bar: Any, progress: Progress) -> None:
-    if progress.step % 20 == 0 and not getattr(bar, "disable", True):
-        shown = {"length": progress.longest, "right": f"{progress.accuracy:.3f}", "loss": f"{progress.loss:.4f}"}
-        bar.set_postfix(shown, refresh=False)
-    bar.update(1)
+def _show(shown: Any, progress: Progress) -> None:
+    if progress.step % 20 == 0:
+        numbers = {"length": progress.longest, "right": f"{progress.accuracy:.3f}", "loss": f"{progress.loss:.4f}"}
+        shown.set_postfix(numbers, refresh=False)
+    shown.update(1)
 
 
 def _table(outcome: Outcome, out: Path) -> str:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateloop_transformer.cli.flags import add_field, bytes_bar
+from gateloop_transformer.cli.flags import add_field
+from gateloop_transformer.cli.parser import Parser
+from gateloop_transformer.cli.progress import bar
+from gateloop_transformer.waiting import waiting
 
 if TYPE_CHECKING:
     from gateloop_transformer.data.documents import Source
 
 
-def add_parser(commands: Any) -> None:
+HELP = "make a BPE tokenizer"
+DESCRIPTION = "Make a BPE tokenizer."
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     from gateloop_transformer.data.documents import SOURCES
 
-    parser = commands.add_parser("tokenizer", help="make a BPE tokenizer", description="Make a BPE tokenizer.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser(
         "train",
@@ -45,6 +53,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Make a tokenizer."""
     from gateloop_transformer.data.bpe import train_tokenizer
     from gateloop_transformer.data.sources import open_source
 
@@ -55,10 +64,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit-bytes must be at least 1, not {limit}")
-    source = open_source(arguments.data, field=arguments.field)
+    with waiting("opening the data"):
+        source = open_source(arguments.data, field=arguments.field)
     texts = _Texts(source, limit)
-    with bytes_bar(limit or source.size()) as bar:
-        tokenizer = train_tokenizer(texts.read(bar), arguments.vocab_size)
+    with bar("reading", limit or source.size()) as progress, contextlib.ExitStack() as learning:
+        tokenizer = train_tokenizer(texts.read(progress, learning), arguments.vocab_size)
     tokens = sum(len(ids) for ids in tokenizer.encode_many(list(tokenizer.cut(texts.sample))))
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save_as(path)
@@ -92,12 +102,13 @@ class _Texts:
         self.size = 0
         self.sample: list[bytes] = []
 
-    def read(self, bar: Any) -> Iterator[Iterator[bytes]]:
-        """The blocks of each document."""
+    def read(self, bar: Any, learning: contextlib.ExitStack) -> Iterator[Iterator[bytes]]:
+        """The blocks of each document; `learning` is entered when all are read, as the long part then begins."""
         for document in self._source.documents():
             if self._limit is not None and self.size >= self._limit:
-                return
+                break
             yield self._blocks(document.blocks, bar)
+        learning.enter_context(waiting("learning tokens from what was read"))
 
     def _blocks(self, blocks: Iterator[bytes], bar: Any) -> Iterator[bytes]:
         for block in blocks:

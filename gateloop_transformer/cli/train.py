@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gateloop_transformer.cli.errors import check_installed
-from gateloop_transformer.cli.flags import add_field, add_fields, bytes_bar, folder
+from gateloop_transformer.cli.flags import add_field, add_fields, folder
 from gateloop_transformer.cli.needs import needs_of, print_needs
+from gateloop_transformer.cli.parser import Parser, Rare
+from gateloop_transformer.cli.progress import bar, importing, say
 
 if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
@@ -20,19 +23,21 @@ if TYPE_CHECKING:
     from gateloop_transformer.training.loop import Trainer
 
 
-def add_parser(commands: Any) -> None:
+HELP = "train a model on text"
+DESCRIPTION = (
+    "Train a language model on text, byte by byte or on BPE tokens; alone, or under torchrun or accelerate launch on "
+    "many devices. DIR gets model.safetensors, config.json, metrics.jsonl (one object a line), loss.png and "
+    "checkpoints/."
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    """Flags of the command."""
     from gateloop_transformer.configuration import TransformerConfig
     from gateloop_transformer.data.documents import SOURCES
     from gateloop_transformer.training.config import TrainingConfig
     from gateloop_transformer.training.presets import PRESET_HELP, PRESETS
 
-    parser = commands.add_parser(
-        "train",
-        help="train a model on text",
-        description="Train a language model on text, byte by byte or on BPE tokens; alone, or under torchrun or "
-        "accelerate launch on many devices. DIR gets model.safetensors, config.json, "
-        "metrics.jsonl (one object a line), loss.png and checkpoints/.",
-    )
     parser.add_argument(
         "data",
         nargs="?",
@@ -53,7 +58,7 @@ def add_parser(commands: Any) -> None:
     how.add_argument(
         "--resume-or-start",
         action="store_true",
-        help="--resume where DIR holds a run, else start one: the same command for every start of a job",
+        help=Rare("--resume where DIR holds a run, else start one: the same command for every start of a job"),
     )
     how.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     parser.add_argument(
@@ -63,7 +68,10 @@ def add_parser(commands: Any) -> None:
         "start and write nothing, and do not look at DATA",
     )
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="with --dry-run: as if for N processes (default: those of this job)"
+        "--processes",
+        type=int,
+        metavar="N",
+        help=Rare("with --dry-run: as if for N processes (default: those of this job)"),
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_fields(parser, TrainingConfig, "training")
@@ -134,13 +142,14 @@ def _tokenizer(arguments: argparse.Namespace, config: RunConfig) -> Tokenizer | 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train."""
-    from gateloop_transformer.data.documents import count
-    from gateloop_transformer.training.config import TokenizerConfig
-    from gateloop_transformer.training.engine import LostError, launched
-    from gateloop_transformer.training.preparation import prepare
-    from gateloop_transformer.training.weights import CONFIG
-
     _check_flags(arguments)
+    with importing("torch"):
+        from gateloop_transformer.data.documents import count
+        from gateloop_transformer.training.config import TokenizerConfig
+        from gateloop_transformer.training.engine import LostError, launched
+        from gateloop_transformer.training.preparation import prepare
+        from gateloop_transformer.training.weights import CONFIG
+
     if arguments.resume_or_start:
         arguments.resume = (arguments.out / CONFIG).exists()
     given = {name: value for name, value in vars(arguments).items() if name not in _OWN}
@@ -151,14 +160,16 @@ def run(arguments: argparse.Namespace) -> None:
             config = dataclasses.replace(config, tokenizer=TokenizerConfig.of(tokenizer))
         print_needs(config, arguments.processes or launched(), arguments.json)
         return
-    check_installed()
+    with importing("accelerate and matplotlib"):
+        check_installed()
     how = (arguments.resume, arguments.overwrite, _warn)
-    with bytes_bar(None, delay=2) as bar, prepare(config, arguments.out, *how, tokenizer, bar.update) as trainer:
-        bar.close()
+    with contextlib.ExitStack() as stack:
+        with bar("tokenising the data") as progress:
+            trainer = stack.enter_context(prepare(config, arguments.out, *how, tokenizer, progress.update))
         main = trainer.engine.main
-        say = (sys.stderr if arguments.json else sys.stdout) if main else open(os.devnull, "w")  # noqa: SIM115
+        stream = (sys.stderr if arguments.json else sys.stdout) if main else open(os.devnull, "w")  # noqa: SIM115
         try:
-            _report(trainer, arguments.resume, say)
+            _report(trainer, arguments.resume, stream)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(*(interrupt.args or ["continue with --resume"])) from interrupt
         except LostError as error:
@@ -183,31 +194,25 @@ def _warn(text: str) -> None:
     print(f"gateloop train: warning: {text}", file=sys.stderr, flush=True)
 
 
-def _report(trainer: Trainer, resumed: bool, say: TextIO) -> None:
-    """Train, saying on `say` what and from where, with a bar on a terminal."""
-    from tqdm import tqdm
-
+def _report(trainer: Trainer, resumed: bool, stream: TextIO) -> None:
+    """Train, saying on `stream` what and from where, and on standard error how far it is."""
     engine, parameters = trainer.engine, trainer.result().parameters
-    print(f"{trainer.corpus.description}\n{parameters:,} parameters on {engine.described()}", file=say)
-    print("\n".join(needs_of(trainer)), file=say, flush=True)
+    say(f"{trainer.corpus.description}\n{parameters:,} parameters on {engine.described()}", stream)
+    say("\n".join(needs_of(trainer)), stream)
     step, options = trainer.progress.step, trainer.config.training
     if resumed:
-        where = f"resumed at step {step}" if step else "no checkpoint yet: starting from step 0"
-        print(where, file=say, flush=True)
-    total = None if options.minutes else options.steps
-    silent = None if engine.main else True
-    with tqdm(total=total, initial=step, unit="step", disable=silent, dynamic_ncols=True) as bar:
-        trainer.run(_Reporter(bar, say))
+        say(f"resumed at step {step}" if step else "no checkpoint yet: starting from step 0", stream)
+    with bar("training", None if options.minutes else options.steps, "step", step) as progress:
+        trainer.run(_Reporter(progress, stream))
 
 
 class _Reporter:
-    """A tqdm bar whose messages go to the stream for messages."""
+    """A bar whose messages go to the stream for messages."""
 
-    def __init__(self, bar: Any, stream: Any) -> None:
-        self.bar, self.stream = bar, stream
-        self.update, self.set_postfix = bar.update, bar.set_postfix
+    def __init__(self, progress: Any, stream: TextIO) -> None:
+        self._stream = stream
+        self.update, self.set_postfix = progress.update, progress.set_postfix
 
     def write(self, text: str) -> None:
         """A message above the bar."""
-        self.bar.write(text, file=self.stream)
-        self.stream.flush()
+        say(text, self._stream)

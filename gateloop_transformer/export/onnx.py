@@ -22,6 +22,7 @@ from gateloop_transformer.export.states import Part, Reader, check_model, mixers
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.training.storage import write_text
+from gateloop_transformer.waiting import waiting
 
 OPSET = 20
 FILES = (STEP, PROMPT, DESCRIPTION)
@@ -64,14 +65,16 @@ def export_onnx(
         raise ValueError(f"export_onnx: the model must be in float32, not {other.pop()}: convert it with model.float()")
     if block < 2:
         raise ValueError(f"export_onnx: block must be at least 2 tokens, not {block}")
-    _check_installed()
+    with waiting("importing onnx"):
+        _check_installed()
     path = Path(folder)
     check_free(path, overwrite, "overwrite=True")
     path.mkdir(parents=True, exist_ok=True)
     reader = Reader(model)
     with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as aside, evaluating(model):
         for name, length in ((STEP, 1), (PROMPT, block)):
-            _translated(reader, length).save(os.path.join(aside, name))
+            with waiting(f"tracing and translating {name}"):
+                _translated(reader, length).save(os.path.join(aside, name))
         written = sorted(Path(aside).iterdir())
         description = _description(model, reader.parts, block, tokenizer)
         description["files"] = {file.name: digest(file) for file in written}

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Model = TypeVar("Model", bound=nn.Module)
+from gateloop_transformer.arguments import WEIGHT_KINDS
 
-KINDS = ("float32", "bfloat16", "int8")
+Model = TypeVar("Model", bound=nn.Module)
 
 # Up to this many rows torch's product with 8-bit weights is faster than converting them for a bfloat16 product.
 _FEW_ROWS = 8
@@ -66,13 +66,13 @@ class SmallLinear(nn.Module):
 
 
 def check_kind(kind: str) -> None:
-    """It is one of KINDS.
+    """It is one of WEIGHT_KINDS.
 
     Raises:
         ValueError: it is not.
     """
-    if kind not in KINDS:
-        raise ValueError(f"quantize: kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if kind not in WEIGHT_KINDS:
+        raise ValueError(f"quantize: kind must be one of {', '.join(WEIGHT_KINDS)}, not {kind!r}")
 
 
 def quantize(model: Model, kind: str) -> Model:

@@ -31,7 +31,7 @@ class Progress:
 
     step: steps done. longest: tokens of the longest sequences. accuracy: running average at about that length.
     falling: the fraction of the run that was done when the learning rate began to fall; None: not yet. seconds: since
-    the start. loss: of the last step.
+    the end of the first step. loss: of the last step.
     """
 
     longest: int
@@ -72,10 +72,12 @@ class Curriculum:
 
     def run(self, report: Callable[[Progress], object] = lambda _progress: None) -> Progress:
         """Train to the end; `report` is called after each step."""
-        started = time.perf_counter()
+        started = None
         self.model.train()
         while (rate := self.rate()) > 0:
             self._step(rate)
+            # Kernels are compiled in the first step, which takes as long as that takes.
+            started = time.perf_counter() if started is None else started
             self.progress.seconds = time.perf_counter() - started
             report(self.progress)
         return self.progress

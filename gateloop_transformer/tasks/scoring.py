@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gateloop_transformer.tasks.task import NONE, Batch, Ids, Task, generator, last_asked, test_rows
+from gateloop_transformer.waiting import waiting
 
 # Tells random numbers of tests from those of training.
 _TEST = 1
@@ -109,7 +110,8 @@ def score_lengths(
     """
     scores = {}
     for length in lengths:
-        batch = task.test_batch(generator(seed, _TEST, length), test_rows(rows, length), length)
-        scores[length] = score(model, task, batch)
+        with waiting(f"testing on sequences of {length:,} tokens"):
+            batch = task.test_batch(generator(seed, _TEST, length), test_rows(rows, length), length)
+            scores[length] = score(model, task, batch)
         report(length)
     return scores

@@ -78,16 +78,24 @@ class TaskTraining:
         "gateloop",
         "gate loop layers, attention layers, or torch's LSTM or GRU",
         ("gateloop", "transformer", "lstm", "gru"),
+        common=True,
     )
-    steps: int = option(4000, "optimizer steps at most")
-    seconds: float | None = option(None, "stop after this much training time too; the learning rate follows it")
+    steps: int = option(4000, "optimizer steps at most", common=True)
+    seconds: float | None = option(
+        None,
+        "stop after this much training time too; the learning rate follows it, and the first step, in which kernels "
+        "are compiled, does not count",
+        common=True,
+    )
     tokens: int = option(2560, "tokens in a step, about: sequences are the fewer the longer they are")
     least_rows: int = option(16, "sequences in a step at least")
     first: int | None = option(None, "longest sequences at the start, in tokens; none: the task's shortest, at least 4")
-    longest: int | None = option(None, "longest sequences trained on, in tokens; none: as the task says")
+    longest: int | None = option(None, "longest sequences trained on, in tokens; none: as the task says", common=True)
     growth: float = option(1.25, "factor by which the longest grow each time they are solved")
     solved: float = option(0.98, "running average of the share of right answers at which a length counts as solved")
-    lr: float = option(5e-3, "peak learning rate, at length 4: it falls with the square root of the length")
+    lr: float = option(
+        5e-3, "peak learning rate, at length 4: it falls with the square root of the length", common=True
+    )
     gate_lr: float = option(0.3, "learning rate of gate parameters as a fraction of the others'")
     weight_decay: float = option(0.1, "of matrices, gates and embeddings excepted")
     beta2: float = option(0.99, "of AdamW")
@@ -96,8 +104,8 @@ class TaskTraining:
     decay: float = option(
         0.5, "fraction of the steps in which the learning rate falls to 0, from when the longest are solved or sooner"
     )
-    seed: int = option(0, "of weights, sequences and dropout")
-    lengths: str | None = option(None, "lengths to test, as 40,256,10000; none: as the task says")
+    seed: int = option(0, "of weights, sequences and dropout", common=True)
+    lengths: str | None = option(None, "lengths to test, as 40,256,10000; none: as the task says", common=True)
     rows: int = option(256, "sequences of each length in a test; 64 of those above 2,000 tokens")
 
     def __post_init__(self) -> None:

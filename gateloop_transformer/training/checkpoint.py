@@ -43,8 +43,9 @@ OPTIMIZER, AVERAGE, CARRIED, PROGRESS, CHECKSUMS = (
 class Progress:
     """Where a run stands.
 
-    step: done so far, and thereby the place in the data. seconds: of training. tokens: trained on. skipped: batches
-    passed over because something in them was not finite. bits_per_byte: of a validation after this very step.
+    step: done so far, and thereby the place in the data. seconds: of training, but for the first step of each process.
+    tokens: trained on. skipped: batches passed over because something in them was not finite. bits_per_byte: of a
+    validation after this very step.
     """
 
     step: int = 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gateloop_transformer.configuration import TransformerConfig, option, recipe_rank
+from gateloop_transformer.nearest import did_you_mean
 from gateloop_transformer.training.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -39,12 +40,17 @@ RESUMABLE = (
 class TrainingConfig:
     """How a model is trained and watched."""
 
-    steps: int = option(1000, "optimizer steps")
-    minutes: float | None = option(None, "stop after this much training time instead; the schedule follows it")
-    context: int = option(256, "bytes in a training window")
-    batch: int = option(16, "windows that a process works on at a time")
+    steps: int = option(1000, "optimizer steps", common=True)
+    minutes: float | None = option(
+        None,
+        "stop after this much training time instead; the schedule follows it, and the first step, in which kernels are "
+        "compiled, does not count",
+        common=True,
+    )
+    context: int = option(256, "bytes in a training window", common=True)
+    batch: int = option(16, "windows that a process works on at a time", common=True)
     accumulate: int = option(1, "so many times --batch windows are in a step, shared by all processes")
-    lr: float = option(3e-3, "peak learning rate")
+    lr: float = option(3e-3, "peak learning rate", common=True)
     min_lr: float = option(0.1, "final learning rate as a fraction of the peak")
     gate_lr: float = option(
         0.5, "learning rate of gate parameters as a fraction of the others'; 0: they stay as they start"
@@ -64,8 +70,8 @@ class TrainingConfig:
     precision: str = option(
         "float32", "of matrix products (bf16: autocast), or of everything (float64)", ("float32", "bf16", "float64")
     )
-    seed: int = option(0, "of weights, batches and dropout")
-    device: str = option("auto", "auto, cpu, cuda, ...")
+    seed: int = option(0, "of weights, batches and dropout", common=True)
+    device: str = option("auto", "auto, cpu, cuda, ...", common=True)
     valid_fraction: float = option(0.1, "share of the data held out for validation")
     eval_every: int = option(200, "steps between validations")
     eval_bytes: int = option(65536, "bytes of validation data used")
@@ -344,7 +350,8 @@ def of_preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:
         ValueError: an unknown preset.
     """
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+        near = did_you_mean(preset, PRESETS)
+        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}{near}")
     own, following = PRESETS[preset], {}
     if "max_memory" in own and given.get("context", 0) >= 1:
         following["max_memory"] = max(own["max_memory"] * given["context"] / own["context"], 2.0)

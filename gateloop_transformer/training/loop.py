@@ -28,6 +28,7 @@ from gateloop_transformer.training.step import Carried, Flags, Outcome, Stepper
 from gateloop_transformer.training.storage import digest, write_text
 from gateloop_transformer.training.watching import Clock, Log, peak_memory
 from gateloop_transformer.training.weights import MODEL
+from gateloop_transformer.waiting import waiting
 
 
 class TrainingError(RuntimeError):
@@ -36,7 +37,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: last validation, steps done, bytes trained on, seconds of training."""
+    """How a run ended: last validation, steps done, bytes trained on, seconds of training as `Progress` counts them."""
 
     bits_per_byte: float
     steps: int
@@ -67,6 +68,8 @@ class Trainer:
         self.stepper = Stepper(self.model, engine.wrap(self.model, unused), corpus, options, engine, clock)
         self.average = Average(self.model, options.ema) if options.ema else None
         self.progress = Progress()
+        # After the first step of this process; None: not yet.
+        self.started: Progress | None = None
         # One for each micro-batch, where windows follow each other.
         self.carried: Carried = [None] * len(engine.micro_batches(options)) if options.carry_state else []
         self.bits_per_byte, self.best = math.nan, math.inf
@@ -136,7 +139,8 @@ class Trainer:
         try:
             with Signals() as signals, self._logging(), self.engine.watched():
                 while not self.finished:
-                    stop = self._step(signals, bar)
+                    with waiting("taking the first step") if self.started is None else contextlib.nullcontext():
+                        stop = self._step(signals, bar)
                     self._look(bar, stop)
                     if stop:
                         self._stop(signals.received)
@@ -200,6 +204,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         clock.lap("optimizer")
         self.progress = Progress(step, self._time(clock), tokens, skipped)
+        self.started = self.started or self.progress
         self._write(record | self._speed(clock))
         self._show(bar, record)
         return outcome.stop
@@ -211,8 +216,11 @@ class Trainer:
             self.average.update(self.model, step)
 
     def _time(self, clock: Clock) -> float:
-        """Seconds of training so far; where they decide how a run goes on, those of the main process, on all."""
-        seconds = self.progress.seconds + clock.elapsed()
+        """Seconds of training so far; where they decide how a run goes on, those of the main process, on all.
+
+        Kernels are compiled in the first step of a process, which says nothing of the training: it does not count.
+        """
+        seconds = self.progress.seconds + (0.0 if self.started is None else clock.elapsed())
         if self.config.training.minutes is None:
             return seconds
         return self.engine.sum([seconds if self.engine.main else 0.0])[0]
@@ -293,7 +301,10 @@ class Trainer:
         """Bits per byte of the validation data, logged and drawn; whether they are the fewest so far."""
         options, step = self.config.training, self.progress.step
         self._guard_weights()
-        with self.average.applied(self.model) if self.average else contextlib.nullcontext():
+        with (
+            self.average.applied(self.model) if self.average else contextlib.nullcontext(),
+            waiting(f"validating after step {step}"),
+        ):
             self.bits_per_byte = self._bits_per_byte()
             sample = self._sample(options.sample_bytes) if options.sample_bytes else None
             self.engine.reshard(self.model)
@@ -342,10 +353,11 @@ class Trainer:
     def _save(self) -> None:
         self._guard_weights()
         windows = self.config.training.windows
-        whole = snapshot.take(
-            self.engine, self.model, self.optimizer, self.average, self.carried, windows, self.progress
-        )
-        self.engine.together(lambda: self._write_checkpoint(whole), main=True)
+        with waiting(f"saving step {self.progress.step}"):
+            whole = snapshot.take(
+                self.engine, self.model, self.optimizer, self.average, self.carried, windows, self.progress
+            )
+            self.engine.together(lambda: self._write_checkpoint(whole), main=True)
 
     def _write_checkpoint(self, whole: Snapshot | None) -> None:
         assert whole is not None
@@ -358,9 +370,13 @@ class Trainer:
             raise TrainingError(f"cannot write the checkpoint of step {step}: {self._reason(error)}") from error
 
     def _show(self, bar: Any, record: dict[str, Any]) -> None:
-        rate = record["tokens"] / max(self.progress.seconds, 1e-9)
-        loss = f"{record['loss']:.3f}" if "loss" in record else "not finite"
-        bar.set_postfix({"loss": loss, "tokens/s": f"{rate:,.0f}"}, refresh=False)
+        shown = {"loss": f"{record['loss']:.3f}" if "loss" in record else "not finite"}
+        now, start, minutes = self.progress, self.started, self.config.training.minutes
+        if start is not None and now.seconds > start.seconds:
+            shown["tokens/s"] = f"{(now.tokens - start.tokens) / (now.seconds - start.seconds):,.0f}"
+        if minutes is not None:
+            shown["minutes"] = f"{now.seconds / 60:.1f}/{minutes:g}"
+        bar.set_postfix(shown, refresh=False)
         bar.update(1)
 
     def result(self) -> Result:

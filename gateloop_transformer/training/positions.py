@@ -21,6 +21,7 @@ from gateloop_transformer.generation import evaluating
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.ops.pairs import compute_dtype
 from gateloop_transformer.training.spans import Span, distances_to_same, spans_of
+from gateloop_transformer.waiting import waiting
 
 # Windows, and tokens of each for which activations exist at a time.
 _ROWS, _BLOCK = 8, 256
@@ -106,7 +107,7 @@ def tokens_on_disk(documents: Iterable[Iterable[bytes]], tokenizer: Tokenizer) -
     """The tokens of documents given as blocks of bytes, in files of the cache that are gone at the end."""
     with spool(cache_folder() / "corpora") as folder:
         writer = Writer(folder, "tokens", tokenizer.dtype)
-        with contextlib.closing(writer):
+        with contextlib.closing(writer), waiting("tokenising the data"):
             for document in documents:
                 for n, ids in enumerate(encode_document(tokenizer, document)):
                     writer.write(ids, np.zeros(int(n == 0), dtype=np.int64))

@@ -17,6 +17,7 @@ from gateloop_transformer.training.engine import Engine, launched
 from gateloop_transformer.training.loop import Trainer
 from gateloop_transformer.training.step import draw
 from gateloop_transformer.training.weights import CONFIG
+from gateloop_transformer.waiting import waiting
 
 
 @contextlib.contextmanager
@@ -56,31 +57,35 @@ def prepare(
     # Before the processes meet: preparing the data may take longer than one waits for another.
     if tokenizer is None:
         tokenizer = folder.load_tokenizer(where) if resume else ByteTokenizer()
-    corpus = load_corpus(
-        config.data,
-        valid_fraction=options.valid_fraction,
-        context=options.context,
-        tokenizer=tokenizer,
-        field=config.field,
-        exclude=where,
-        sha256=config.data_sha256 if resume else None,
-        report=report,
-    )
+    with waiting("reading the data"):
+        corpus = load_corpus(
+            config.data,
+            valid_fraction=options.valid_fraction,
+            context=options.context,
+            tokenizer=tokenizer,
+            field=config.field,
+            exclude=where,
+            sha256=config.data_sha256 if resume else None,
+            report=report,
+        )
     if resume and config.data_sha256 not in (None, corpus.sha256):
         raise ValueError(
             f"the data has changed since the run in {str(where)!r} was started; it is now {corpus.description}"
         )
     config = replace(config, data_sha256=corpus.sha256, tokenizer=TokenizerConfig.of(tokenizer))
     source = where / CONFIG if resume else None
-    with Engine(options, where) as engine, contextlib.ExitStack() as stack:
-        engine.together(lambda: engine.check(options))
-        engine.together(lambda: _check_same(engine.gather(corpus.sha256)))
-        engine.make_groups()
-        engine.together(lambda: _check_batch(corpus, config, engine))
-        trainer = Trainer(config, where, corpus, engine, source)
+    with contextlib.ExitStack() as stack:
+        with waiting("setting up the model" if launched() == 1 else "meeting the other processes"):
+            engine = stack.enter_context(Engine(options, where))
+            engine.together(lambda: engine.check(options))
+            engine.together(lambda: _check_same(engine.gather(corpus.sha256)))
+            engine.make_groups()
+            engine.together(lambda: _check_batch(corpus, config, engine))
+            trainer = Trainer(config, where, corpus, engine, source)
         engine.together(lambda: stack.enter_context(_claimed(trainer, resume, overwrite)), main=True)
         if resume:
-            trainer.restore(warn)
+            with waiting("reading the newest checkpoint"):
+                trainer.restore(warn)
         engine.together(lambda: _describe_run(trainer), main=True)
         yield trainer
 

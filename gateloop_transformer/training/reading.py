@@ -18,6 +18,7 @@ from gateloop_transformer.model import Transformer
 from gateloop_transformer.training.evaluation import in_blocks
 from gateloop_transformer.training.storage import digest
 from gateloop_transformer.training.weights import weight_files
+from gateloop_transformer.waiting import waiting
 
 # Tokens for which activations exist at a time.
 _BLOCK = 2048
@@ -94,7 +95,8 @@ def model_digest(weights: Path, dtype: str) -> str:
     Raises:
         ValueError: what is given for an index is none.
     """
-    found = [digest(file) for file in weight_files(weights)]
+    with waiting("computing the checksum of the weights"):
+        found = [digest(file) for file in weight_files(weights)]
     whole = found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
     return f"{whole} {dtype}"
 

@@ -19,12 +19,14 @@ import torch
 
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.sources import absolute, is_standard_input, open_source
+from gateloop_transformer.nearest import did_you_mean
 from gateloop_transformer.training.config import TrainingConfig, resolve, value_types
 from gateloop_transformer.training.curves import read_curve
 from gateloop_transformer.training.folder import LOCK, locked, new_model
 from gateloop_transformer.training.plot import draw_curves, draw_rates
 from gateloop_transformer.training.storage import read_json, write_text
 from gateloop_transformer.training.weights import CONFIG
+from gateloop_transformer.waiting import waiting
 
 SWEEP, RESULTS, CURVES, RATES = "sweep.json", "results.json", "curves.png", "lr.png"
 # Seconds that an interrupted run may take to save itself.
@@ -69,7 +71,8 @@ def parse_grid(texts: Sequence[str], seeds: str | None = None) -> dict[str, list
         name, _, values = text.partition("=")
         name = name.strip().replace("-", "_")
         if name not in _fields():
-            raise ValueError(f"--grid {text}: there is no setting {name!r}; there are {', '.join(sorted(_fields()))}")
+            there = f"there are {', '.join(sorted(_fields()))}{did_you_mean(name, _fields())}"
+            raise ValueError(f"--grid {text}: there is no setting {name!r}; {there}")
         if not values:
             raise ValueError(f"--grid {text}: no values; it takes NAME=VALUE,VALUE,...")
         if name in grid:
@@ -166,6 +169,11 @@ def name_of(values: dict[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in values.items()).replace(" ", "-").replace("/", "-")
 
 
+def log_of(name: str) -> str:
+    """The name of the file with what a run says on standard error."""
+    return f"{name}.log"
+
+
 def _flag(name: str, value: Any) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool) and type(None) not in _fields()[name][1]:
@@ -178,7 +186,7 @@ def run(sweep: Sweep, report: Callable[[str], object]) -> list[Row]:
 
     Args:
         sweep: checked here.
-        report: called with a line for each run that ends.
+        report: called with a line for each run that begins, and one when it ends.
 
     Returns:
         A row for each run: name, settings, status ("finished" or "failed"), and its result, or the error's last line.
@@ -187,7 +195,8 @@ def run(sweep: Sweep, report: Callable[[str], object]) -> list[Row]:
         ValueError: as `Sweep.check`, or another process is at work in the folder.
         KeyboardInterrupt: the run at work was stopped; the message says how to go on.
     """
-    sweep.check()
+    with waiting("checking the settings of all runs"):
+        sweep.check()
     sweep.folder.mkdir(parents=True, exist_ok=True)
     with locked(sweep.folder), _terminable():
         write_text(sweep.folder / SWEEP, json.dumps(sweep._described(), indent=2) + "\n")
@@ -197,12 +206,15 @@ def run(sweep: Sweep, report: Callable[[str], object]) -> list[Row]:
         rows, combinations = [], sweep.combinations()
         for n, values in enumerate(combinations, 1):
             name = name_of(values)
+            if name not in done:
+                report(f"{n}/{len(combinations)} {name}: training, see {sweep.folder / log_of(name)}")
             row = done[name] if name in done else _run_one(sweep, values)
             rows.append(row)
             later = [done[name_of(each)] for each in combinations[n:] if name_of(each) in done]
             write_text(results, json.dumps({"rows": rows + later}, indent=2) + "\n")
             report(f"{n}/{len(combinations)} {_said(row)}" + (", as before" if name in done else ""))
-        _draw(sweep, rows)
+        with waiting("drawing"):
+            _draw(sweep, rows)
     return rows
 
 
@@ -216,7 +228,7 @@ def _run_one(sweep: Sweep, values: dict[str, Any]) -> Row:
     """Start or resume one run and wait for it."""
     name = name_of(values)
     row: Row = {"name": name, "settings": values}
-    log = sweep.folder / f"{name}.log"
+    log = sweep.folder / log_of(name)
     with log.open("ab") as errors:
         # Of a session of its own, so that an interrupt at the keyboard reaches it once, from here.
         child = subprocess.Popen(

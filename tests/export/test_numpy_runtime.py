@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,18 @@ def test_damage_is_one_clear_error(harm: Callable[[Path], Any], problem: str, tm
     harm(folder)
     with pytest.raises(ValueError, match=rf"holds no model that can be read: .*{problem}"):
         Model(folder)
+
+
+def test_tokens_are_written_as_they_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, pipe = save(tmp_path, "polar", build("polar", 256)), io.BytesIO()
+    seen = []
+
+    def tokens(*_arguments: object) -> Iterator[int]:
+        for token in "ü!".encode():
+            seen.append(pipe.getvalue().decode())
+            yield token
+
+    monkeypatch.setattr(Model, "_tokens", tokens)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(pipe)))  # type: ignore[arg-type]
+    assert command(monkeypatch, folder, "--prompt", "ab") == 0
+    assert [*seen, pipe.getvalue().decode()] == ["ab", "ab", "abü", "abü!\n"]

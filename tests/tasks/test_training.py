@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gateloop_transformer.tasks import curriculum as curriculum_module
 from gateloop_transformer.tasks.curriculum import Curriculum
 from gateloop_transformer.tasks.experiment import Experiment, accuracy_by_span, run
 from gateloop_transformer.tasks.models import build_model
@@ -168,6 +170,22 @@ def test_unsolved_lengths_end_with_a_falling_rate_too() -> None:
     curriculum.progress.step = 60
     curriculum.progress.seconds = 45.0
     assert curriculum.done() == 0.75
+
+
+def test_seconds_count_from_the_end_of_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def step(self: Curriculum, _rate: float) -> None:
+        nonlocal now
+        now += 1.0 if self.progress.step else 1000.0
+        self.progress.step += 1
+
+    monkeypatch.setattr(Curriculum, "_step", step)
+    monkeypatch.setattr(curriculum_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    settings = TaskTraining(seconds=5.0)
+    curriculum = Curriculum(build_model("gru", Experiment.of(Parity, {"dim": 8}).model, 4), Parity(), settings)
+    assert curriculum.run().seconds == 5.0
+    assert curriculum.progress.step == 6
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 )
 def test_help_says_which_defaults_are_the_presets(capsys: pytest.CaptureFixture[str], flag: str, default: str) -> None:
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
     of_flag = text[text.rindex(f" {flag} ") + len(flag) + 2 :].split(" --")[0]
     assert of_flag.endswith(f"({default})")

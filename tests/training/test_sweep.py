@@ -82,6 +82,7 @@ def test_runs_are_done_once_and_failures_named(
     command = ["sweep", str(text), "--out", str(out), "--grid", "lr=1e-3", "--grid", "context=32,99999", *TINY]
     assert main([*command, "--json"]) == 1
     captured = capsys.readouterr()
+    assert captured.err.startswith(f"1/2 lr=0.001,context=32: training, see {out / 'lr=0.001,context=32.log'}\n")
     assert "gateloop sweep: failed: 1 of 2 runs failed: lr=0.001,context=99999" in captured.err
     rows = json.loads(captured.out)["rows"]
     assert [row["status"] for row in rows] == ["finished", "failed"]

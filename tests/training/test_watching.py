@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from gateloop_transformer.cli import main
-from gateloop_transformer.training import checkpoint, folder, loop, step, storage
+from gateloop_transformer.training import checkpoint, folder, loop, step, storage, watching
 from gateloop_transformer.training.config import RunConfig, TrainingConfig
 from gateloop_transformer.training.optimizer import Average
 from gateloop_transformer.training.signals import Signals
@@ -244,8 +244,31 @@ def test_a_signal_that_a_launcher_repeats_is_one(monkeypatch: pytest.MonkeyPatch
 def test_processes_agree_on_the_minutes_that_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = SimpleNamespace(main=False, sum=lambda values: [values[0] + 7.0])
     config = RunConfig(training=TrainingConfig(minutes=1.0))
-    trainer: Any = SimpleNamespace(config=config, engine=engine, progress=checkpoint.Progress(seconds=3.0))
+    progress = checkpoint.Progress(seconds=3.0)
+    trainer: Any = SimpleNamespace(config=config, engine=engine, progress=progress, started=progress)
     assert loop.Trainer._time(trainer, Clock(torch.device("cpu"))) == 7.0
+
+
+def test_minutes_count_from_the_end_of_the_first_step_of_a_process(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, first = 0.0, True
+
+    def gradients(self: Any, *arguments: Any) -> Any:
+        nonlocal now, first
+        now, first = now + (1000.0 if first else 1.0), False
+        return step_of(self, *arguments)
+
+    step_of = step.Stepper.gradients
+    monkeypatch.setattr(step.Stepper, "gradients", gradients)
+    monkeypatch.setattr(watching, "time", SimpleNamespace(perf_counter=lambda: now))
+    out = tmp_path / "run"
+    assert train(text, out, "--minutes", str(2.5 / 60)) == 0
+    assert [record["seconds"] for record in records(out) if "loss" in record] == [0, 1, 2, 3]
+    # Another process compiles, or reads what was compiled, once more.
+    first = True
+    assert main(["train", "--out", str(out), "--resume", "--minutes", str(4.5 / 60)]) == 0
+    assert [record["seconds"] for record in records(out) if "loss" in record] == [0, 1, 2, 3, 3, 4, 5]
 
 
 def test_the_main_process_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

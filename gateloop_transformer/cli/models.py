@@ -1,0 +1,32 @@
+"""A run's model, loaded as a command asks for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gateloop_transformer.waiting import waiting
+
+if TYPE_CHECKING:
+    from gateloop_transformer.model import Transformer
+
+
+def load(run: Path, weights: Path | None, device: str = "cpu", dtype: str | None = None) -> Transformer:
+    """The model in a run's folder.
+
+    Args:
+        run: the folder.
+        weights: the file of weights; None: the run's own.
+        device: as --device says it.
+        dtype: as --dtype says it; None: as it was trained.
+
+    Raises:
+        ValueError: there is no such model or device.
+    """
+    from gateloop_transformer.layers.quantized import quantize
+    from gateloop_transformer.training.folder import load_model, pick_device
+
+    where = pick_device(device)
+    with waiting("loading the model"):
+        model = load_model(run, weights)
+        return (model if dtype is None else quantize(model, dtype)).to(where)
