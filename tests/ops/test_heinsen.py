@@ -55,8 +55,8 @@ def test_gradcheck() -> None:
 def test_opcheck() -> None:
     a, x, h = arguments(9)
     states = heinsen_scan(a, x, h)
-    torch.library.opcheck(_backward.registered, (torch.randn_like(x), a, x, states, [h]))
-    torch.library.opcheck(_forward.registered, (a.requires_grad_(), x.requires_grad_(), [h.requires_grad_()]))
+    torch.library.opcheck(_backward.registered, (torch.randn_like(x), a, x, states, [h], None))
+    torch.library.opcheck(_forward.registered, (a.requires_grad_(), x.requires_grad_(), [h.requires_grad_()], None))
 
 
 def test_survives_products_below_the_smallest_float() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from numba import carray
 
+from gateloop_transformer import waiting
 from gateloop_transformer.ops.backends import numba_cache, numba_cpu
 from gateloop_transformer.ops.dispatch import choose
 
@@ -238,7 +239,7 @@ def test_a_child_of_a_fork_holds_no_lock(folder: Path, monkeypatch: pytest.Monke
 def test_what_takes_long_is_said_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(numba_cache, "_QUIET", 0.0)
+    monkeypatch.setattr(waiting, "PATIENCE", 0.0)
     numba_cache._tell.cache_clear()
     result(3)
     result(5)

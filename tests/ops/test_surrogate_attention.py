@@ -39,9 +39,9 @@ def test_head_size_one() -> None:
 def test_gradcheck_and_opcheck() -> None:
     args = make_loop(1, 7, 1, 2, 1)[:4]
     gates = [args[3].real.clone(), args[3].imag.clone()]
-    torch.library.opcheck(_backward.registered, (torch.randn_like(args[2]), *args[:3], gates))
+    torch.library.opcheck(_backward.registered, (torch.randn_like(args[2]), *args[:3], gates, None))
     leaves = [x.clone().requires_grad_() for x in (*args[:3], *gates)]
-    torch.library.opcheck(_forward.registered, (*leaves[:3], leaves[3:]))
+    torch.library.opcheck(_forward.registered, (*leaves[:3], leaves[3:], None))
     assert torch.autograd.gradcheck(surrogate_attention, [x.requires_grad_() for x in args])
 
 

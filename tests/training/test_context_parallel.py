@@ -514,9 +514,9 @@ def volume_case(place: Place) -> None:
 
     B, H, K, taps = 2, 2, 4, 4
     layers = {
-        (gate_loop, B * H * (1 + K * K) * 2, 4 * B * H * K * K): GateLoopedAttention(DIM, heads=H),
-        (channel_gate_loop, 4 * B * DIM, 4 * B * DIM): GateLoopedAttention(DIM),
-        (simple_gate_loop, 2 * B * DIM, 2 * B * DIM): SimpleGateLoopLayer(DIM),
+        (gate_loop, B * H * (1 + K * K) * 2 + B, 4 * B * H * K * K): GateLoopedAttention(DIM, heads=H),
+        (channel_gate_loop, 4 * B * DIM + B, 4 * B * DIM): GateLoopedAttention(DIM),
+        (simple_gate_loop, 2 * B * DIM + B, 2 * B * DIM): SimpleGateLoopLayer(DIM),
         ("taps", None, None): GateLoopedAttention(DIM, conv_size=taps),
     }
     with pytest.MonkeyPatch.context() as patch:

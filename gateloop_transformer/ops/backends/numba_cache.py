@@ -14,7 +14,6 @@ import ctypes
 import functools
 import hashlib
 import itertools
-import logging
 import os
 import sys
 import threading
@@ -29,15 +28,15 @@ import numba
 from numba import cfunc, types
 from numba.core.registry import cpu_target
 
+from gateloop_transformer import waiting
+from gateloop_transformer.waiting import LOGGER
+
 Constants = ParamSpec("Constants")
 
 _SIGNATURE = types.void(types.CPointer(types.int64))
 _KIND = b"gateloop kernel 1"
-# Seconds of compilation after which a line says what takes so long.
-_QUIET = 2.0
 # Seconds to wait for another process that compiles the same kernel: a kernel takes it a few.
 _patience = 120.0
-_log = logging.getLogger("gateloop_transformer")
 # Held while a kernel is made. A fork waits for it: the compiler's own locks would stay locked in the child for ever.
 _making = threading.RLock()
 
@@ -146,7 +145,7 @@ def _told() -> Iterator[None]:
     """While this process compiles: a line if that takes it long, all kernels together."""
     global _spent
     start = time.monotonic()
-    timer = threading.Timer(max(_QUIET - _spent, 0), _tell)
+    timer = threading.Timer(max(waiting.PATIENCE - _spent, 0), _tell)
     timer.daemon = True
     timer.start()
     try:
@@ -158,9 +157,7 @@ def _told() -> Iterator[None]:
 
 @functools.cache
 def _tell() -> None:
-    _log.warning(
-        "gateloop_transformer: compiling kernels for this processor, which takes up to a minute the first time"
-    )
+    LOGGER.warning("compiling the kernels of gateloop_transformer for this processor: up to a minute, once")
 
 
 # ---- on disk -----------------------------------------------------------------------------------------------
@@ -182,7 +179,7 @@ def _folders() -> list[Path]:
 @functools.cache
 def _warn(what: str) -> None:
     """Once in a process."""
-    _log.warning("gateloop_transformer: %s", what)
+    LOGGER.warning(what)
 
 
 def _load(file: str) -> Code | None:
@@ -197,7 +194,7 @@ def _load(file: str) -> Code | None:
         if kind == _KIND and digest == _digest(rest):
             symbol, needs, content = rest.split(b"\n", 2)
             return Code(symbol.decode(), tuple(needs.decode().split()), content)
-        _warn(f"a compiled kernel cannot be read or is damaged, and is compiled anew: {folder / file}")
+        _warn(f"a kernel of gateloop_transformer cannot be read or is damaged, and is compiled anew: {folder / file}")
     return None
 
 
@@ -224,7 +221,7 @@ def _keep(file: str, code: Code) -> None:
         else:
             return
     _warn(
-        f"compiled kernels cannot be kept, so every process compiles its own ({'; '.join(failed)}); "
+        f"kernels of gateloop_transformer cannot be kept, so every process compiles its own ({'; '.join(failed)}); "
         "set NUMBA_CACHE_DIR to a folder that can be written"
     )
 
