@@ -244,7 +244,7 @@ def test_what_takes_long_is_said_once(
     result(3)
     result(5)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "compiling kernels" in caplog.text
+    assert "compiling the kernels" in caplog.text
 
 
 EVERY_LAYER = """
