@@ -81,7 +81,9 @@ def rotary(x: Array, positions: Array, freqs: Array) -> Array:
 class CausalFullAttention:
     """Causal attention over all past steps; the defaults are the original's.
 
-    Scores of all steps with all keys are in memory: T² of them, also with a window.
+    Scores of all steps with all keys are in memory: T² of them, also with a window. What a step does not see is
+    multiplied by a weight of 0, as in torch's own attention: a key or value that is not finite spoils its whole row,
+    earlier steps and other documents too. The other layers keep it where it belongs.
 
     Args:
         dim: width of input and output.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gateloop_transformer.jax.chunks import Packed
-from gateloop_transformer.jax.pairs import Array, Pair
+from gateloop_transformer.jax.pairs import Array
 
 
 def array(operator: str, name: str, value: Any) -> Array:
@@ -103,12 +103,11 @@ class Layout:
         """What the first dimension of a state is called."""
         return "B" if self.packed is None else "N"
 
-    def cleared(self, gates: Pair) -> Pair:
-        """Gates (B, T, ...), 0 where the state is reset."""
+    def forgets(self, ndim: int) -> Array | None:
+        """Which rows (B, 1, ..., 1), `ndim` dimensions, are reset somewhere; None: none is."""
         if self.resets is None:
-            return gates
-        marks = self.resets.reshape(*self.resets.shape, *[1] * (gates.re.ndim - 2))
-        return gates.map(lambda x: jnp.where(marks, 0, x))
+            return None
+        return self.resets.any(1).reshape(self.rows, *[1] * (ndim - 1))
 
 
 def real_pair(

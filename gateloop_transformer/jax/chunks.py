@@ -87,8 +87,11 @@ def _grown(low: Array, corner: Array, high: Array) -> Array:
     return jnp.block([[low, jnp.zeros_like(low)], [corner, high]])
 
 
-def _chunk(state: Pair, part: _Part) -> tuple[Pair, Array]:
-    """The state (B, H, K, V) after a chunk, and the chunk's outputs (B, H, C, V)."""
+def _chunk(state: Pair, part: _Part, marks: Array | None) -> tuple[Pair, Array]:
+    """The state (B, H, K, V) after a chunk, and the chunk's outputs (B, H, C, V).
+
+    What no step sees is multiplied by 0, gates of 0 are enough of a reset: right where all results are finite.
+    """
     q, k, v, a = part
     decay = decay_products(a)
     start = a.map(lambda x: x[..., :1]).times(decay.map(lambda x: x[..., :, 0])).map(_turned)
@@ -102,6 +105,22 @@ def _chunk(state: Pair, part: _Part) -> tuple[Pair, Array]:
         y = y - (q * start.im) @ state.im
     whole = start.map(lambda x: x[..., -1, :, None])
     return whole.times(state).plus(end.map(lambda x: _turned(k * x) @ v)), y
+
+
+def _chunk_by_steps(state: Pair, part: _Part, marks: Array | None) -> tuple[Pair, Array]:
+    """The same by definition, one step after the other; `marks` (B, 1, 1, C) are resets."""
+
+    def step(state: Pair, now: tuple[_Part, Array | None]) -> tuple[Pair, Array]:
+        (q, k, v, a), began = now
+        before = state.cleared(None if began is None else began[..., None])
+        state = a.map(lambda x: x[..., None]).times(before).plus(Pair(k[..., None] * v[..., None, :]))
+        return state, (q[..., None] * state.re).sum(-2)
+
+    q, k, v = (jnp.moveaxis(x, 2, 0) for x in part[:3])
+    a = part.gates.map(lambda x: jnp.moveaxis(x, 3, 0))
+    steps = _Part(q, k, v, a), None if marks is None else jnp.moveaxis(marks, 3, 0)
+    state, y = jax.lax.scan(jax.checkpoint(step), state, steps)
+    return state, jnp.moveaxis(y, 0, 2)
 
 
 def chunk_length(K: int, V: int, per_channel: bool) -> int:
@@ -127,9 +146,18 @@ def _mend(y: Array, slots: Array | None, T: int) -> Array:
 
 
 def chunked_loop(
-    queries: Array, keys: Array, values: Array, gates: Pair, initial: Pair, packed: Packed | None
+    queries: Array,
+    keys: Array,
+    values: Array,
+    gates: Pair,
+    initial: Pair,
+    resets: Array | None,
+    packed: Packed | None,
 ) -> tuple[Array, Pair]:
     """Outputs (B, T, H, V) and the last state (B, H, K, V), or (N, H, K, V).
+
+    A number that is not finite, or a product that overflows, reaches the results that depend on it and no others:
+    where there is one, everything is computed again step by step, and so are gradients.
 
     Args:
         queries: q (B, T, H, K).
@@ -137,23 +165,89 @@ def chunked_loop(
         values: v (B, T, H, V).
         gates: a (B, T, H, G); without imaginary part where all are real.
         initial: S before the first step (B, H, K, V), or of each document (N, H, K, V), complex where gates are.
+        resets: (B, T) booleans: state and gate before such a step count as 0, whatever they were; None: never.
         packed: documents, in a batch of one row.
     """
-    queries, keys, values, gates, initial = alike(queries, keys, values, gates, initial)
+    queries, keys, values, gates, initial, resets = alike(queries, keys, values, gates, initial, resets)
     T, K, V = queries.shape[1], queries.shape[-1], values.shape[-1]
     C = chunk_length(K, V, gates.re.shape[-1] > 1)
     slots, length = (None, -(-T // C) * C) if packed is None else _slots(packed, T, C)
     cut = functools.partial(_cut, C=C, slots=slots, length=length)
+    gates = gates.cleared(None if resets is None else resets[..., None, None])
     a = Pair(cut(gates.re, fill=1.0), None if gates.im is None else cut(gates.im, fill=0.0)).map(_turned)
     q, k, v = (cut(x, fill=0.0) for x in (queries, keys, values))
-    parts = _Part(q, k, v, a)
-    step = jax.checkpoint(_chunk)
-    with jax.default_matmul_precision("highest"):
-        if packed is None:
-            final, y = jax.lax.scan(step, initial, parts)
-        else:
-            y, final = _documents(step, initial, parts, packed, C)
+    marks = None if resets is None else _turned(cut(resets[..., None, None], fill=False))
+    y, final = _loop(initial, _Part(q, k, v, a), marks, packed)
     return _mend(y, slots, T), final
+
+
+@jax.custom_vjp
+def _loop(initial: Pair, parts: _Part, marks: Array | None, packed: Packed | None) -> tuple[Array, Pair]:
+    """Outputs (chunks, B, H, C, V) and the last state."""
+    found = _over_chunks(_chunk, initial, parts, marks, packed)
+    return _or_else(found, found, _exactly, initial, parts, marks, packed)
+
+
+def _loop_forward(
+    initial: Pair, parts: _Part, marks: Array | None, packed: Packed | None
+) -> tuple[tuple[Array, Pair], tuple[Any, ...]]:
+    found, back = jax.vjp(lambda *x: _over_chunks(_chunk, x[0], x[1], marks, packed), initial, parts)
+    found = _or_else(found, found, _exactly, initial, parts, marks, packed)
+    return found, (back, initial, parts, marks, packed)
+
+
+def _loop_backward(kept: tuple[Any, ...], grad: tuple[Array, Pair]) -> tuple[Pair, _Part, None, None]:
+    back, *arguments = kept
+    d_initial, d_parts = back(grad)
+    # All products, those that are masked too, go into the gradient of the gates: a look at it is enough, and cheap.
+    return *_or_else((d_initial, d_parts), d_parts.gates, _gradients_exactly, grad, *arguments), None, None
+
+
+_loop.defvjp(_loop_forward, _loop_backward)
+
+
+def _exactly(initial: Pair, parts: _Part, marks: Array | None, packed: Packed | None) -> tuple[Array, Pair]:
+    return _over_chunks(_chunk_by_steps, initial, parts, marks, packed)
+
+
+def _gradients_exactly(
+    grad: tuple[Array, Pair], initial: Pair, parts: _Part, marks: Array | None, packed: Packed | None
+) -> tuple[Pair, _Part]:
+    gradients: tuple[Pair, _Part] = jax.vjp(lambda *x: _exactly(x[0], x[1], marks, packed), initial, parts)[1](grad)
+    return gradients
+
+
+def _or_else(found: Any, looked_at: Any, exactly: Callable[..., Any], *arguments: Any) -> Any:
+    """`found` where all numbers that are looked at are finite, else what `exactly` gives.
+
+    A loop of one round or none: `lax.cond` would compute both under `vmap`. It has no gradient; that of `found` serves.
+    """
+    fine = functools.reduce(jnp.logical_and, (jnp.isfinite(x).all() for x in jax.tree.leaves(looked_at)))
+    first, held = jax.lax.stop_gradient((found, arguments))
+    mended = jax.lax.while_loop(lambda now: ~now[0], lambda now: (now[0] | True, exactly(*held)), (fine, first))[1]
+    return _instead(found, mended)
+
+
+@jax.custom_jvp
+def _instead(found: Any, mended: Any) -> Any:
+    return mended
+
+
+@_instead.defjvp
+def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    return primals[1], tangents[0]
+
+
+def _over_chunks(
+    step: Callable[..., Any], initial: Pair, parts: _Part, marks: Array | None, packed: Packed | None
+) -> tuple[Array, Pair]:
+    """Chunks one after the other; kept for the gradient are the states between them."""
+    step = jax.checkpoint(step)
+    with jax.default_matmul_precision("highest"):
+        if packed is not None:
+            return _documents(step, initial, parts, marks, packed)
+        final, y = jax.lax.scan(lambda state, now: step(state, *now), initial, (parts, marks))
+    return y, final
 
 
 def _slots(packed: Packed, T: int, C: int) -> tuple[Array, int]:
@@ -165,23 +259,25 @@ def _slots(packed: Packed, T: int, C: int) -> tuple[Array, int]:
     return slots, (T // C + packed.number) * C
 
 
-def _documents(step: Callable[..., Any], initial: Pair, parts: _Part, packed: Packed, C: int) -> tuple[Array, Pair]:
+def _documents(
+    step: Callable[..., Any], initial: Pair, parts: _Part, marks: Array | None, packed: Packed
+) -> tuple[Array, Pair]:
     """Chunks one after the other, each document from its own state; the state after each is looked up at its end."""
-    chunks = -(-packed.lengths() // C)
+    chunks = -(-packed.lengths() // parts.q.shape[-2])
     ends = jnp.cumsum(chunks)
     numbers = jnp.arange(parts.q.shape[0])
     document = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), packed.number - 1)
     begins = numbers == (ends - chunks)[document]
 
-    def run(state: Pair, part: tuple[_Part, Array, Array]) -> tuple[Pair, tuple[Array, Pair]]:
-        chunk, document, begins = part
+    def run(state: Pair, now: tuple[_Part, Array | None, Array, Array]) -> tuple[Pair, tuple[Array, Pair]]:
+        part, marks, document, begins = now
         own = initial.map(lambda x: jax.lax.dynamic_slice_in_dim(x, document, 1))
         state = own.where(begins, state)
-        state, y = step(state, chunk)
+        state, y = step(state, part, marks)
         return state, (y, state)
 
     first = initial.map(lambda x: jnp.zeros_like(x[:1]))
-    _, (y, after) = jax.lax.scan(run, first, (parts, document, begins))
+    _, (y, after) = jax.lax.scan(run, first, (parts, marks, document, begins))
     there = (chunks > 0)[:, None, None, None]
     last = jnp.maximum(ends - 1, 0)
     return y, Pair.of_parts(lambda x, start: jnp.where(there, x[last, 0], start), after, initial)

@@ -6,6 +6,7 @@ array; `gate_loop` takes the pair as it is.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -175,10 +176,15 @@ def ring_start(key: Array, heads: int, max_memory: float, min_memory: float = 1.
     return jnp.log(jnp.expm1(exponents)), phases
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def scale_gradient(x: Array, fraction: float) -> Array:
     """x itself, with its gradient multiplied by `fraction`."""
-    held = jax.lax.stop_gradient(x)
-    return x if fraction == 1 else held + (x - held) * fraction
+    return x
+
+
+@scale_gradient.defjvp
+def _(fraction: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return primals[0], tangents[0] * fraction
 
 
 # The gates of a layer by name: from both projections to (real, imaginary).

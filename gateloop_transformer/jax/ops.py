@@ -41,7 +41,7 @@ def linear_scan(
         inputs: x (B, T, D), real or complex.
         initial: h before the first step (B, D), or of each document (N, D), real or complex; zero when None.
         reverse: run from the last step to the first: h[t] = a[t] h[t+1] + x[t].
-        resets: (B, T) booleans: h is cleared before such a step (its gate counts as 0); None: never.
+        resets: (B, T) booleans: h is cleared before such a step, whatever it was, NaN included; None: never.
         cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n being
             steps cu_seqlens[n] to cu_seqlens[n + 1]; each is computed as if alone, `initial` holds one state for each.
             Under `jit` they are not checked.
@@ -71,29 +71,32 @@ def linear_scan(
     a, x = (split(value).map(lambda part: part.astype(dtype)) for value in (gates, inputs))
     if initial is not None:
         start = split(initial).map(lambda part: part.astype(dtype))
-    states, _ = _scan(layout.cleared(a), x, start, reverse, layout.packed, axis_name)
+    states, _ = _scan(a, x, start, reverse, layout, axis_name)
     if states.im is None:
         return states.re.astype(jnp.promote_types(gates.dtype, inputs.dtype))
     return states.join()
 
 
 def _scan(
-    gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, packed: Packed | None, axis_name: str | None = None
+    gates: Pair,
+    inputs: Pair,
+    initial: Pair | None,
+    reverse: bool,
+    layout: checks.Layout,
+    axis_name: str | None = None,
 ) -> tuple[Pair, Pair]:
     """All states (B, T, D), and those after the last steps (B or N, D)."""
     if axis_name is not None:
-        _refuse_documents("a sharded time axis", packed)
+        _refuse_documents("a sharded time axis", layout)
 
         def run(start: Pair | None) -> tuple[Pair, Pair]:
-            return _scan(gates, inputs, start, reverse, None)
+            return _scan(gates, inputs, start, reverse, layout)
 
-        def product() -> Pair:
-            return split(jnp.prod(gates.join(), axis=1))
-
-        return over_axis(axis_name, run, product, initial, reverse)
-    if packed is not None:
-        return _scan_documents(gates, inputs, initial, reverse, packed)
-    states = recurrence(gates, inputs, initial, reverse)
+        forgets = layout.forgets(2)
+        return over_axis(axis_name, run, lambda: _product(gates, layout), initial, forgets, reverse)
+    if layout.packed is not None:
+        return _scan_documents(gates, inputs, initial, reverse, layout.packed, layout.resets)
+    states = recurrence(gates, inputs, initial, layout.resets, reverse)
     if inputs.re.shape[1]:
         return states, states.map(lambda h: h[:, 0 if reverse else -1])
     return states, _or_zero(initial, inputs, inputs.re.shape[0])
@@ -104,15 +107,21 @@ def _or_zero(initial: Pair | None, inputs: Pair, rows: int) -> Pair:
     return inputs.map(lambda x: jnp.zeros((rows, x.shape[2]), x.dtype)) if initial is None else initial
 
 
-def _refuse_documents(what: str, packed: Packed | None) -> None:
-    if packed is not None:
+def _refuse_documents(what: str, layout: checks.Layout) -> None:
+    if layout.packed is not None:
         raise ValueError(f"{what} takes no cu_seqlens: mark where documents begin by resets")
 
 
+def _product(gates: Pair, layout: checks.Layout) -> Pair:
+    """That of all steps (B, ...); 0 where there was a reset, whatever the other gates."""
+    forgets = layout.forgets(gates.re.ndim)
+    return split(jnp.prod(gates.cleared(forgets).join(), axis=1))
+
+
 def _scan_documents(
-    gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, packed: Packed
+    gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, packed: Packed, resets: Array | None
 ) -> tuple[Pair, Pair]:
-    """Each document begins with a gate of 0, its own state coming in with its first input."""
+    """Each document begins with a reset, its own state coming in with its first input."""
     T = inputs.re.shape[1]
     start = _or_zero(initial, inputs, packed.number)
     if any(pair.im is not None for pair in (gates, inputs, start)):
@@ -124,10 +133,13 @@ def _scan_documents(
     first, last = (last, first) if reverse else (first, last)
     # An empty document has no step: what is written to step T is dropped.
     into = jnp.where(there, first, T)
-    carried = gates.map(lambda a: a[0, jnp.minimum(into, T - 1)]).times(start)
+    dropped = ~there if resets is None else ~there | resets[0, jnp.minimum(into, T - 1)]
+    # Both sides of the product: what is not finite would come back in the gradient of the other, times 0.
+    coming = start.cleared(dropped[:, None])
+    carried = gates.map(lambda a: a[0, jnp.minimum(into, T - 1)]).cleared(dropped[:, None]).times(coming)
     x = Pair.of_parts(lambda part, c: part.at[0, into].add(c, mode="drop"), inputs, carried)
-    a = gates.map(lambda part: part.at[0, into].set(0, mode="drop"))
-    states = recurrence(a, x, None, reverse)
+    begins = (jnp.zeros((1, T), bool) if resets is None else resets).at[0, into].set(True, mode="drop")
+    states = recurrence(gates, x, None, begins, reverse)
     kept = Pair.of_parts(lambda h, h0: jnp.where(there[:, None], h[0, jnp.maximum(last, 0)], h0), states, start)
     return states, kept
 
@@ -188,7 +200,7 @@ def gate_loop(
         initial: S before the first step (B, H, K, V), or of each document (N, H, K, V), a tuple where `gates` is one;
             zero when None.
         reverse: run from the last step to the first.
-        resets: (B, T) booleans: S is cleared before such a step (its gate counts as 0); None: never.
+        resets: (B, T) booleans: S is cleared before such a step, whatever it was, NaN included; None: never.
         cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n being
             steps cu_seqlens[n] to cu_seqlens[n + 1]; each is computed as if alone and has its own states. Under `jit`
             they are not checked.
@@ -216,10 +228,10 @@ def gate_loop(
     a, start = _pair("gates", gates), None if initial is None else _pair("initial", initial)
     layout = _check_loop(q, k, v, a, start, resets, cu_seqlens)
     dtype = compute_dtype(q.dtype, a.re.dtype)
-    marked = layout.cleared(a.map(lambda x: x.astype(dtype)))
+    a = a.map(lambda x: x.astype(dtype))
     before = None if start is None else start.map(lambda x: x.astype(dtype))
     wide = [x.astype(dtype) for x in (q, k, v)]
-    y, final = _loop(wide[0], wide[1], wide[2], marked, before, reverse, layout.packed, axis_name)
+    y, final = _loop(wide[0], wide[1], wide[2], a, before, reverse, layout, axis_name)
     y = y.astype(q.dtype)
     if isinstance(gates, tuple):
         final = final.as_complex()
@@ -277,37 +289,38 @@ def _loop(
     gates: Pair,
     initial: Pair | None,
     reverse: bool,
-    packed: Packed | None,
+    layout: checks.Layout,
     axis_name: str | None = None,
 ) -> tuple[Array, Pair]:
     """Everything in one precision: y (B, T, H, V) and the last state (B or N, H, K, V)."""
     (B, T, H, K), V = q.shape, v.shape[-1]
+    start = _zero_state(layout.states, H, K, V, gates, initial)
     if axis_name is not None:
-        _refuse_documents("a sharded time axis", packed)
-        start = _zero_state(B, H, K, V, gates, initial)
+        _refuse_documents("a sharded time axis", layout)
 
         def run(before: Pair | None) -> tuple[Array, Pair]:
-            return _loop(q, k, v, gates, start.map(jnp.zeros_like) if before is None else before, reverse, None)
+            return _loop(q, k, v, gates, start.map(jnp.zeros_like) if before is None else before, reverse, layout)
 
         def product() -> Pair:
-            return split(jnp.prod(gates.join(), axis=1)).map(lambda x: x.reshape(B, H, *x.shape[2:] or (1,), 1))
+            return _product(gates, layout).map(lambda x: x.reshape(B, H, *x.shape[2:] or (1,), 1))
 
-        return over_axis(axis_name, run, product, start, reverse)
-    start = _zero_state(B if packed is None else packed.number, H, K, V, gates, initial)
+        return over_axis(axis_name, run, product, start, layout.forgets(4), reverse)
     if not q.size or not v.size:
         return jnp.zeros((B, T, H, V), q.dtype), start
     if K == V == 1:
         flat = gates.map(lambda x: x.reshape(B, T, H))
         before = start.map(lambda x: x.reshape(x.shape[:2]))
-        states, last = _scan(flat, Pair(k[..., 0] * v[..., 0]), before, reverse, packed)
+        states, last = _scan(flat, Pair(k[..., 0] * v[..., 0]), before, reverse, layout)
         return q * states.re[..., None], last.map(lambda x: x[:, :, None, None])
+    resets, packed = layout.resets, layout.packed
     if reverse:
         q, k, v = (jnp.flip(x, 1) for x in (q, k, v))
         gates = gates.map(lambda x: jnp.flip(x, 1))
+        resets = None if resets is None else jnp.flip(resets, 1)
         if packed is not None:
             packed, start = Packed(T - packed.bounds[::-1]), start.map(lambda x: x[::-1])
     a = gates.map(lambda x: x.reshape(B, T, H, -1))
-    y, final = chunked_loop(q, k, v, a, start, packed)
+    y, final = chunked_loop(q, k, v, a, start, resets, packed)
     if not reverse:
         return y, final
     return jnp.flip(y, 1), final if packed is None else final.map(lambda x: x[::-1])
@@ -388,7 +401,7 @@ def channel_gate_loop(
         q, k, v = (x.astype(dtype) for x in jnp.split(qkv, 3, -1))
         re, im, scale = head_gates(projections, gate=gate, bias=bias, fraction=fraction)
         x = k * v if scale is None else k * scale * v
-        h, final = _scan(layout.cleared(Pair(re, im)), Pair(x), start, reverse, layout.packed, axis_name)
+        h, final = _scan(Pair(re, im), Pair(x), start, reverse, layout, axis_name)
         y = q * h.re if swish is None else q * h.re * jax.nn.silu(swish.astype(dtype))
         return y.astype(qkv.dtype), final
 
@@ -443,8 +456,7 @@ def simple_gate_loop(
     @jax.checkpoint
     def compute(qkva: Array, start: Pair | None) -> tuple[Array, Pair]:
         q, kv, a = (x.astype(dtype) for x in jnp.split(qkva, 3, -1))
-        gates = layout.cleared(Pair(jax.nn.sigmoid(a)))
-        h, final = _scan(gates, Pair(kv), start, reverse, layout.packed, axis_name)
+        h, final = _scan(Pair(jax.nn.sigmoid(a)), Pair(kv), start, reverse, layout, axis_name)
         return (q * h.re).astype(qkva.dtype), final
 
     y, final = compute(qkva, start)

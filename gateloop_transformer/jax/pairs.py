@@ -50,6 +50,10 @@ class Pair(NamedTuple):
         """Its numbers where `condition` holds, elsewhere those of `other`."""
         return Pair.of_parts(lambda x, y: jnp.where(condition, x, y), self, other)
 
+    def cleared(self, marks: Array | None) -> Pair:
+        """0 where marked, whatever stood there: a product with 0 would leave NaN of what is not finite."""
+        return self if marks is None else self.map(lambda x: jnp.where(marks, 0, x))
+
     def as_complex(self) -> Pair:
         """With an imaginary part, 0 where there was none."""
         return self if self.im is not None else Pair(self.re, jnp.zeros_like(self.re))

@@ -16,6 +16,7 @@ def over_axis(
     run: Callable[[Pair | None], tuple[Any, Pair]],
     product: Callable[[], Pair],
     initial: Pair | None,
+    forgets: Array | None,
     reverse: bool,
 ) -> tuple[Any, Pair]:
     """A part's outputs, and the state after all parts.
@@ -26,19 +27,22 @@ def over_axis(
     Args:
         axis_name: of the mesh, along which time is cut in order.
         run: from the state before the part to its outputs and the state after it.
-        product: of the gates of the part, to be multiplied with states.
+        product: of the gates of the part, to be multiplied with states; finite where the part `forgets`.
         initial: the state before the whole sequence, the same on all devices; None: zero.
+        forgets: booleans beside the state's dimensions: nothing of the state before the part is left after it, whatever
+            it was; None: nowhere.
         reverse: the last part comes first.
     """
     _, end = run(None)
-    ends, wholes = jax.lax.all_gather((end, product()), axis_name)
+    ends, wholes, forgotten = jax.lax.all_gather((end, product(), forgets), axis_name)
     size, place = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     zero = end.map(jnp.zeros_like)
     state = zero if initial is None else initial if zero.im is None else initial.as_complex()
     before = state
     for n in range(size)[:: -1 if reverse else 1]:
         before = state.where(place == n, before)
-        state = _at(wholes, n).times(state).plus(_at(ends, n))
+        left = state.cleared(None if forgotten is None else forgotten[n])
+        state = _at(wholes, n).times(left).plus(_at(ends, n))
     y, _ = run(before)
     return y, state.map(lambda x: from_device(axis_name, 0, x))
 

@@ -74,10 +74,12 @@ def test_the_tree_for_other_devices_equals_the_steps(kinds: str, reverse: bool) 
     a, x, h = args
     h = h.as_complex() if kinds != "rrr" else h
 
+    resets = to_jax(torch.rand(x.re.shape[:2]) < 0.1) if kinds == "ccc" else None
+
     @partial(jax.jit, static_argnums=(0, 1))
     def both(states: Any, gradients: Any, a: Pair, x: Pair, h: Pair) -> Any:
-        found = states(a, x, h, reverse)
-        return found, recurrence._fitting(gradients, reverse, a, found, h, found.map(jnp.sin))
+        found = states(a, x, h, resets, reverse)
+        return found, recurrence._fitting(gradients, reverse, a, found, h, resets, found.map(jnp.sin))
 
     steps = both(recurrence._step_by_step, recurrence._gradients_step_by_step, a, x, h)
     tree = both(recurrence._as_a_tree, recurrence._gradients_as_trees, a, x, h)
@@ -143,6 +145,23 @@ def test_a_gate_of_zero_forgets_exactly_with_its_gradient() -> None:
     args.values[:, :7] = torch.inf
     y, _ = jax.jit(gj.gate_loop)(*to_jax(args))
     assert not jnp.isfinite(y[:, :7]).all()
+
+
+def test_a_gradient_of_matrix_states_can_be_differentiated_again() -> None:
+    q, k, v, a, state = to_jax(make_loop(1, 3, 1, 2, 2, is_complex=False))
+
+    def naive(k: Any) -> Any:
+        S, y = state, []
+        for t in range(3):
+            S = a[:, t, :, None, None] * S + k[:, t, ..., None] * v[:, t, :, None]
+            y.append((q[:, t, ..., None] * S).sum(-2))
+        return jnp.stack(y, 1)
+
+    def twice(loop: Any) -> Any:
+        once = jax.grad(lambda k: jnp.sin(loop(k)).sum())
+        return jax.jit(jax.grad(lambda k: jnp.square(once(k)).sum()))(k)
+
+    assert jnp.allclose(twice(lambda k: gj.gate_loop(q, k, v, a, state)[0]), twice(naive), rtol=1e-12, atol=1e-12)
 
 
 def test_memory_of_a_step_does_not_grow_with_the_state() -> None:

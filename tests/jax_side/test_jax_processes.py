@@ -26,6 +26,13 @@ def close(x, y):
     for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
+def alike(x, y):
+    # Finite at the same places, and equal there.
+    fine = jax.tree.map(np.isfinite, y)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.isfinite, x), fine)
+    close(*(jax.tree.map(lambda a, b: np.where(b, a, 0), z, fine) for z in (x, y)))
+    assert fine[0].any() and not fine[0].all()
+
 for K, V, reverse, check in ((1, 1, False, True), (3, 5, True, False))[-len(sys.argv):]:
     q, k, v, s = normal(2, 16, 2, K), normal(2, 16, 2, K), normal(2, 16, 2, V), normal(2, 2, K, V) + 1j
     a, resets = 0.9 * jnp.exp(1j * normal(2, 16, 2)), jax.random.bernoulli(next(key), 0.1, (2, 16))
@@ -34,14 +41,16 @@ for K, V, reverse, check in ((1, 1, False, True), (3, 5, True, False))[-len(sys.
     part = lambda *x: one(*x[:5], resets=x[5])
     specs = {"in_specs": (t, t, t, t, P(), t), "out_specs": (t, P())}
     parts = jax.shard_map(part, mesh=mesh, check_vma=check, **specs)
-    arguments = q, k, v, a, s, resets
-    close(jax.jit(parts)(*arguments), jax.jit(whole)(*arguments))
     loss = lambda f: lambda *x: sum(jnp.square(jnp.abs(y)).sum() for y in f(*x))
-    slopes = [
-        jax.jit(jax.grad(loss(f), argnums=(0, 1, 2, 3, 4)))(*arguments)
-        for f in (parts, whole)
-    ]
-    close(*slopes)
+    slopes = [jax.jit(jax.grad(loss(f), argnums=(0, 1, 2, 3, 4))) for f in (parts, whole)]
+    parts, whole = jax.jit(parts), jax.jit(whole)
+    arguments = q, k, v, a, s, resets
+    close(parts(*arguments), whole(*arguments))
+    close(*(slope(*arguments) for slope in slopes))
+    k, resets = k.at[0, 5].set(jnp.nan), resets.at[0, jnp.array([3, 9])].set(True)
+    arguments = q, k, v, a, s.at[1].set(jnp.inf), resets
+    alike(parts(*arguments), whole(*arguments))
+    alike(*(slope(*arguments) for slope in slopes))
 resets = jnp.zeros((1, 16), bool).at[0, jnp.array([3, 10])].set(True)
 for reverse in (False, True):
     layer = gj.GateLoopedAttention(4, heads=2, conv_size=3, gate="ring", reverse=reverse)
