@@ -145,9 +145,11 @@ def ring_start(heads: int, max_memory: float, min_memory: float = 1.0) -> tuple[
 
 
 def scale_gradient(x: Tensor, fraction: float) -> Tensor:
-    """x itself, with its gradient multiplied by `fraction`."""
+    """x itself, with its gradient multiplied by `fraction`; an infinite x has none."""
+    if fraction == 1:
+        return x
     held = x.detach()
-    return x if fraction == 1 else held + (x - held) * fraction
+    return held + torch.where(held.isfinite(), x - held, 0.0) * fraction
 
 
 # The gates of a layer by name: from both projections to (real, imaginary).
