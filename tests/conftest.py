@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
 
 # Kernels for GPUs run on the CPU, as Python; Triton asks once, when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
+import processes
 import pytest
 import torch
 from cases import HERE, INTERPRETED
@@ -16,12 +20,34 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Tensors here are small: a second thread only waits, and on a busy machine it waits spinning.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing is judged by a clock: examples may take as long as a busy machine takes for them.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
+processes.mark()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is left in the user's cache; processes that tests start inherit this."""
     os.environ["GATELOOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _processes_end_with_their_test() -> Iterator[None]:
+    yield
+    if processes.started():
+        processes.end()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    # The library's own pool stays for the next call.
+    after = [thread for thread in threading.enumerate() if not thread.name.startswith("gateloop")]
+    threads = [str(thread) for thread in after if thread not in before and not thread.daemon]
+    left = [*processes.end().values(), *threads]
+    assert not left, f"still running after the last test: {left}"
 
 
 # What calls an operator very often: `make slow` runs it where kernels are interpreted, for seconds or minutes.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import processes
 import pytest
 
 from gateloop_transformer.cli import main
@@ -28,10 +29,9 @@ def test_threads_wait_quietly_unless_told_otherwise(
     assert environment.get("GOMP_SPINCOUNT") == spins
 
 
-def gateloop(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def gateloop(command: str, cwd: Path) -> Any:
     """A command line of a shell, so that streams can be closed."""
-    line = f"{sys.executable} -m gateloop_transformer {command}"
-    return subprocess.run(line, shell=True, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return processes.run(f"{sys.executable} -m gateloop_transformer {command}", cwd=cwd)
 
 
 def test_a_closed_standard_output_is_one_line(tmp_path: Path) -> None:

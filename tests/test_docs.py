@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -34,10 +33,7 @@ FEW_STEPS = {
 
 def run(code: str | Path, cwd: Path, *arguments: str) -> str:
     command = [str(code)] if isinstance(code, Path) else ["-c", code]
-    whole = [sys.executable, *command, *arguments]
-    done = subprocess.run(whole, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return processes.python(*command, *arguments, cwd=cwd)
 
 
 def test_the_readme_has_its_snippets() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
 
+import processes
 import pytest
 import torch
 from cases import (
@@ -421,8 +420,7 @@ print(loop(4096), loop(8192), loop(16384))
 
 @pytest.mark.slow
 def test_memory_grows_linearly_and_stays_under_two_gigabytes() -> None:
-    done = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True)
-    first, second, third = (int(n) / 2**20 for n in done.stdout.split())
+    first, second, third = (int(n) / 2**20 for n in processes.python("-c", MEMORY).split())
     assert first + second < 2
     # Each run reuses what the one before it freed; the peak may double with T, not quadruple.
     assert first + second + third < 4
