@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 # Kernels for GPUs run on the CPU, as Python; Triton asks once, when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -13,7 +14,7 @@ import hypothesis
 import processes
 import pytest
 import torch
-from cases import HERE, INTERPRETED
+from cases import DEAR, HERE, INTERPRETED
 
 # XLA compiles each shape for seconds; most of that is optimisation, which no law depends on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -61,11 +62,36 @@ OFTEN = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark these as slow on backends that are interpreted here."""
+    """Mark as slow what calls an operator often where that takes seconds, and all but a selection of other cases."""
+    dear: dict[Any, list[Any]] = {}
     for item in items:
-        case = getattr(item, "callspec", None)
-        if case is not None and case.params.get("backend") in INTERPRETED and item.originalname in OFTEN:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if backend in DEAR and item.get_closest_marker("slow") is None:
+            if backend in INTERPRETED and item.originalname in OFTEN:
+                item.add_marker(pytest.mark.slow)
+            else:
+                dear.setdefault((item.path, item.originalname, backend), []).append(item)
+    for cases in dear.values():
+        for item in beyond_every_option(cases):
             item.add_marker(pytest.mark.slow)
+
+
+def beyond_every_option(cases: list[Any]) -> list[Any]:
+    """Cases of a test that may be left out with all that its decorators list still in one of the others."""
+    rest, options = list(cases), {case: options_of(case) for case in cases}
+    unseen: set[tuple[int, ...]] = set().union(*options.values())
+    while unseen:
+        best = max(rest, key=lambda case: len(unseen & options[case]))
+        rest.remove(best)
+        unseen -= options[best]
+    return rest
+
+
+def options_of(case: Any) -> set[tuple[int, ...]]:
+    """What each decorator gave to a case: the same objects to all cases of a test. All share that there is a case."""
+    marks = case.iter_markers("parametrize")
+    names = [mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0] for mark in marks]
+    return {(), *((n, *(id(case.callspec.params[name.strip()]) for name in group)) for n, group in enumerate(names))}
 
 
 @pytest.fixture(params=HERE)
