@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -43,8 +44,10 @@ def test_the_readme_has_its_snippets() -> None:
 @pytest.mark.parametrize(
     "snippet", SNIPPETS, ids=["operator", "layer", "model", "documents", "processes", "huggingface", "jax"]
 )
-def test_snippets_run(snippet: str, tmp_path: Path) -> None:
-    run(snippet, tmp_path)
+def test_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    exec(snippet, {"__name__": "__main__"})
 
 
 @pytest.mark.slow
