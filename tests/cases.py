@@ -84,7 +84,7 @@ def make_gates(*shape: int, is_complex: bool, seed: int = 0) -> Tensor:
 
 
 def make_loop(
-    B: int = 2,
+    B: int = 1,
     T: int = 21,
     H: int = 3,
     K: int = 3,

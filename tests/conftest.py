@@ -65,7 +65,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what calls an operator often where that takes seconds, and all but a selection of other cases."""
     dear: dict[Any, list[Any]] = {}
     for item in items:
-        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if not hasattr(item, "callspec"):
+            continue
+        of_file = next((name for name in DEAR if name in item.path.name), None)
+        backend = item.callspec.params.get("backend", of_file)
         if backend in DEAR and item.get_closest_marker("slow") is None:
             if backend in INTERPRETED and item.originalname in OFTEN:
                 item.add_marker(pytest.mark.slow)
