@@ -63,19 +63,30 @@ def python(*arguments: str, **options: Any) -> str:
 def together(count: int, body: Callable[..., None], *arguments: Any) -> list[int | None]:
     """Call `body(number, *arguments)` in as many new processes, which all end once one fails; their exit codes."""
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=body, args=(number, *arguments), daemon=True) for number in range(count)]
+    codes, given = spawn.Pipe(duplex=False)
+    parent = spawn.Process(target=_fork, args=(given, count, body, arguments))
+    parent.start()
+    given.close()
+    assert codes.poll(LIMIT), "the processes do not end"
+    found: list[int | None] = codes.recv()
+    parent.join()
+    return found
+
+
+def _fork(codes: Any, count: int, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """In a process that has imported once what all need, and has no threads yet that a fork would lose."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=body, args=(number, *arguments)) for number in range(count)]
     for process in processes:
         process.start()
     left = {process.sentinel: process for process in processes}
     while left:
-        ended = multiprocessing.connection.wait(list(left), LIMIT)
-        assert ended, "the processes do not end"
-        for process in [left.pop(sentinel) for sentinel in ended]:
-            process.join()
+        for sentinel in multiprocessing.connection.wait(list(left)):
+            left.pop(sentinel).join()
         if any(process.exitcode for process in processes):
             for process in left.values():
                 process.kill()
-    return [process.exitcode for process in processes]
+    codes.send([process.exitcode for process in processes])
 
 
 def until(happened: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:

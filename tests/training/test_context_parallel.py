@@ -19,6 +19,7 @@ from typing import Any
 import processes
 import pytest
 import torch
+import torch._dynamo  # as the first DistributedDataParallel does: once, not in every rank
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
