@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,3 +76,19 @@ def test_what_a_process_started_ends_with_it() -> None:
         processes.end()
         assert not processes.running()
         assert process.stdout.closed
+
+
+def one_fails(number: int, folder: str) -> None:
+    """The second of two fails once the first waits for what never comes."""
+    waits = Path(folder, "waits")
+    if number == 0:
+        waits.touch()
+        signal.pause()
+    processes.until(waits.exists)
+    raise SystemExit(3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system does not fork")
+def test_processes_that_work_together_end_when_one_fails(tmp_path: Path) -> None:
+    assert processes.together(2, one_fails, str(tmp_path)) == [-signal.SIGKILL, 3]
+    assert not processes.running()
