@@ -23,6 +23,8 @@ HERE = [name for name in TABLE if name not in AWAY]
 # Backends whose kernels Python interprets here, for lack of their device: what takes a compiled kernel a blink takes
 # them seconds, so laws that evaluate often do so less often, at fewer steps.
 INTERPRETED = ("triton",)
+# Backends that take seconds for every case: of a test's cases each option is somewhere, all of them in `make slow`.
+DEAR = (*INTERPRETED, "jax")
 LENGTHS = (1, 2, 63, 129, 1000)
 MAGNITUDES = (0.0, 0.5, 1 - 1e-7)
 PHASES = (0.0, math.pi, -math.pi)
@@ -82,7 +84,7 @@ def make_gates(*shape: int, is_complex: bool, seed: int = 0) -> Tensor:
 
 
 def make_loop(
-    B: int = 2,
+    B: int = 1,
     T: int = 21,
     H: int = 3,
     K: int = 3,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 # Kernels for GPUs run on the CPU, as Python; Triton asks once, when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
+import processes
 import pytest
 import torch
-from cases import HERE, INTERPRETED
+from cases import DEAR, HERE, INTERPRETED
 
 from gateloop_transformer import waiting
 
@@ -21,12 +25,34 @@ torch.set_num_threads(1)
 # What takes long says so, on a busy machine also where a test looks at all that is said.
 waiting.PATIENCE = waiting.EVERY = 1e6
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing is judged by a clock: examples may take as long as a busy machine takes for them.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
+processes.mark()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is left in the user's cache; processes that tests start inherit this."""
     os.environ["GATELOOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _processes_end_with_their_test() -> Iterator[None]:
+    yield
+    if processes.started():
+        processes.end()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    # The library's own pool stays for the next call.
+    after = [thread for thread in threading.enumerate() if not thread.name.startswith("gateloop")]
+    threads = [str(thread) for thread in after if thread not in before and not thread.daemon]
+    left = [*processes.end().values(), *threads]
+    assert not left, f"still running after the last test: {left}"
 
 
 # What calls an operator very often: `make slow` runs it where kernels are interpreted, for seconds or minutes.
@@ -40,11 +66,39 @@ OFTEN = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark these as slow on backends that are interpreted here."""
+    """Mark as slow what calls an operator often where that takes seconds, and all but a selection of other cases."""
+    dear: dict[Any, list[Any]] = {}
     for item in items:
-        case = getattr(item, "callspec", None)
-        if case is not None and case.params.get("backend") in INTERPRETED and item.originalname in OFTEN:
+        if not hasattr(item, "callspec"):
+            continue
+        of_file = next((name for name in DEAR if name in item.path.name), None)
+        backend = item.callspec.params.get("backend", of_file)
+        if backend in DEAR and item.get_closest_marker("slow") is None:
+            if backend in INTERPRETED and item.originalname in OFTEN:
+                item.add_marker(pytest.mark.slow)
+            else:
+                dear.setdefault((item.path, item.originalname, backend), []).append(item)
+    for cases in dear.values():
+        for item in beyond_every_option(cases):
             item.add_marker(pytest.mark.slow)
+
+
+def beyond_every_option(cases: list[Any]) -> list[Any]:
+    """Cases of a test that may be left out with all that its decorators list still in one of the others."""
+    rest, options = list(cases), {case: options_of(case) for case in cases}
+    unseen: set[tuple[int, ...]] = set().union(*options.values())
+    while unseen:
+        best = max(rest, key=lambda case: len(unseen & options[case]))
+        rest.remove(best)
+        unseen -= options[best]
+    return rest
+
+
+def options_of(case: Any) -> set[tuple[int, ...]]:
+    """What each decorator gave to a case: the same objects to all cases of a test. All share that there is a case."""
+    marks = case.iter_markers("parametrize")
+    names = [mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0] for mark in marks]
+    return {(), *((n, *(id(case.callspec.params[name.strip()]) for name in group)) for n, group in enumerate(names))}
 
 
 @pytest.fixture(params=HERE)

@@ -7,11 +7,11 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 from gateloop_transformer import waiting
@@ -40,10 +40,9 @@ def test_threads_wait_quietly_unless_told_otherwise(
     assert environment.get("GOMP_SPINCOUNT") == spins
 
 
-def gateloop(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def gateloop(command: str, cwd: Path) -> Any:
     """A command line of a shell, so that streams can be closed."""
-    line = f"{sys.executable} -m gateloop_transformer {command}"
-    return subprocess.run(line, shell=True, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return processes.run(f"{sys.executable} -m gateloop_transformer {command}", cwd=cwd)
 
 
 def test_a_closed_standard_output_is_one_line(tmp_path: Path) -> None:
@@ -98,8 +97,7 @@ def test_help_and_version_import_no_torch(tmp_path: Path) -> None:
             heavy = {"torch", "numba", "jax", "matplotlib", "accelerate", "transformers", "tqdm"} & set(sys.modules)
             assert not heavy, (words, heavy)
     """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    processes.python("-c", code, cwd=tmp_path)
 
 
 def ended(*words: str) -> int | str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -34,10 +34,7 @@ FEW_STEPS = {
 
 def run(code: str | Path, cwd: Path, *arguments: str) -> str:
     command = [str(code)] if isinstance(code, Path) else ["-c", code]
-    whole = [sys.executable, *command, *arguments]
-    done = subprocess.run(whole, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return processes.python(*command, *arguments, cwd=cwd)
 
 
 def test_the_readme_has_its_snippets() -> None:
@@ -47,8 +44,10 @@ def test_the_readme_has_its_snippets() -> None:
 @pytest.mark.parametrize(
     "snippet", SNIPPETS, ids=["operator", "layer", "model", "documents", "processes", "huggingface", "jax"]
 )
-def test_snippets_run(snippet: str, tmp_path: Path) -> None:
-    run(snippet, tmp_path)
+def test_snippets_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    exec(snippet, {"__name__": "__main__"})
 
 
 @pytest.mark.slow

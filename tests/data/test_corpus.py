@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 from cases import give, lines
 
@@ -198,47 +199,49 @@ def test_what_a_killed_build_left_is_deleted_and_what_a_living_one_writes_is_not
         assert entries(own_cache) == sorted([folder, living])
 
 
-def test_a_killed_build_leaves_nothing_that_is_trusted(tmp_path: Path, own_cache: Path) -> None:
-    path = tmp_path / "a.txt"
+def test_a_killed_build_leaves_nothing_that_is_trusted(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, begun = tmp_path / "a.txt", tmp_path / "begun"
     path.write_bytes(TEXT)
     code = f"""
-import time
+import pathlib, sys
 from gateloop_transformer.data import corpus
 from gateloop_transformer.data.tokenizer import ByteTokenizer
 def slow(*arguments):
-    print("now", flush=True)
-    time.sleep(60)
+    pathlib.Path({str(begun)!r}).touch()
+    sys.stdin.read()
 corpus.join_starts = slow
 corpus.load_corpus({str(path)!r}, valid_fraction=0.1, context=8, tokenizer=ByteTokenizer())
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"now\n"
+    process = processes.start([sys.executable, "-c", code], stdin=PIPE)
+    processes.until(begun.exists, process)
     [partial] = entries(own_cache)
     assert partial.suffix == ".partial"
-    done: list[Corpus] = []
-    waiting = threading.Thread(target=lambda: done.append(load(path)))
-    waiting.start()
-    time.sleep(0.1)
-    assert not done
-    assert entries(own_cache) == [partial]
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    waiting.join(30)
-    assert len(done[0].train) == round(len(TEXT) * 0.9)
+    asked, lock = threading.Event(), fcntl.flock
+
+    def ask(descriptor: int, how: int) -> None:
+        asked.set()
+        lock(descriptor, how)
+
+    monkeypatch.setattr("fcntl.flock", ask)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(load, path)
+        try:
+            assert asked.wait(processes.LIMIT)
+            assert not waiting.done()
+            assert entries(own_cache) == [partial]
+        finally:
+            process.kill()
+        assert len(waiting.result().train) == round(len(TEXT) * 0.9)
     assert [entry.suffix for entry in entries(own_cache)] == [""]
 
 
 def test_processes_that_start_together_make_one_corpus(tmp_path: Path, own_cache: Path) -> None:
-    path, found = tmp_path / "a.txt", []
+    path = tmp_path / "a.txt"
     path.write_bytes(TEXT)
-    threads = [threading.Thread(target=lambda: found.append(load(path).sha256)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _n: load(path).sha256, range(8)))
     assert len(set(found)) == len(entries(own_cache)) == 1
 
 
@@ -358,5 +361,4 @@ for step in range(2000):
     batch_at(corpus.train, step + 1, windows=16, context=512, seed=0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100_000
+    assert int(processes.python("-c", code)) < 100_000

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from options import ATTENTION, GATES, build, config
@@ -97,12 +97,12 @@ def test_the_file_alone_writes_the_text(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(folder), "--tokens", "20"]
     prompt = "Zwölf"
     expected = model.generate(torch.tensor([list(prompt.encode())]), 20, temperature=0)[0].tolist()
-    done = subprocess.run([*command, "--prompt", prompt], capture_output=True, timeout=60)
-    assert done.stdout.decode() == bytes(expected).decode(errors="replace") + "\n"
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = processes.run([*command, "--prompt", prompt])
+    assert done.stdout == bytes(expected).decode(errors="replace") + "\n"
+    assert (done.returncode, done.stderr) == (0, "")
     ids = ",".join(map(str, prompt.encode()))
-    done = subprocess.run([*command, "--ids", ids], capture_output=True, timeout=60)
-    assert done.stdout.decode() == ",".join(map(str, expected[len(prompt.encode()) :])) + "\n"
+    done = processes.run([*command, "--ids", ids])
+    assert done.stdout == ",".join(map(str, expected[len(prompt.encode()) :])) + "\n"
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import processes
 import pytest
 import torch
 from options import VOCABULARY, config, shaken
@@ -151,7 +151,7 @@ def test_the_runner_needs_no_torch(exported: tuple[Transformer, Path]) -> None:
         "import sys; sys.modules['torch'] = None; from gateloop_transformer.export import OnnxGenerator; "
         f"print(OnnxGenerator({str(exported[1])!r}).generate([[1, 2]], 3).shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = processes.run([sys.executable, "-c", code])
     assert (done.stdout, done.stderr) == ("(1, 5)\n", "")
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from options import VOCABULARY, config, shaken
@@ -55,8 +54,7 @@ def test_programs_give_the_logits_of_the_model_in_another_process(tmp_path: Path
         torch.export.save(program, tmp_path / f"{name}.pt2")
         model.eval()
         torch.save([(ids, model(ids).detach()) for ids in inputs()], tmp_path / f"{name}.pt")
-    done = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    processes.python("-c", LOAD, cwd=tmp_path)
 
 
 def test_a_portable_program_reads_any_length() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from kinds import build
@@ -61,8 +60,7 @@ found = lm_eval.simple_evaluate(
 print(json.dumps(found["results"]["tiny_text"]["bits_per_byte,none"]))
 """
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = processes.python("-c", code, env=offline)
     library, bits, count = load_model(tmp_path / "model"), 0.0, 0
     for text in texts:
         # The harness begins with the token of the end.
@@ -70,19 +68,17 @@ print(json.dumps(found["results"]["tiny_text"]["bits_per_byte,none"]))
         with torch.no_grad():
             chosen = library(ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
         bits, count = bits - chosen.sum().item() / math.log(2), count + ids.shape[1] - 1
-    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(bits / count, rel=1e-5)
+    assert json.loads(said.splitlines()[-1]) == pytest.approx(bits / count, rel=1e-5)
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     build("recipe", vocab_size=256).save_pretrained(tmp_path / "model")
     (tmp_path / "train.py").write_text(TRAINING)
-    launchers = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launchers = [], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     weights = []
     for launcher, rows in zip(launchers, ("8", "4"), strict=True):
         out = tmp_path / rows
-        command = [*launcher, str(tmp_path / "train.py"), str(tmp_path / "model"), str(out), rows]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+        processes.python(*launcher, str(tmp_path / "train.py"), str(tmp_path / "model"), str(out), rows)
         weights.append(load_model(out / "checkpoint-3").state_dict())
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from kinds import build
@@ -196,8 +196,7 @@ def test_commands_read_shards(run: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_importing_the_library_imports_no_transformers() -> None:
-    code = "import sys, gateloop_transformer.training.folder; assert 'transformers' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    processes.python("-c", "import sys, gateloop_transformer.training.folder; assert 'transformers' not in sys.modules")
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])

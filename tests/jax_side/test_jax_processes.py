@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 SHARDED = """
@@ -88,10 +87,8 @@ print(gj.generate(model, params, jnp.zeros((1, 2), int), 3, temperature=0).shape
 
 
 def run(code: str, *arguments: str, **environment: str) -> str:
-    command = [sys.executable, *(["-S"] if "PYTHONPATH" in environment else []), "-c", code, *arguments]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    flags = ["-S"] if "PYTHONPATH" in environment else []
+    return processes.python(*flags, "-c", code, *arguments, env=os.environ | environment)
 
 
 @pytest.mark.parametrize("which", ["matrix states", pytest.param("all", marks=pytest.mark.slow)])

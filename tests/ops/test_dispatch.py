@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 
 import jax
+import processes
 import pytest
 import torch
 from cases import HERE
@@ -119,8 +118,7 @@ assert "jax" in sys.modules and "torch" not in sys.modules
 
 @pytest.mark.parametrize("code", [LAZY, NO_TORCH], ids=["package", "jax side"])
 def test_nothing_heavy_is_imported_before_it_is_used(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    processes.python("-c", code)
 
 
 def test_parameters_pass_the_dispatcher_by_where_no_gradient_can_be_asked_for() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from cases import values_and_gradients
@@ -65,11 +65,9 @@ def test_several_threads_may_call_at_once(openmp: bool, threads: None, monkeypat
                 if not all(torch.equal(x, y) for x, y in zip(result, expected[name], strict=True)):
                     wrong.append(name)
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(4)]:
+            done.result()
     assert not wrong
 
 
@@ -101,7 +99,7 @@ assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_kernels_run_after_a_fork() -> None:
-    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
+    processes.python("-c", FORKED)
 
 
 CACHED = """
@@ -119,11 +117,11 @@ for dtype in (torch.float32, torch.float64):
 def test_processes_share_the_cache_of_compiled_kernels(tmp_path: Path) -> None:
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CACHED]
-    running = [subprocess.Popen(command, env=environment) for _ in range(3)]
-    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
+    running = [processes.start(command, env=environment) for _ in range(3)]
+    assert [processes.finish(process).returncode for process in running] == [0, 0, 0]
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.kernel")}
     assert kept
-    subprocess.run(command, env=environment, check=True, timeout=120)
+    assert processes.run(command, env=environment).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.kernel")} == kept
 
 

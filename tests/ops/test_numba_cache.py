@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from numba import carray
@@ -18,8 +19,6 @@ from numba import carray
 from gateloop_transformer import waiting
 from gateloop_transformer.ops.backends import numba_cache, numba_cpu
 from gateloop_transformer.ops.dispatch import choose
-
-LIMIT = 600
 
 
 @pytest.fixture
@@ -161,15 +160,14 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def held(folder: Path) -> Iterator[Path]:
-    """The lock, held by another process."""
+def held(folder: Path) -> Path:
+    """The lock, held by another process, which ends with the test."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-S", "-c", HOLD, str(folder / "lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield folder / "lock"
-        process.kill()
+    process = processes.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return folder / "lock"
 
 
 def test_a_kernel_that_is_there_is_loaded_without_waiting(
@@ -204,36 +202,46 @@ def test_a_lock_follows_no_link(folder: Path, tmp_path: Path) -> None:
     assert precious.read_text() == "keep me"
 
 
+FORKED = """
+import ctypes, os
+from numba import carray
+from gateloop_transformer.ops.backends import numba_cache
+
+def times(FACTOR):
+    def run(pointer):
+        p = carray(pointer, (1,))
+        p[0] = p[0] * FACTOR
+    return run
+
+def forking(build, constants):
+    if not children:
+        child = os.fork()
+        if child == 0:
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+        children.append(child)
+    return original(build, constants)
+
+def no_wait(seconds):
+    raise AssertionError("it waits for its own child")
+
+children, original = [], numba_cache._compile
+read, write = os.pipe()
+numba_cache._compile, numba_cache.time.sleep = forking, no_wait
+for factor in (3, 5):
+    kernel, block = numba_cache.kernel(times)(factor), (ctypes.c_int64 * 1)(7)
+    kernel.call(block)
+    print(block[0])
+os.write(write, b".")
+print(os.waitpid(children[0], 0)[1])
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_child_of_a_fork_holds_no_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_of_a_fork_holds_no_lock(folder: Path) -> None:
     """Forked while the parent compiles, as a DataLoader's workers may be."""
-    original = numba_cache._compile
-    children: list[int] = []
-    read, write = os.pipe()
-
-    def forking(build: Callable[..., Any], constants: tuple[Any, ...]) -> Any:
-        if not children:
-            child = os.fork()
-            if child == 0:
-                os.close(write)
-                os.read(read, 1)
-                os._exit(0)
-            children.append(child)
-        return original(build, constants)
-
-    def no_wait(seconds: float) -> None:
-        raise AssertionError("it waits for its own child")
-
-    monkeypatch.setattr(numba_cache, "_compile", forking)
-    try:
-        result(3)
-        monkeypatch.setattr(numba_cache.time, "sleep", no_wait)
-        assert result(5) == 35
-    finally:
-        os.close(write)
-        for child in children:
-            os.waitpid(child, 0)
-        os.close(read)
+    assert processes.python("-c", FORKED) == "21\n35\n0\n"
 
 
 def test_what_takes_long_is_said_once(
@@ -280,9 +288,7 @@ model.generate(torch.zeros(1, 3, dtype=torch.long), 3)
 def test_a_second_process_compiles_nothing() -> None:
     first: dict[str, Any] = {}
     exec(EVERY_LAYER, first)
-    code = EVERY_LAYER + "\nprint(compiled)\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=LIMIT)
-    assert done.stdout == "[]\n"
+    assert processes.python("-c", EVERY_LAYER + "\nprint(compiled)\n") == "[]\n"
     numba_cache._compile = first["original"]
 
 
@@ -303,7 +309,7 @@ def test_numbers_are_right_whatever_numba_is_told(tmp_path: Path, switch: str) -
     name, value = switch.split("=")
     given = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), f"NUMBA_{name}": value}
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", SCAN], env=given, check=True, timeout=LIMIT)
+        processes.python("-c", SCAN, env=given)
 
 
 def test_float16_needs_instructions_that_convert_it(monkeypatch: pytest.MonkeyPatch) -> None:

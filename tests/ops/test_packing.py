@@ -52,7 +52,7 @@ def _real_loop(a: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor, **options:
 
 def _channels(gate: str) -> Call:
     def call(qkv: Tensor, z: Tensor, swish: Tensor, re: Tensor, im: Tensor, **options: Any) -> Any:
-        bias = (re.new_full((5,), 0.3), re.new_full((5,), -0.2)) if gate == "ring" else None
+        bias = (re.new_full((18,), 0.3), re.new_full((18,), -0.2)) if gate == "ring" else None
         return channel_gate_loop(qkv, z, (re, im), gate=gate, bias=bias, swish=swish, fraction=0.7, **options)
 
     return call
@@ -83,9 +83,9 @@ OPERATORS = {
     "gate_loop, wide heads": Operator(_loop_sizes(1, 20, 16), ((1, 20, 16),) * 2, _loop, 2),
     "gate_loop, real": Operator(((2,), (2, 4), (2, 4), (2, 4)), ((2, 4, 4),), _real_loop, 1),
     "gate_loop, per channel": Operator(_loop_sizes(2, 3, 4, True), ((2, 3, 4),) * 2, _loop, 2),
-    "channels, polar": Operator(((15,), (10,), (5,)), ((5,),) * 2, _channels("polar"), exact=True),
-    "channels, paper": Operator(((15,), (10,), (5,)), ((5,),) * 2, _channels("paper"), exact=True),
-    "channels, ring": Operator(((15,), (10,), (5,)), ((5,),) * 2, _channels("ring"), exact=True),
+    "channels, polar": Operator(((54,), (36,), (18,)), ((18,),) * 2, _channels("polar"), exact=True),
+    "channels, paper": Operator(((54,), (36,), (18,)), ((18,),) * 2, _channels("paper"), exact=True),
+    "channels, ring": Operator(((54,), (36,), (18,)), ((18,),) * 2, _channels("ring"), exact=True),
     "simple_gate_loop": Operator(((54,),), ((18,),), simple_gate_loop, exact=True),
     "heinsen_scan": Operator(((5,), (5,)), ((5,),), _heinsen, 1, ("auto",), both_ways=False),
     "surrogate_attention": Operator(_loop_sizes(2, 3, 4), (), _surrogate, 2, ("auto",), both_ways=False),

@@ -9,14 +9,13 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 from cases import assert_equal, make_scan, nan_filled_memory, rms_ratio, values_and_gradients
@@ -233,7 +232,7 @@ assert not wanted, wanted
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=tmp_path)
+    processes.python("-c", code, env=environment, cwd=tmp_path)
 
 
 def test_triton_times_each_choice_once_and_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import traceback
 import warnings
@@ -17,8 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
+import torch._dynamo  # as the first DistributedDataParallel does: once, not in every rank
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -587,7 +588,8 @@ def rank_body(rank: int, folder: str, every: bool) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=20))
+    limit = timedelta(seconds=processes.LIMIT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
     groups = {size: dist.new_group(list(range(size))) for size in (2, 3)} | {WORLD: dist.group.WORLD}
     pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
     GROUPS["context"] = pairs[rank // 2]
@@ -605,20 +607,14 @@ def rank_body(rank: int, folder: str, every: bool) -> None:
 
 def run_ranks(folder: Path, every: bool) -> dict[str, str]:
     """What went wrong, by case; ranks that end without a word are put down to the last."""
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=rank_body, args=(rank, str(folder), every), daemon=True) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
     wrong: dict[str, str] = {}
-    for rank, process in enumerate(processes):
+    for rank, code in enumerate(processes.together(WORLD, rank_body, str(folder), every)):
         path = folder / f"{rank}.json"
         if path.exists():
             name, text = json.loads(path.read_text())
             wrong[name] = wrong.get(name, "") + f"rank {rank}, parts {text}"
-        elif process.exitcode != 0:
-            wrong.setdefault(list(CASES)[-1], f"rank {rank} ended with {process.exitcode}")
+        elif code != 0:
+            wrong.setdefault(list(CASES)[-1], f"rank {rank} ended with {code}")
     return wrong
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
-import time
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +23,14 @@ FLAGS = [
 ]
 
 
+def wait_for_a_step(process: Popen[str], metrics: Path) -> None:
+    def size() -> int:
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    before = size()
+    processes.until(lambda: process.poll() is not None or size() != before)
+
+
 @pytest.mark.slow
 def test_forty_kills_change_no_bit(tmp_path: Path) -> None:
     text, whole, killed = tmp_path / "data.txt", tmp_path / "whole", tmp_path / "killed"
@@ -33,18 +41,14 @@ def test_forty_kills_change_no_bit(tmp_path: Path) -> None:
     for kill in range(40):
         how = ["--resume"] if (killed / "config.json").exists() else [str(text), *FLAGS]
         command = [sys.executable, "-m", "gateloop_transformer", "train", "--out", str(killed), *how]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        metrics = killed / "metrics.jsonl"
-        size, deadline = metrics.stat().st_size if metrics.exists() else 0, time.monotonic() + 120
+        process = processes.start(command, stdout=DEVNULL, stderr=PIPE)
         # Most kills strike a run that trains; every tenth one that is still starting.
-        while kill % 10 and process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and metrics.stat().st_size != size:
-                break
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.8 if kill % 10 else 4))
+        if kill % 10:
+            wait_for_a_step(process, killed / "metrics.jsonl")
+        processes.pause(moments.uniform(0, 0.8 if kill % 10 else 4))
         process.kill()
-        _, errors = process.communicate()
-        assert b"error" not in errors, errors.decode()
+        errors = processes.finish(process).stderr
+        assert "error" not in errors, errors
         writing += any((killed / "checkpoints").glob("*.partial"))
     assert writing >= 3, "hardly a kill struck a checkpoint that was being written"
     assert main(["train", "--out", str(killed), "--resume"]) == 0

@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,17 +32,16 @@ TINY = [
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def start(processes: int, *flags: str) -> subprocess.Popen[str]:
-    command = [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "gateloop_transformer", "train", *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(number: int, *flags: str) -> Any:
+    command = [*TORCHRUN, "--nproc-per-node", str(number), "-m", "gateloop_transformer", "train", *flags]
+    return processes.start(command, stdout=PIPE, stderr=STDOUT)
 
 
-def run(processes: int, *flags: str) -> str:
+def run(number: int, *flags: str) -> str:
     """What a run of several processes said; it ended well."""
-    process = start(processes, *flags)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    return said
+    done = processes.finish(start(number, *flags))
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +99,9 @@ def test_any_number_of_processes_trains_the_same_model(
     assert said.count("validation:") == 1
     assert distance(alone, out) < 1e-10
     assert validations(out) == pytest.approx(validations(alone), rel=1e-10)
-    for processes, how in others:
+    for number, how in others:
         rewind(out)
-        assert "resumed at step 10" in run(processes, "--out", str(out), "--resume", "--parallel", how)
+        assert "resumed at step 10" in run(number, "--out", str(out), "--resume", "--parallel", how)
         assert distance(alone, out) < 1e-10
 
 
@@ -120,10 +119,10 @@ def test_processes_may_share_each_window(text: Path, tmp_path: Path, alone: Path
 
 
 def test_a_wrong_share_is_refused_once(text: Path, tmp_path: Path) -> None:
-    process = start(2, str(text), "--out", str(tmp_path / "run"), *TINY, "--batch", "1", "--accumulate", "1")
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
-    errors = [line for line in said.splitlines() if line.startswith("gateloop train: error:")]
+    flags = [str(text), "--out", str(tmp_path / "run"), *TINY, "--batch", "1", "--accumulate", "1"]
+    done = processes.finish(start(2, *flags))
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if line.startswith("gateloop train: error:")]
     assert len(errors) == 1
     assert "a step of 1 windows (--batch times --accumulate) cannot be shared by 2 processes" in errors[0]
     assert not (tmp_path / "run").exists()
@@ -153,17 +152,12 @@ def test_when_one_process_ends_so_does_the_run(text: Path, tmp_path: Path, numbe
     out = tmp_path / "run"
     process = start(2, str(text), "--out", str(out), *TINY, "--steps", "100000", "--checkpoint-every", "5")
     metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or metrics.read_text().count('"loss"') < 7:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    killed = time.monotonic()
-    os.kill(max(int(child) for child in children.stdout.split()), number)
-    said, _ = process.communicate(timeout=60)
-    assert time.monotonic() - killed < 60
-    assert process.returncode != 0
+    processes.until(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 7, process)
+    workers = [pid for pid, command in processes.running().items() if TORCHRUN[2] not in command]
+    os.kill(max(workers), number)
+    done = processes.finish(process)
+    said = done.stdout
+    assert done.returncode != 0
     if number == signal.SIGKILL:
         assert "lost contact with the others" in said
         assert "is kept. Start it again with --resume" in said

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
+import processes
 import pytest
 
 from gateloop_transformer.cli import main
@@ -148,28 +150,36 @@ def test_an_interrupt_stops_the_run_at_work(
 ) -> None:
     ready, stopped = tmp_path / "ready", tmp_path / "stopped"
     code = (
-        "import pathlib, signal, time\n"
+        "import pathlib, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try:\n"
-        f"    pathlib.Path({str(ready)!r}).touch(); time.sleep(60)\n"
+        f"    pathlib.Path({str(ready)!r}).touch()\n"
+        "    while True: signal.pause()\n"
         "except KeyboardInterrupt:\n"
         f"    pathlib.Path({str(stopped)!r}).touch()\n"
     )
     monkeypatch.setattr(Sweep, "command", lambda _self, _values: [sys.executable, "-c", code])
+    monkeypatch.setattr(sweep, "_PATIENCE", processes.LIMIT)
+    waits, communicate = threading.Event(), Popen.communicate
+
+    def wait(child: Popen[bytes]) -> Any:
+        waits.set()
+        return communicate(child)
+
+    monkeypatch.setattr(Popen, "communicate", wait)
 
     def interrupt() -> None:
-        deadline = time.monotonic() + 30
-        while not ready.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.05)
+        waits.wait(processes.LIMIT)
+        processes.until(ready.exists)
         os.kill(os.getpid(), number)
 
     # Shells start what runs in the background with SIGINT ignored.
     outside = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, outside))
-    threading.Thread(target=interrupt).start()
     before = signal.getsignal(signal.SIGTERM)
-    assert main(["sweep", "--out", str(tmp_path / "s"), "--seeds", "7,8"]) == 1
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(interrupt)
+        assert main(["sweep", "--out", str(tmp_path / "s"), "--seeds", "7,8"]) == 1
     assert stopped.exists()
     assert "interrupted; seed=7 was stopped; the same command continues the sweep" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before

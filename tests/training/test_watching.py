@@ -6,15 +6,15 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
+from halting import halted
 
 from gateloop_transformer.cli import main
 from gateloop_transformer.training import checkpoint, folder, loop, step, storage, watching
@@ -209,19 +209,15 @@ def test_a_full_disk_is_said_with_what_was_saved(
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_step_it_finds(text: Path, tmp_path: Path, number: signal.Signals) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
-    flags = ["--steps", "80", "--checkpoint-every", "1000", "--eval-every", "1000", "--track", "none"]
-    command = [sys.executable, "-m", "gateloop_transformer", "train", str(text), "--out", str(out), *TINY, *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 60
-    while not metrics.exists() or metrics.read_text().count('"loss"') < 5:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    flags = ["--steps", "9", "--checkpoint-every", "1000", "--eval-every", "1000", "--track", "none"]
+    process = halted(5, out, str(text), *TINY, *flags)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
+    done = processes.finish(process)
+    assert done.returncode == 1
     (saved,) = (out / "checkpoints").iterdir()
     last = int(saved.name.removeprefix("step-"))
-    assert f"interrupted; {number.name}: step {last} is saved; continue with --resume" in said
+    assert last < 9
+    assert f"interrupted; {number.name}: step {last} is saved; continue with --resume" in done.stderr
     assert records(out)[-1]["step"] == last
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert train(text, whole, *flags) == 0
