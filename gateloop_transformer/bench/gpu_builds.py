@@ -88,7 +88,7 @@ def _nvidia_usage(ptx: str, architecture: int) -> tuple[int, int]:
 
     chip = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
     command = [get_ptxas(architecture).path, "-v", "--gpu-name", chip, "-o", os.devnull]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         said = subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stderr

@@ -19,6 +19,7 @@ import torch
 from gateloop_transformer.bench.cases import Case, candidates, every_case
 from gateloop_transformer.bench.peers import Peer
 from gateloop_transformer.bench.timing import interleaved
+from gateloop_transformer.stored import read_json
 
 PACKAGES = {name: name for name in ("torch", "numba", "numpy", "jax")} | {
     "gateloop-transformer": "gateloop_transformer"
@@ -48,7 +49,7 @@ def _commit() -> str | None:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
@@ -218,7 +219,7 @@ def _earlier(out: Path) -> list[dict[str, Any]]:
     file = out / "cpu.json"
     if not file.is_file():
         return []
-    found = json.loads(file.read_text())
+    found = read_json(file)
     if found["machine"] != _machine():
         raise ValueError(
             f"--only: {str(file)!r} has figures of another machine or number of threads; choose another --out"
@@ -250,8 +251,8 @@ def run(out: Path, python: Path | None, quick: bool, only: list[str], budget: fl
     out.mkdir(parents=True, exist_ok=True)
     results = measure(python, quick, only, lambda text: print(text, file=sys.stderr, flush=True), budget)
     results["cases"] = _merged(earlier, results["cases"])
-    (out / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "cpu.md").write_text(markdown(results))
+    (out / "cpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "cpu.md").write_text(markdown(results), encoding="utf-8")
     draw(results, out / "cpu.png")
     return results
 

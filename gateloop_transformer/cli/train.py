@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
     with bytes_bar(None, delay=2) as bar, prepare(config, arguments.out, *how, tokenizer, bar.update) as trainer:
         bar.close()
         main = trainer.engine.main
-        say = (sys.stderr if arguments.json else sys.stdout) if main else open(os.devnull, "w")  # noqa: SIM115
+        say = (sys.stderr if arguments.json else sys.stdout) if main else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         try:
             _report(trainer, arguments.resume, say)
         except KeyboardInterrupt as interrupt:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from gateloop_transformer.data.tokenizer import TOKENIZER, Ids, printed_bytes, write_config
 from gateloop_transformer.data.writing import write_bytes
+from gateloop_transformer.stored import parse_json
 
 END = "<|endoftext|>"
 # Texts are encoded in pieces of at least this many bytes, where tokens allow; none is longer than the second.
@@ -48,7 +48,7 @@ class BPETokenizer:
             self._tokenizer = _tokenizers().Tokenizer.from_buffer(content)
         except ValueError as error:
             raise ValueError(f"{where} is no tokenizer.json: {error}") from error
-        values = json.loads(content)
+        values = parse_json(content, where)
         reason = _unsuitable(values)
         if reason is not None:
             raise ValueError(f"{where} cannot be used: {reason}")

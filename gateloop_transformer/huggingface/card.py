@@ -11,10 +11,11 @@ from typing import Any
 from gateloop_transformer.data.tokenizer import TOKENIZER
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import GateLoopForCausalLM
+from gateloop_transformer.stored import read_json
 from gateloop_transformer.training.config import RunConfig, is_flat
 from gateloop_transformer.training.curves import read_records
 from gateloop_transformer.training.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
-from gateloop_transformer.training.storage import read_json, write_text
+from gateloop_transformer.training.storage import write_text
 from gateloop_transformer.training.weights import CONFIG
 
 CARD = "README.md"
@@ -75,7 +76,7 @@ def model_card(run: Path, config: RunConfig, parameters: int) -> str:
     """The card of a run, from its configuration and its metrics."""
     records = read_records(run / METRICS) if (run / METRICS).is_file() else []
     valid = [record for record in records if "bits_per_byte" in record]
-    trained = [record for record in records if "tokens" in record]
+    trained = [record for record in records if {"tokens", "seconds"} <= record.keys()]
     settings, data = config.training, Path(config.data).name if config.data else "the Python standard library's sources"
     front = {
         "library_name": "transformers",

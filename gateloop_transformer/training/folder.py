@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ from torch import Tensor
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
+from gateloop_transformer.data.writing import remove
 from gateloop_transformer.model import Transformer
+from gateloop_transformer.stored import read_json
 from gateloop_transformer.training.config import RunConfig, is_flat, read_flat
-from gateloop_transformer.training.storage import read_json, read_tensors, remove, write_tensors, write_text
+from gateloop_transformer.training.storage import read_tensors, write_tensors, write_text
 from gateloop_transformer.training.weights import (
     CONFIG,
     MODEL,
-    SHARDS,
     check_written_for,
     describe,
     misfit,
     published,
+    read_headers,
     weight_files,
 )
 
@@ -252,12 +254,12 @@ def read_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
     Raises:
         ValueError: it is missing or damaged, or was written for another model.
     """
-    if path.name == SHARDS:
-        files = [read_weights(part, config) for part in weight_files(path)]
-        return {name: tensor for file in files for name, tensor in file.items()}
-    tensors, metadata = read_tensors(path)
-    check_written_for(path, metadata, config)
-    return tensors
+    found: dict[str, Tensor] = {}
+    for part in weight_files(path):
+        tensors, metadata = read_tensors(part)
+        check_written_for(part, metadata, config)
+        found |= tensors
+    return found
 
 
 def publish(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None:
@@ -283,7 +285,25 @@ def newest_step(folder: Path) -> int | None:
     return int(found[-1].name.removeprefix("step-")) if found else None
 
 
-def check_fit(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
+def check_sizes(config: TransformerConfig, source: Path, size: int, weights: Path) -> None:
+    """A model's sizes are those of its weights, by the header of their file: before anything is built of these sizes.
+
+    Args:
+        config: the model's arguments.
+        source: the file that they were read from, for the error.
+        size: of the vocabulary.
+        weights: the file, or an index of several.
+
+    Raises:
+        ValueError: they are not, or a file is missing or damaged.
+    """
+    headers = read_headers(weights, config.depth)
+    with torch.device("meta"):
+        model = new_model(config, source, size)
+    check_fit(model, headers, weights)
+
+
+def check_fit(model: Transformer, tensors: Mapping[str, Any], where: Path) -> None:
     """Tensors have the names and shapes of a model's.
 
     Raises:
@@ -316,8 +336,9 @@ def load_model(folder: str | os.PathLike[str], weights: Path | None = None) -> T
     """
     path = Path(folder)
     config, size = read_model_config(path)
-    model = new_model(config, path / CONFIG, size)
     weights = published(path) if weights is None else weights
+    check_sizes(config, path / CONFIG, size, weights)
+    model = new_model(config, path / CONFIG, size)
     tensors = read_weights(weights, config)
     load_weights(model, tensors, weights)
     return model.eval()

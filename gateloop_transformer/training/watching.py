@@ -100,7 +100,7 @@ class Log:
 
     def __init__(self, path: Path, accelerator: Any, config: RunConfig, step: int) -> None:
         self.accelerator = accelerator
-        self.file: TextIO = path.open("a")
+        self.file: TextIO = path.open("a", encoding="utf-8")
         try:
             with self._tracking():
                 self._start(path.parent, config, step)
