@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,6 +62,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise DamageError(f"cannot read {where}: {error.strerror or error}") from error
     return parse_json(content, where)
+
+
+def as_text(name: str) -> str:
+    """A name of a file, all of it text: what stands in Python for bytes that are none is shown as "\ufffd".
+
+    >>> as_text("a\udcffb")
+    'a�b'
+    """
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
 def seal(file: BinaryIO) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import os
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateloop_transformer.cli.flags import add_checkpoint, add_dtype, folder
+from gateloop_transformer.cli.flags import add_checkpoint, add_dtype, folder, typed
 
 if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = pick_device(arguments.device)
     if arguments.prompt is None and arguments.state is None:
         raise ValueError("give a --prompt, a --state, or both")
-    prompt = os.fsencode(arguments.prompt or "")
+    prompt = typed(arguments.prompt or "")
     if not prompt and arguments.state is None:
         raise ValueError("--prompt must not be empty; a newline starts from next to nothing")
     tokenizer = load_tokenizer(arguments.dir)
@@ -88,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _SAMPLING}
     options["state"] = None if state is None else state.to(device)
     beams = arguments.num_beams != 1
-    stops = [os.fsencode(text) for text in arguments.stop or []]
+    stops = [typed(text) for text in arguments.stop or []]
     options["stop"] = _stop_tokens(tokenizer, stops, beams)
     if arguments.temperature is None and not beams:
         options["temperature"] = 0.8

@@ -110,6 +110,9 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
     if not present:
         return
     config = read_json(out / CONFIG) if CONFIG in present else None
+    for name in _FILES:
+        if (out / name).is_dir():
+            raise ValueError(f"{str(out / name)!r} is a folder, not a file: choose another folder")
     others = sorted(present - {name for file in _FILES for name in (file, f"{file}.partial")})
     if others or not is_flat(config):
         raise ValueError(f"{where} holds {(others or sorted(present))[0]}: choose a folder that is new or empty")

@@ -17,9 +17,9 @@ from torch import Tensor
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
-from gateloop_transformer.data.writing import remove
+from gateloop_transformer.data.writing import check_removable, remove
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.stored import read_json
+from gateloop_transformer.stored import DamageError, read_json
 from gateloop_transformer.training.config import RunConfig, is_flat, read_flat
 from gateloop_transformer.training.storage import read_tensors, write_tensors, write_text
 from gateloop_transformer.training.weights import (
@@ -99,7 +99,9 @@ def check_contents(folder: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(
             f"{where} has {MODEL} but no checkpoint to continue from: use the model as it is, or --overwrite it"
         )
-    present = [name for name in (CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS, TOKENIZER) if (folder / name).exists()]
+    present = [name for name in (CONFIG, MODEL, METRICS, CURVE, TOKENIZER) if (folder / name).exists()]
+    # An empty folder, or a link to one, is a place for checkpoints and no run.
+    present += [CHECKPOINTS] if any((folder / CHECKPOINTS).glob("*")) else []
     if resume or not present:
         return
     try:
@@ -118,24 +120,33 @@ def _check_kinds(folder: Path) -> None:
     for name in (CONFIG, MODEL, METRICS, CURVE, LOCK, TOKENIZER, TOKENIZER_CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{str(folder / name)!r} is a folder, not a file: choose another folder for the run")
-    if (folder / CHECKPOINTS).exists() and not (folder / CHECKPOINTS).is_dir():
-        raise ValueError(f"{str(folder / CHECKPOINTS)!r} is a file, not a folder: choose another folder for the run")
+    for name in (CHECKPOINTS, EVENTS):
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise ValueError(
+                f"{str(path)!r} is a link to {os.readlink(path)!r}, and nothing is there: make it a folder"
+            )
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{str(path)!r} is a file, not a folder: choose another folder for the run")
 
 
 def clear_run(folder: Path) -> None:
-    """Delete a run's files, and nothing else, from a folder."""
+    """Delete a run's files, and nothing else, from a folder.
+
+    The folders that they were in stay: one may be a link to another disk. Of a file that is a link, the link goes.
+
+    Raises:
+        ValueError: one cannot be deleted: none was.
+    """
     checkpoints = folder / CHECKPOINTS
-    for old in [*steps(folder), *checkpoints.glob("step-*.partial"), *checkpoints.glob("damaged-step-*")]:
-        remove(old)
-    events = folder / EVENTS
-    for old in events.glob("events.out.tfevents.*"):
-        old.unlink()
-    for emptied in (checkpoints, events):
-        if emptied.is_dir() and not any(emptied.iterdir()):
-            emptied.rmdir()
+    old = [*steps(folder), *checkpoints.glob("step-*.partial"), *checkpoints.glob("damaged-step-*")]
+    old += (folder / EVENTS).glob("events.out.tfevents.*")
     # What tells that this is a run goes last: a kill meanwhile leaves something that can be replaced.
-    for name in (MODEL, METRICS, CURVE, TOKENIZER, TOKENIZER_CONFIG, CONFIG):
-        (folder / name).unlink(missing_ok=True)
+    old += [folder / name for name in (MODEL, METRICS, CURVE, TOKENIZER, TOKENIZER_CONFIG, CONFIG)]
+    for path in old:
+        check_removable(path)
+    for path in old:
+        remove(path)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -301,6 +312,18 @@ def check_sizes(config: TransformerConfig, source: Path, size: int, weights: Pat
     with torch.device("meta"):
         model = new_model(config, source, size)
     check_fit(model, headers, weights)
+
+
+def check_sizes_in(folder: Path, config: RunConfig) -> None:
+    """`check_sizes` of a run that is to go on, by any of its weights whose header can be read; there may be none yet.
+
+    Raises:
+        ValueError: the sizes are others.
+    """
+    for path in (folder / MODEL, *(step / MODEL for step in reversed(steps(folder)))):
+        with contextlib.suppress(DamageError):
+            check_sizes(config.model, folder / CONFIG, config.tokenizer.size, path)
+            return
 
 
 def check_fit(model: Transformer, tensors: Mapping[str, Any], where: Path) -> None:
