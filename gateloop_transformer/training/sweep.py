@@ -140,7 +140,7 @@ class Sweep:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{where} is a file, not a folder")
         if (self.folder / SWEEP).is_file():
-            other = _differences(read_json(self.folder / SWEEP), json.loads(json.dumps(self._described())))
+            other = _differences(read_json(self.folder / SWEEP), parse_json(json.dumps(self._described()), "the sweep"))
             if other:
                 raise ValueError(f"{where} holds a sweep with other settings: {'; '.join(other)}")
         elif self.folder.exists() and any(path.name != LOCK for path in self.folder.iterdir()):

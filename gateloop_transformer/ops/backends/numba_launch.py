@@ -90,7 +90,7 @@ def _one_process_at_a_time() -> Iterator[bool]:
     path = Path(tempfile.gettempdir()) / f"gateloop-numba-{owner}.lock"
     with contextlib.ExitStack() as stack:
         try:
-            handle = stack.enter_context(path.open("w"))
+            handle = stack.enter_context(path.open("wb"))
             had = _wait(lambda: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except OSError:
             had = False
