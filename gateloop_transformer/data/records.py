@@ -48,7 +48,8 @@ def parquet_rows(path: Path, field: str) -> Iterator[bytes]:
         raise ValueError("Parquet files need the package pyarrow: `pip install gateloop-transformer[data]`") from error
     where = repr(str(path))
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Opened here, as pyarrow takes no name that is not UTF-8.
+        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             if field not in file.schema_arrow.names:
                 raise ValueError(_missing(where, field, file.schema_arrow.names))
             row = 0

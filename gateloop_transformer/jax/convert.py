@@ -94,19 +94,18 @@ def load_params(path: str | os.PathLike[str]) -> Params:
 
 def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """The arrays of a safetensors file by name, and what else it says."""
-    from safetensors.flax import load_file
-
-    with opened_tensors(path, "np") as file:
+    with opened_tensors(path, "flax") as file:
         wide = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F64"]  # noqa: SIM118
         metadata = file.metadata() or {}
-    if wide and jnp.zeros(0, float).dtype != jnp.float64:
-        raise ValueError(
-            f"{str(path)!r} holds float64 ({wide[0]}), which JAX narrows to float32 unless told otherwise: "
-            'jax.config.update("jax_enable_x64", True)'
-        )
+        if wide and jnp.zeros(0, float).dtype != jnp.float64:
+            raise ValueError(
+                f"{str(path)!r} holds float64 ({wide[0]}), which JAX narrows to float32 unless told otherwise: "
+                'jax.config.update("jax_enable_x64", True)'
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     with path.open("rb") as content:
         check_seal(content, repr(str(path)))
-    return load_file(path), metadata
+    return tensors, metadata
 
 
 def save_model(folder: str | os.PathLike[str], model: Transformer, params: Params) -> None:

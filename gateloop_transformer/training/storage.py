@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from gateloop_transformer.data.writing import sync, write_bytes
-from gateloop_transformer.stored import CHECKSUM, UNSEALED, DamageError, check_seal, seal
+from gateloop_transformer.stored import CHECKSUM, UNSEALED, DamageError, as_text, check_seal, seal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,9 +82,14 @@ def opened_tensors(path: Path, framework: str) -> Iterator[Any]:
     """
     if not path.is_file():
         raise DamageError(f"{str(path)!r} is missing")
+    name = str(path)
     try:
-        with safe_open(path, framework) as file:
-            yield file
+        with path.open("rb") as content:
+            if as_text(name) != name:
+                # safetensors takes no name that is not UTF-8.
+                name = f"/dev/fd/{content.fileno()}"
+            with safe_open(name, framework) as file:
+                yield file
     except (SafetensorError, OSError) as error:
         raise DamageError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
 
