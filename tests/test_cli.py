@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from gateloop_transformer.cli import main
+from gateloop_transformer.cli.errors import message
+from gateloop_transformer.cli.flags import typed
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,39 @@ def test_the_package_runs_as_the_command(tmp_path: Path) -> None:
     done = gateloop("--version", tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("gateloop ")
+
+
+def test_a_backend_that_is_not_installed_keeps_nobody_from_drawing(tmp_path: Path) -> None:
+    # As notebooks set it for all that they start. No torch: what draws is imported alone.
+    code = (
+        "from pathlib import Path; from gateloop_transformer.pictures import empty_figure, save_png; import os; "
+        "save_png(empty_figure(1, 1), Path('a.png')); print(os.environ['MPLBACKEND']); "
+        "import matplotlib; print(matplotlib.rcParams['backend'])"
+    )
+    for backend, kept in (("module://not_installed_anywhere.backend", None), ("svg", "svg")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "MPLBACKEND": backend},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        said = done.stdout.splitlines()
+        assert said[0] == backend
+        assert kept in (None, said[1])
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_texts_of_the_command_line_are_utf8_in_every_locale() -> None:
+    # As Python gives what is typed: in UTF-8, in Latin-1, and where the locale has no letters beyond ASCII.
+    assert typed("ü") == typed("\udcc3\udcbc") == b"\xc3\xbc"
+    assert typed("\udcff") == b"\xff"
+
+
+def test_long_and_untold_messages_are_one_line() -> None:
+    assert message(ValueError("a" * 5000 + "\nb")) == "a" * 2000 + " ..."
+    assert message(UnicodeEncodeError("ascii", "aä", 1, 2, "")) == (
+        "'ä' has no place in the encoding ascii: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+    )

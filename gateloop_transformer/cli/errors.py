@@ -7,9 +7,12 @@ import time
 
 from gateloop_transformer.pictures import load_matplotlib
 
+# Characters of a message.
+_LONGEST = 2000
+
 
 def message(error: Exception) -> str:
-    """What went wrong, in one line and without an error number."""
+    """What went wrong, in one line and without an error number; what was found may be long, and is cut."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
     if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
@@ -18,7 +21,9 @@ def message(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return f"not enough memory: {error}" if str(error) else "not enough memory"
     lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= _LONGEST else f"{lines[0][:_LONGEST]} ..."
 
 
 def let_main_speak() -> None:
