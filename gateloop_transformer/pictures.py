@@ -25,7 +25,7 @@ def load_matplotlib() -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    if "matplotlib" in sys.modules:
+    if sys.modules.get("matplotlib") is not None:
         return
     backend = os.environ.pop("MPLBACKEND", None)
     try:
