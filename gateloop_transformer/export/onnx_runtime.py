@@ -116,9 +116,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is damaged or describes no exported model: {error}") from error
     if version != FORMAT:
         raise ValueError(f"{str(path)!r} is of format {version}, this library reads {FORMAT}")
-    missing = {"block", "vocabulary", "tokenizer", "state", "files"} - description.keys()
-    if missing:
-        raise ValueError(f"{str(path)!r} is damaged: it lacks {', '.join(sorted(missing))}")
+    kinds = {"block": int, "files": dict, "state": list, "vocabulary": int}
+    missing = [name for name, kind in kinds.items() if type(description.get(name)) is not kind]
+    if missing or "tokenizer" not in description:
+        raise ValueError(f"{str(path)!r} is damaged: it lacks {', '.join(missing or ['tokenizer'])}")
     for name in (STEP, PROMPT, *description["files"]):
         file = folder / name
         if not file.is_file():
