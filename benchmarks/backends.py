@@ -178,7 +178,7 @@ def page() -> str:
 
 
 def main() -> None:
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

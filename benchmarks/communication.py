@@ -44,7 +44,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 
 def sent() -> int:
     """Bytes that the loopback device has sent since the machine started."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
+    for line in Path("/proc/net/dev").read_text(encoding="utf-8").splitlines():
         if line.strip().startswith("lo:"):
             return int(line.split(":")[1].split()[8])
     raise RuntimeError("no loopback device in /proc/net/dev")
@@ -111,11 +111,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = folder / "text.txt"
-        text.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(4000)))
+        text.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(4000)), encoding="utf-8")
         rows = [measure(*case, text, folder / "run") for case in CASES]
     results = {**about(), "seconds": round(time.perf_counter() - started), "rows": rows}
-    (arguments.out / "communication.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.out / "communication.md").write_text(markdown(results))
+    (arguments.out / "communication.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "communication.md").write_text(markdown(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

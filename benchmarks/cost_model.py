@@ -55,7 +55,7 @@ def config_of(settings: dict[str, Any]) -> RunConfig:
 
 def status(name: str) -> int:
     """Bytes of this process, as Linux counts them: VmRSS (now), VmHWM (the most)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
@@ -87,7 +87,7 @@ def measure(number: int) -> dict[str, float]:
     before = status("VmRSS")
     model, optimizer = new_run(config, vocabulary)
     train_step(model, optimizer, config, config.training.batch)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -100,7 +100,7 @@ def measure_apart(number: int) -> dict[str, float]:
     """`measure` in a process of its own, whose allocator gives back what is freed."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--measure", str(number)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
     result: dict[str, float] = json.loads(done.stdout)
     return result
 
@@ -392,8 +392,8 @@ def main() -> None:
         print(json.dumps(measure(arguments.measure)))
         return
     results = {**about(), **check(), "presets": presets(), "paper": on_paper()}
-    (arguments.out / "cost-model.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.out / "cost-model.md").write_text(markdown(results))
+    (arguments.out / "cost-model.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "cost-model.md").write_text(markdown(results), encoding="utf-8")
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ def precision(folder: Path, text: Any, data: Any, budget: float) -> list[str]:
 def describe(folder: Path) -> str:
     """A model in words."""
     model = read_config(folder).model
-    records = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     read = max(record.get("tokens", 0) for record in records)
     return f"a model of width {model.dim} and depth {model.depth} (trained on {read / 1e6:.1f} MB)"
 
@@ -215,7 +215,7 @@ def main() -> None:
         lines += precision(arguments.model, text, data, arguments.seconds)
         if arguments.draft:
             lines += ["", *drafts(arguments.model, arguments.draft, text, data, arguments.seconds)]
-    arguments.out.write_text("\n".join(lines) + "\n")
+    arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

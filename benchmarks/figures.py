@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from gateloop_transformer.training.plot import empty_figure, save_png
+from gateloop_transformer.pictures import empty_figure, save_png
 
 # A model has one color in all figures.
 _COLORS = {

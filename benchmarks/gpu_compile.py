@@ -29,7 +29,7 @@ def sources() -> str:
     """The SHA-256 of what is compiled, comments and docstrings left out: a page of other kernels is out of date."""
     text = hashlib.sha256()
     for path in sorted(BACKENDS.glob("triton_*.py")):
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
@@ -68,7 +68,7 @@ def apart(interpreted: bool, *arguments: str) -> list[dict[str, Any]]:
     """What a process of its own finds: kernels are interpreted in all of a process or nowhere."""
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreted)), "TRITON_DEFAULT_FP_FUSION": "1"}
     command = [sys.executable, __file__, *arguments]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     rows: list[dict[str, Any]] = json.loads(result.stdout)
     return rows
 

@@ -250,8 +250,8 @@ def main() -> None:
             times = {name: round(value["median"] * 1e3, 1) for name, value in rows[-1]["seconds"].items()}
             print(case.what, B, times, {name: size >> 20 for name, size in rows[-1]["memory"].items()}, flush=True)
     results = {**about(), "rows": rows}
-    (RESULTS / "jax.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "jax.md").write_text(page(results))
+    (RESULTS / "jax.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "jax.md").write_text(page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ NOTES = {
 def read(name: str) -> dict[str, Any] | None:
     """A file of rows, if it is there."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def loss_of(row: dict[str, Any]) -> float:
@@ -301,7 +301,7 @@ def losses() -> dict[str, dict[str, list[float]]]:
 
 def main() -> None:
     """All pages and figures whose rows are there."""
-    (RESULTS / "language.md").write_text(language())
+    (RESULTS / "language.md").write_text(language(), encoding="utf-8")
     draw_losses(losses(), RESULTS / "language.png")
     if found := far_rows():
         means = {
@@ -310,7 +310,7 @@ def main() -> None:
         }
         draw_windows(means, 256, RESULTS / "context.png")
     if (page := tasks_page()) is not None:
-        (RESULTS / "tasks.md").write_text(page)
+        (RESULTS / "tasks.md").write_text(page, encoding="utf-8")
         draw_tasks((read("tasks") or {"rows": []})["rows"], RESULTS / "tasks.png")
 
 

@@ -61,7 +61,7 @@ def execute(name: str, kind: str, seed: int) -> dict[str, Any]:
         arguments = [*PLAN[name][0], *KINDS[kind], "--seed", str(seed)]
         command = [sys.executable, "-m", "gateloop_transformer", "tasks", *arguments, "--json", "--out", folder]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if result.returncode:
         raise RuntimeError(f"{name}, {kind}: {result.stderr[-2000:]}")
     row: dict[str, Any] = json.loads(result.stdout)
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"of each (default {len(SEEDS)})")
     options = parser.parse_args()
-    rows = json.loads(PATH.read_text())["rows"] if PATH.exists() else []
+    rows = json.loads(PATH.read_text(encoding="utf-8"))["rows"] if PATH.exists() else []
     done = {(row["name"], row["kind"], row["seed"]) for row in rows}
     machine = about()
     wanted = [

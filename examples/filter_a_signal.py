@@ -19,6 +19,7 @@ from gateloop_transformer import GateLoopedAttention
 from gateloop_transformer.layers.feedforward import FeedForward
 from gateloop_transformer.layers.norm import PreNorm, RMSNorm
 from gateloop_transformer.layers.state import GateLoopState
+from gateloop_transformer.pictures import empty_figure
 
 States = tuple[GateLoopState, ...]
 
@@ -114,9 +115,7 @@ def size(states: States) -> int:
 
 def plot(file: str, signals: dict[str, Tensor]) -> None:
     """The first 500 samples of the first signal."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(12, 4)).add_subplot()
+    axes = empty_figure(12, 4).add_subplot()
     for name, signal in signals.items():
         axes.plot(signal[0, :500, 0], label=name, linewidth=0.5 if name == "noisy" else 1.5)
     axes.legend()

@@ -9,6 +9,7 @@ W norm(x). A layer's memory is S = a S + k ⊗ v, read as y = Re(q S). All is fl
 
 import argparse
 import codecs
+import hashlib
 import json
 import math
 import struct
@@ -34,6 +35,17 @@ OTHERS = {
     "phase_spread", "spread_start", "gate_rank", "fixed_gates", "dropout",
 }  # fmt: skip
 NEWEST_FORMAT = 5
+# What damaged files end in.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    struct.error,
+)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], bool]:
@@ -57,6 +69,10 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     content = path.read_bytes()
     (length,) = struct.unpack_from("<Q", content)
     header, numbers = json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
+    if (place := content.find(b'"sha256":"', 8, 8 + length) + 10) >= 10:  # of the file with zeros in this place
+        digest = hashlib.sha256(content[:place] + b"0" * 64 + content[place + 64 :]).hexdigest().encode()
+        if content[place : place + 64] != digest:
+            raise ValueError(f"{path.name} does not have the checksum it was written with")
     types, tensors = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}, {}
     for name, entry in header.items():
         if name != "__metadata__":
@@ -74,6 +90,8 @@ def read_weights(folder: Path) -> dict[str, Array]:
     if not index.is_file():
         return read_safetensors(folder / "model.safetensors")
     files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if not all(Path(file).name == file for file in files):
+        raise ValueError(f"{index.name} names files elsewhere")
     return {name: array for file in files for name, array in read_safetensors(folder / file).items()}
 
 
@@ -99,7 +117,7 @@ class Model:
                 self.layers.append(layer)
             self.reset()
             self.step(0)  # What does not fit together fails here.
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        except UNREADABLE as error:
             what = f"there is no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{str(folder)!r} holds no model that can be read: {what}") from error
         self.reset()
@@ -281,7 +299,7 @@ def main() -> int:
             return 0
         if not model.is_bytes:
             raise ValueError("the model's tokens are no bytes: encode the text by its tokenizer and give --ids")
-        prompt = list(arguments.prompt.encode())
+        prompt = list(arguments.prompt.encode("utf-8", "surrogateescape"))
         tokens = model.stream(prompt, arguments.tokens)
         pieces = chain([bytes(prompt)], (bytes([token]) for token in tokens))
         write(codecs.iterdecode(pieces, "utf-8", "replace"))

@@ -16,6 +16,8 @@ import pytest
 
 from gateloop_transformer import waiting
 from gateloop_transformer.cli import _COMMANDS, main, progress
+from gateloop_transformer.cli.errors import message
+from gateloop_transformer.cli.flags import typed
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.tasks.settings import TaskTraining
 from gateloop_transformer.tasks.state_tracking import Counting
@@ -372,3 +374,30 @@ def test_whatever_may_take_long_has_a_line_on_standard_error(
             while lines and not lines[0].startswith(expected):
                 lines.pop(0)
             assert lines, (name, expected, err)
+
+
+def test_a_backend_that_is_not_installed_keeps_nobody_from_drawing(tmp_path: Path) -> None:
+    # As where a notebook sets it for all that it starts. No torch: what draws is imported alone.
+    code = (
+        "from pathlib import Path; from gateloop_transformer.pictures import empty_figure, save_png; import os; "
+        "save_png(empty_figure(1, 1), Path('a.png')); print(os.environ['MPLBACKEND']); "
+        "import matplotlib; print(matplotlib.rcParams['backend'])"
+    )
+    for backend, kept in (("not_installed_anywhere", None), ("svg", "svg")):
+        said = processes.python("-c", code, cwd=tmp_path, env=os.environ | {"MPLBACKEND": backend}).splitlines()
+        assert said[0] == backend
+        assert kept in (None, said[1])
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_texts_of_the_command_line_are_utf8_in_every_locale() -> None:
+    # As Python gives what is typed: in UTF-8, in Latin-1, and where the locale has no letters beyond ASCII.
+    assert typed("ü") == typed("\udcc3\udcbc") == b"\xc3\xbc"
+    assert typed("\udcff") == b"\xff"
+
+
+def test_long_and_untold_messages_are_one_line() -> None:
+    assert message(ValueError("a" * 5000 + "\nb")) == "a" * 2000 + " ..."
+    assert message(UnicodeEncodeError("ascii", "aä", 1, 2, "")) == (
+        "'ä' has no place in the encoding ascii: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+    )

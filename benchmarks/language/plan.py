@@ -238,7 +238,7 @@ def loss_of(row: dict[str, Any]) -> float:
 def read_rows(group: str) -> list[dict[str, Any]]:
     """The rows that a group has."""
     path = RESULTS / f"{group}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def first_runs(group: dict[str, Any], model: str) -> list[dict[str, Any]]:
@@ -305,7 +305,7 @@ def execute(spec: dict[str, Any], python: str) -> dict[str, Any]:
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | threads
     command = [python, str(HERE / "train_one.py"), json.dumps(spec)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if result.returncode:
         raise RuntimeError(f"{spec['model']} failed:\n{result.stderr[-2000:]}")
     row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])

@@ -88,10 +88,10 @@ def _nvidia_usage(ptx: str, architecture: int) -> tuple[int, int]:
 
     chip = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
     command = [get_ptxas(architecture).path, "-v", "--gpu-name", chip, "-o", os.devnull]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        said = subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stderr
+        said = subprocess.run([*command, file.name], capture_output=True, encoding="utf-8", check=True).stderr
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
     return int(re.findall(r"Used (\d+) registers", said)[-1]), sum(spills)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from gateloop_transformer.stored import parse_json
+
 
 class PeerFailed(RuntimeError):
     """A peer could not be built or run; the message is its own."""
@@ -26,7 +28,7 @@ class Peer:
         server = Path(__file__).with_name("peer_server.py")
         # Isolated, so that `gateloop_transformer` is the one installed there.
         command = [str(python), "-I", str(server), str(torch.get_num_threads())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self._made = 0
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +39,7 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             raise PeerFailed("the process ended")
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = parse_json(line, "what a peer said")
         if "error" in answer:
             raise PeerFailed(answer["error"])
         return answer

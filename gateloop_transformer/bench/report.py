@@ -20,6 +20,8 @@ from gateloop_transformer.bench.cases import Case, candidates, every_case
 from gateloop_transformer.bench.peers import Peer
 from gateloop_transformer.bench.timing import interleaved
 from gateloop_transformer.nearest import did_you_mean
+from gateloop_transformer.pictures import empty_figure, save_png
+from gateloop_transformer.stored import read_json
 
 PACKAGES = {name: name for name in ("torch", "numba", "numpy", "jax")} | {
     "gateloop-transformer": "gateloop_transformer"
@@ -38,7 +40,7 @@ def _commit() -> str | None:
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs/results")
@@ -49,7 +51,7 @@ def _commit() -> str | None:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
@@ -171,16 +173,12 @@ def _panels(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def draw(results: dict[str, Any], target: Path) -> bool:
     """Seconds against length, log-log, a panel for each thing timed at several lengths; whether there was one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = _panels(results["cases"])
     if not panels:
         return False
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(4.6 * columns, 3.4 * rows + 0.8)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     names = list(dict.fromkeys(name for rows in panels.values() for row in rows for name in row["seconds"]))
     # One look for each candidate on the whole picture; bounds are dashed.
@@ -206,7 +204,7 @@ def draw(results: dict[str, Any], target: Path) -> bool:
     width = results["cases"][0]["shape"][2]
     figure.suptitle(f"Seconds against length T (tokens): width {width}, float32, forward + backward")
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(6, len(lines)))
-    figure.savefig(target, format="png", dpi=100)
+    save_png(figure, target, dpi=100)
     return True
 
 
@@ -219,7 +217,7 @@ def _earlier(out: Path) -> list[dict[str, Any]]:
     file = out / "cpu.json"
     if not file.is_file():
         return []
-    found = json.loads(file.read_text())
+    found = read_json(file)
     if found["machine"] != _machine():
         raise ValueError(
             f"--only: {str(file)!r} has figures of another machine or number of threads; choose another --out"
@@ -258,8 +256,8 @@ def run(out: Path, python: Path | None, quick: bool, only: list[str], budget: fl
     say(f"{len(cases)} cases of {budget:g} s or more, a line for each; kernels are compiled first where they are new")
     results = measure(python, quick, only, say, budget)
     results["cases"] = _merged(earlier, results["cases"])
-    (out / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "cpu.md").write_text(markdown(results))
+    (out / "cpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "cpu.md").write_text(markdown(results), encoding="utf-8")
     draw(results, out / "cpu.png")
     return results
 

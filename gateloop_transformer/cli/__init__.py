@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             output.reconfigure(errors="replace", line_buffering=True)
     if sys.stderr is None:
         # Closed by the caller: nothing can be said to it, and it must not go to standard output instead.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         arguments = _parser().parse_args(argv)
     except KeyboardInterrupt:

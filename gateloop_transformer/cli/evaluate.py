@@ -170,9 +170,9 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 def _context(arguments: argparse.Namespace) -> int:
     """Tokens that a window of the model's training predicts."""
+    from gateloop_transformer.stored import read_json
     from gateloop_transformer.training.config import is_flat
     from gateloop_transformer.training.folder import read_config
-    from gateloop_transformer.training.storage import read_json
     from gateloop_transformer.training.weights import CONFIG
 
     if arguments.context is not None:

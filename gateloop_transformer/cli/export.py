@@ -119,7 +119,9 @@ def _write_program(model: Any, out: Path, portable: bool, overwrite: bool) -> No
     out.mkdir(parents=True, exist_ok=True)
     aside = out / f".partial-{_PROGRAM}"
     try:
-        torch.export.save(program, aside)
+        # Opened here, as torch takes no name that is not UTF-8.
+        with aside.open("wb") as file:
+            torch.export.save(program, file)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

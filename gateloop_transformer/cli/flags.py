@@ -57,6 +57,11 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def typed(text: str) -> bytes:
+    """The bytes of a text on the command line: UTF-8 in every locale; what is no text there stays as it was typed."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import itertools
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateloop_transformer.cli import models
-from gateloop_transformer.cli.flags import add_checkpoint, add_device, add_dtype, folder
+from gateloop_transformer.cli.flags import add_checkpoint, add_device, add_dtype, folder, typed
 from gateloop_transformer.cli.parser import Parser, Rare
 from gateloop_transformer.cli.progress import importing
 from gateloop_transformer.waiting import waiting
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--tokens must be 0 or more, not {arguments.tokens}")
     if arguments.prompt is None and arguments.state is None:
         raise ValueError("give a --prompt, a --state, or both")
-    prompt = os.fsencode(arguments.prompt or "")
+    prompt = typed(arguments.prompt or "")
     if not prompt and arguments.state is None:
         raise ValueError("--prompt must not be empty; a newline starts from next to nothing")
     with importing("torch"):
@@ -106,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _SAMPLING}
     options["state"] = None if state is None else state.to(device)
     beams = arguments.num_beams != 1
-    stops = [os.fsencode(text) for text in arguments.stop or []]
+    stops = [typed(text) for text in arguments.stop or []]
     options["stop"] = _stop_tokens(tokenizer, stops, beams)
     if arguments.temperature is None and not beams:
         options["temperature"] = 0.8

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateloop_transformer.cli import models
-from gateloop_transformer.cli.flags import add_checkpoint, add_device, folder
+from gateloop_transformer.cli.flags import add_checkpoint, add_device, folder, typed
 from gateloop_transformer.cli.parser import Parser
 from gateloop_transformer.cli.progress import bar, importing
+from gateloop_transformer.stored import as_text
 from gateloop_transformer.waiting import waiting
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = _check_out(arguments)
     tokenizer = load_tokenizer(arguments.dir)
     model = models.load(arguments.dir, weights_file(arguments.dir, arguments.checkpoint), arguments.device)
-    text = text_blocks(arguments.file) if arguments.text is None else iter([os.fsencode(arguments.text)])
+    text = text_blocks(arguments.file) if arguments.text is None else iter([typed(arguments.text)])
     ids, more = _first_tokens(tokenizer, text, arguments.tokens)
     notes = []
     if more:
@@ -118,10 +118,10 @@ def _pictures(out: Path) -> list[Path]:
 
 
 def _title(arguments: argparse.Namespace) -> str:
-    """What was read by what; of names that are no text, what can be shown."""
+    """What was read by what."""
     names = {None: "a text", "-": "standard input"}
     text = names.get(arguments.file) or Path(arguments.file).name
-    return os.fsencode(f"{arguments.dir.resolve().name} on {text}").decode(errors="replace")
+    return as_text(f"{arguments.dir.resolve().name} on {text}")
 
 
 def _first_tokens(tokenizer: Tokenizer, text: Iterable[bytes], count: int) -> tuple[npt.NDArray[np.int64], bool]:

@@ -96,15 +96,13 @@ def _free(folder: Path) -> Path:
 
 def _run(experiment: Experiment, out: Path) -> Outcome:
     """Train and score, and write the results."""
+    from gateloop_transformer.pictures import load_matplotlib
     from gateloop_transformer.tasks.experiment import run
     from gateloop_transformer.tasks.plot import draw_accuracy
     from gateloop_transformer.training.storage import write_text
 
-    try:
-        with importing("matplotlib"):
-            import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed; `pip install gateloop-transformer[train]`") from error
+    with importing("matplotlib"):
+        load_matplotlib()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

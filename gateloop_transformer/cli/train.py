@@ -167,7 +167,9 @@ def run(arguments: argparse.Namespace) -> None:
         with bar("tokenising the data") as progress:
             trainer = stack.enter_context(prepare(config, arguments.out, *how, tokenizer, progress.update))
         main = trainer.engine.main
-        stream = (sys.stderr if arguments.json else sys.stdout) if main else open(os.devnull, "w")  # noqa: SIM115
+        stream = sys.stderr if arguments.json else sys.stdout
+        if not main:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         try:
             _report(trainer, arguments.resume, stream)
         except KeyboardInterrupt as interrupt:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from gateloop_transformer.data.tokenizer import TOKENIZER, Ids, printed_bytes, write_config
 from gateloop_transformer.data.writing import write_bytes
+from gateloop_transformer.stored import parse_json
 
 END = "<|endoftext|>"
 # Texts are encoded in pieces of at least this many bytes, where tokens allow; none is longer than the second.
@@ -26,6 +26,8 @@ PIECE, LONGEST_PIECE = 1 << 14, 1 << 20
 _CUT = re.compile(rb"(?<=[!-~\x8b-\x9e\xb0-\xbf])\n(?=[!-.0-~\xc3-\xdf\xe4-\xf4])")
 # Pre-tokenizers that cut texts and take nothing out.
 _LOSSLESS = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"}
+# Numbers of tokens up to which most may be of none.
+_SPARSE = 1 << 22
 # What stands for bytes that are not UTF-8 in a text decoded with "surrogateescape".
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 
@@ -48,7 +50,7 @@ class BPETokenizer:
             self._tokenizer = _tokenizers().Tokenizer.from_buffer(content)
         except ValueError as error:
             raise ValueError(f"{where} is no tokenizer.json: {error}") from error
-        values = json.loads(content)
+        values = parse_json(content, where)
         reason = _unsuitable(values)
         if reason is not None:
             raise ValueError(f"{where} cannot be used: {reason}")
@@ -58,7 +60,7 @@ class BPETokenizer:
         self._tokenizer.encode_special_tokens = True
         self._content = content
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.pieces = _pieces(values)
+        self.pieces = _pieces(values, where)
         self.size = len(self.pieces)
         self.end: int = next(token["id"] for token in values["added_tokens"] if token["content"] == END)
         self.dtype = np.dtype("<u2" if self.size <= 1 << 16 else "<u4")
@@ -230,12 +232,19 @@ def _parts(step: Any, name: str) -> list[dict[str, Any]]:
     return [part for inner in step[name] for part in _parts(inner, name)] if name in step else [step]
 
 
-def _pieces(values: dict[str, Any]) -> list[bytes]:
-    """The bytes of each token of a tokenizer.json."""
+def _pieces(values: dict[str, Any], where: str) -> list[bytes]:
+    """The bytes of each token of a tokenizer.json.
+
+    Raises:
+        ValueError: most numbers up to the highest are of no token, and there are more than memory is there for.
+    """
     printed = {name: byte for byte, name in enumerate(printed_bytes())}
     vocabulary: dict[str, int] = values["model"]["vocab"]
     added = values.get("added_tokens") or []
-    pieces = [b""] * (1 + max([*vocabulary.values(), *(token["id"] for token in added)]))
+    size = 1 + max([*vocabulary.values(), *(token["id"] for token in added)])
+    if size > max(_SPARSE, 2 * (len(vocabulary) + len(added))):
+        raise ValueError(f"{where} cannot be used: it has {len(vocabulary):,} tokens, numbered up to {size - 1:,}")
+    pieces = [b""] * size
     for token, n in vocabulary.items():
         # A token with other characters never comes from a text.
         pieces[n] = bytes(printed[c] for c in token) if all(c in printed for c in token) else b""

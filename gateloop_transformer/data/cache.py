@@ -11,18 +11,29 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gateloop_transformer.data.writing import sync
+from gateloop_transformer.data.writing import remove, sync
 
 _PARTIAL = ".partial"
 _DAY = 24 * 3600
 
 
 def cache_folder() -> Path:
-    """$GATELOOP_CACHE, else $XDG_CACHE_HOME/gateloop, else ~/.cache/gateloop."""
+    """$GATELOOP_CACHE, else $XDG_CACHE_HOME/gateloop, else ~/.cache/gateloop.
+
+    Raises:
+        ValueError: none of these is known.
+    """
     own, general = os.environ.get("GATELOOP_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own)
-    return Path(general) / "gateloop" if general else Path.home() / ".cache" / "gateloop"
+    if general:
+        return Path(general) / "gateloop"
+    try:
+        return Path.home() / ".cache" / "gateloop"
+    except RuntimeError as error:
+        raise ValueError(
+            "there is no home folder to keep the data's cache in: set GATELOOP_CACHE to a folder"
+        ) from error
 
 
 def make_folder(folder: Path) -> None:
@@ -91,10 +102,10 @@ def spool(folder: Path) -> Iterator[Path]:
 
 
 def _publish(folder: Path, target: Path, whole: Callable[[Path], bool]) -> None:
-    if target.exists() and not whole(target):
+    if os.path.lexists(target) and not whole(target):
         damaged = target.with_name(f"{folder.name.removesuffix(_PARTIAL)}-damaged{_PARTIAL}")
         os.rename(target, damaged)
-        shutil.rmtree(damaged)
+        remove(damaged)
     try:
         os.rename(folder, target)
     except OSError:
@@ -117,9 +128,9 @@ def _clean(target: Path, locked: bool) -> None:
     for partial in target.parent.glob(f"*{_PARTIAL}"):
         name = partial.name.split(".")[0]
         other = contextlib.nullcontext(locked) if name == target.name else _alone(target.with_name(name), wait=False)
-        with contextlib.suppress(FileNotFoundError), other as alone:
+        with contextlib.suppress(OSError), other as alone:
             if alone or time.time() - partial.stat().st_mtime > _DAY:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from gateloop_transformer.data.files import BLOCK, packed_suffix
 from gateloop_transformer.data.shards import Shard, Tokens, Writer, join_starts, open_tokens
 from gateloop_transformer.data.sources import TEXT, FileSource, is_remote, is_standard_input, open_source
 from gateloop_transformer.data.tokenizer import Tokenizer
+from gateloop_transformer.stored import read_json
 
 FORMAT = 1
 _META, _STARTS = "meta.json", "starts.bin"
@@ -162,7 +163,7 @@ def _open(folder: Path, meta: _Meta, tokenizer: Tokenizer, label: str) -> Corpus
 def _read_meta(folder: Path) -> _Meta | None:
     """What a folder holds; None where it is not there, or not whole."""
     try:
-        values = json.loads((folder / _META).read_text())
+        values = read_json(folder / _META)
         meta = _Meta(**{**values, "shards": [Shard(*shard) for shard in values["shards"]]})
         size = np.dtype(meta.dtype).itemsize
         expected = {shard.name: shard.tokens * size for shard in meta.shards} | {_STARTS: 8 * meta.documents}
@@ -242,7 +243,7 @@ def _build(folder: Path, source: Source, plan: _Plan, report: Report | None) -> 
         plan.field,
         plan.valid_fraction,
     )
-    (folder / _META).write_text(json.dumps(dataclasses.asdict(meta), indent=1))
+    (folder / _META).write_text(json.dumps(dataclasses.asdict(meta), indent=1), encoding="utf-8")
 
 
 def _is_held_out(key: str, valid_fraction: float) -> bool:

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, cast
 
 # Bytes that a reader takes at a time.
 BLOCK = 1 << 20
-# Packed bytes that a .zst is fed with at a time: what comes out of them is in memory at once.
-_ZST_BLOCK = 1 << 14
+# Packed bytes that are unpacked at a time: what comes out of them is in memory at once.
+_PACKED = 1 << 14
 _ZST_LARGEST_WINDOW = 1 << 31
 # How compressed files begin.
 _MARKS = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
@@ -86,7 +86,7 @@ def blocks(opened: contextlib.AbstractContextManager[BinaryIO]) -> Iterator[byte
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, PackedError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, PackedError) as error:
         raise ValueError(f"cannot decompress {name!r}: {error}") from error
     except OSError as error:
         raise ValueError(f"cannot read {name!r}: {error.strerror or error}") from error
@@ -97,52 +97,80 @@ def _unpacked(raw: BinaryIO, suffix: str) -> contextlib.AbstractContextManager[B
     return contextlib.nullcontext(raw) if opener is None else cast(Any, opener(raw))
 
 
+def _open_xz(raw: BinaryIO) -> io.BufferedReader:
+    # Zeros, four or a multiple of that, may stand behind each stream.
+    return io.BufferedReader(_Blocks(_frames(raw, lzma.LZMADecompressor, lzma.LZMAError, padding=4)), BLOCK)
+
+
 def _open_zst(raw: BinaryIO) -> io.BufferedReader:
     try:
         import zstandard
     except ImportError as error:
         raise ValueError(".zst files need the package zstandard: `pip install gateloop-transformer[data]`") from error
-    return io.BufferedReader(_ZstReader(raw, zstandard), BLOCK)
+
+    def start() -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=_ZST_LARGEST_WINDOW).decompressobj()
+
+    return io.BufferedReader(_Blocks(_frames(raw, start, zstandard.ZstdError)), BLOCK)
 
 
-class _ZstReader(io.RawIOBase):
-    """Frames of zstandard one after the other; a last one cut short is an error, which zstandard's own reader hides."""
+def _frames(
+    raw: BinaryIO, start: Callable[[], Any], failure: type[Exception], padding: int | None = None
+) -> Iterator[bytes]:
+    """What is in frames one after the other. A last one cut short, or anything else behind one, is an error: Python's
+    own reader of .xz passes over the latter, zstandard's over the former.
 
-    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
-        self._raw, self._zstandard = raw, zstandard
-        self._frame: Any = None
-        self._packed, self._ready = b"", memoryview(b"")
+    Args:
+        raw: the packed bytes.
+        start: makes what unpacks one frame.
+        failure: what that raises.
+        padding: zeros may stand behind a frame, so many or a multiple of that.
+
+    Raises:
+        PackedError: it is damaged.
+    """
+    packed = raw.read(_PACKED)
+    while packed:
+        frame = start()
+        while not frame.eof:
+            if not packed:
+                raise PackedError("it ends within a frame")
+            try:
+                content = frame.decompress(packed)
+            except failure as error:
+                raise PackedError(str(error)) from error
+            packed = frame.unused_data if frame.eof else raw.read(_PACKED)
+            yield content
+        packed, zeros = packed or raw.read(_PACKED), 0
+        while padding and packed.startswith(b"\0"):
+            rest = packed.lstrip(b"\0")
+            zeros += len(packed) - len(rest)
+            packed = rest or raw.read(_PACKED)
+        if padding and zeros % padding:
+            raise PackedError(f"{zeros} zeros stand behind a stream, and padding is of {padding} or a multiple")
+
+
+class _Blocks(io.RawIOBase):
+    """Blocks of bytes as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._ready = blocks, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            self._packed = self._packed or self._raw.read(_ZST_BLOCK)
-            if not self._packed:
-                if self._frame is not None:
-                    raise PackedError("it ends within a frame")
+            if (block := next(self._blocks, None)) is None:
                 return 0
-            self._ready = memoryview(self._decompress())
+            self._ready = memoryview(block)
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
 
-    def _decompress(self) -> bytes:
-        if self._frame is None:
-            decompressor = self._zstandard.ZstdDecompressor(max_window_size=_ZST_LARGEST_WINDOW)
-            self._frame = decompressor.decompressobj()
-        try:
-            content: bytes = self._frame.decompress(self._packed)
-        except self._zstandard.ZstdError as error:
-            raise PackedError(str(error)) from error
-        self._packed = self._frame.unused_data if self._frame.eof else b""
-        self._frame = None if self._frame.eof else self._frame
-        return content
 
-
-_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
+_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": _open_xz, ".zst": _open_zst}
 
 
 def walk(folder: Path, exclude: Collection[Path] = ()) -> list[Path]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from gateloop_transformer.stored import parse_json
 
 # A line of JSON is parsed in memory; a file without line breaks is no JSON lines.
 LONGEST_LINE = 1 << 28
@@ -26,12 +27,7 @@ def json_lines(file: BinaryIO, where: str, field: str) -> Iterator[bytes]:
             raise ValueError(f"{place} is longer than {LONGEST_LINE >> 20} MiB; JSON lines hold one document a line")
         if line.isspace():
             continue
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{place} is not UTF-8: {error.reason} at byte {error.start}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{place} is not JSON: {error}") from error
+        record = parse_json(line, place)
         if not isinstance(record, dict):
             raise ValueError(f"{place} must be a JSON object with the field {field!r}, not {_kind(record)}")
         if field not in record:
@@ -52,7 +48,8 @@ def parquet_rows(path: Path, field: str) -> Iterator[bytes]:
         raise ValueError("Parquet files need the package pyarrow: `pip install gateloop-transformer[data]`") from error
     where = repr(str(path))
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Opened here, as pyarrow takes no name that is not UTF-8.
+        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             if field not in file.schema_arrow.names:
                 raise ValueError(_missing(where, field, file.schema_arrow.names))
             row = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,30 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it; it need not be there. Of a link, what it leads to is kept."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_removable(path: Path) -> None:
+    """`remove` will not end half way for want of a permission.
+
+    Raises:
+        ValueError: it would.
+    """
+    inner = [] if path.is_symlink() or not path.is_dir() else [path]
+    for base, folders, _ in os.walk(path) if inner else ():
+        inner += [Path(base, name) for name in folders if not Path(base, name).is_symlink()]
+    closed = [each for each in inner if not os.access(each, os.R_OK | os.W_OK | os.X_OK)]
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        closed.insert(0, path.parent)
+    if closed:
+        raise ValueError(f"{str(path)!r} cannot be deleted, and nothing was: {str(closed[0])!r} may not be changed")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

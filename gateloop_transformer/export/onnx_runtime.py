@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from gateloop_transformer.stored import read_json
 
 STEP, PROMPT, DESCRIPTION = "step.onnx", "prompt.onnx", "model.json"
 FORMAT = 1
@@ -109,15 +110,16 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} holds no exported model: it has no {DESCRIPTION}")
     try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        description: dict[str, Any] = read_json(path)
         version = description["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is damaged or describes no exported model: {error}") from error
     if version != FORMAT:
         raise ValueError(f"{str(path)!r} is of format {version}, this library reads {FORMAT}")
-    missing = {"block", "vocabulary", "tokenizer", "state", "files"} - description.keys()
-    if missing:
-        raise ValueError(f"{str(path)!r} is damaged: it lacks {', '.join(sorted(missing))}")
+    kinds = {"block": int, "files": dict, "state": list, "vocabulary": int}
+    missing = [name for name, kind in kinds.items() if type(description.get(name)) is not kind]
+    if missing or "tokenizer" not in description:
+        raise ValueError(f"{str(path)!r} is damaged: it lacks {', '.join(missing or ['tokenizer'])}")
     for name in (STEP, PROMPT, *description["files"]):
         file = folder / name
         if not file.is_file():

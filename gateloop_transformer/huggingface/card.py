@@ -11,10 +11,11 @@ from typing import Any
 from gateloop_transformer.data.tokenizer import TOKENIZER
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import GateLoopForCausalLM
+from gateloop_transformer.stored import as_text, read_json
 from gateloop_transformer.training.config import RunConfig, is_flat
 from gateloop_transformer.training.curves import read_records
 from gateloop_transformer.training.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
-from gateloop_transformer.training.storage import read_json, write_text
+from gateloop_transformer.training.storage import read_tensors, write_tensors, write_text
 from gateloop_transformer.training.weights import CONFIG
 
 CARD = "README.md"
@@ -65,6 +66,9 @@ def export(run: str | os.PathLike[str], out: str | os.PathLike[str], max_shard_s
         raise ValueError(f"{str(target)!r} is there already and not empty: choose another folder")
     target.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(target, max_shard_size=max_shard_size)
+    for file in target.glob("*.safetensors"):
+        # With checksums, which transformers does not write.
+        write_tensors(file, *read_tensors(file))
     tokenizer.save(target)
     if (source / CURVE).is_file():
         shutil.copyfile(source / CURVE, target / CURVE)
@@ -75,8 +79,11 @@ def model_card(run: Path, config: RunConfig, parameters: int) -> str:
     """The card of a run, from its configuration and its metrics."""
     records = read_records(run / METRICS) if (run / METRICS).is_file() else []
     valid = [record for record in records if "bits_per_byte" in record]
-    trained = [record for record in records if "tokens" in record]
-    settings, data = config.training, Path(config.data).name if config.data else "the Python standard library's sources"
+    trained = [record for record in records if {"tokens", "seconds"} <= record.keys()]
+    settings, data = (
+        config.training,
+        as_text(Path(config.data).name) if config.data else "the Python standard library's sources",
+    )
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -105,7 +112,7 @@ def model_card(run: Path, config: RunConfig, parameters: int) -> str:
             *(f"{name}: {json.dumps(value)}" for name, value in front.items()),
             "---",
             "",
-            f"# {run.resolve().name}",
+            f"# {as_text(run.resolve().name)}",
             "",
             "A GateLoop language model: a linear recurrence with data-controlled gates, whose state has one size",
             "however long the text is. Trained with `gateloop train`; the numbers below are of that run.",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gateloop_transformer.inspection.measures import Gates, half_lives, heads_by_half_life, phases, spectrum
 from gateloop_transformer.inspection.report import Report
-from gateloop_transformer.training.plot import empty_figure, save_png
+from gateloop_transformer.pictures import empty_figure, load_matplotlib, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +50,7 @@ def draw(report: Report, folder: Path, done: Callable[[int], object] | None = No
 
 def _draw_layer(gates: Gates, title: str, target: Path) -> None:
     """Half-lives and phases of all heads at all tokens."""
+    load_matplotlib()
     from matplotlib.colors import LogNorm
 
     order = heads_by_half_life(gates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -14,8 +15,9 @@ from gateloop_transformer.data.writing import write_bytes
 from gateloop_transformer.jax.model import Transformer
 from gateloop_transformer.jax.pairs import Array
 from gateloop_transformer.jax.parts import Params
+from gateloop_transformer.stored import UNSEALED, check_seal, read_json, seal
 from gateloop_transformer.training.config import RunConfig, flat, is_flat, read_flat
-from gateloop_transformer.training.storage import read_json, write_text
+from gateloop_transformer.training.storage import opened_tensors, write_text
 from gateloop_transformer.training.weights import (
     CONFIG,
     MODEL,
@@ -23,6 +25,7 @@ from gateloop_transformer.training.weights import (
     describe,
     misfit,
     published,
+    read_headers,
     weight_files,
 )
 
@@ -75,7 +78,9 @@ def save_params(path: str | os.PathLike[str], params: Params) -> None:
 def _write(path: Path, params: Params, metadata: dict[str, str]) -> None:
     from safetensors.flax import save
 
-    write_bytes(path, save(flatten(params), {"format": "pt", **metadata}))
+    content = io.BytesIO(save(flatten(params), {"format": "pt", **metadata, **UNSEALED}))
+    seal(content)
+    write_bytes(path, content.getvalue())
 
 
 def load_params(path: str | os.PathLike[str]) -> Params:
@@ -89,23 +94,18 @@ def load_params(path: str | os.PathLike[str]) -> Params:
 
 def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """The arrays of a safetensors file by name, and what else it says."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.flax import load_file
-
-    if not path.is_file():
-        raise ValueError(f"no file {str(path)!r}")
-    try:
-        with safe_open(path, "numpy") as file:
-            wide = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F64"]  # noqa: SIM118
-            metadata = file.metadata() or {}
+    with opened_tensors(path, "flax") as file:
+        wide = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F64"]  # noqa: SIM118
+        metadata = file.metadata() or {}
         if wide and jnp.zeros(0, float).dtype != jnp.float64:
             raise ValueError(
                 f"{str(path)!r} holds float64 ({wide[0]}), which JAX narrows to float32 unless told otherwise: "
                 'jax.config.update("jax_enable_x64", True)'
             )
-        return load_file(path), metadata
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with path.open("rb") as content:
+        check_seal(content, repr(str(path)))
+    return tensors, metadata
 
 
 def save_model(folder: str | os.PathLike[str], model: Transformer, params: Params) -> None:
@@ -150,9 +150,11 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
     else:
         run = RunConfig.from_json(values, where)
         config, size = run.model, run.tokenizer.size
+    weights = published(path)
+    read_headers(weights, config.depth)
     model = Transformer.of(config, size)
     tensors: dict[str, Array] = {}
-    for file in weight_files(published(path)):
+    for file in weight_files(weights):
         part, metadata = _read(file)
         check_written_for(file, metadata, config)
         tensors |= part

@@ -7,7 +7,7 @@ from a safetensors file with `save_state` and `load_state`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gateloop_transformer.stored import UNSEALED, DamageError, check_seal, parse_json, seal
+
 Self = TypeVar("Self", bound="State")
 
 _FORMAT = "gateloop-state"
 _VERSION = "2"
-_CHECKSUM = "sha256"
 
 
 class State:
@@ -197,13 +198,13 @@ def save_state(state: State, path: str | os.PathLike[str], about: Mapping[str, s
         raise ValueError(f"save_state: about must map texts to texts, not {about!r}")
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _leaves(state, "")}
     metadata = {"format": _FORMAT, "version": _VERSION, "kind": json.dumps(_describe(state))}
-    metadata |= {"about": json.dumps(dict(about or {})), _CHECKSUM: "0" * 64}
+    metadata |= {"about": json.dumps(dict(about or {})), **UNSEALED}
     path = os.path.abspath(os.fspath(path))
     aside = f"{path}.partial"
     try:
-        content = _sealed(save(tensors, metadata))
-        with open(aside, "wb") as file:
-            file.write(content)
+        with open(aside, "w+b") as file:
+            file.write(save(tensors, metadata))
+            seal(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -211,24 +212,6 @@ def save_state(state: State, path: str | os.PathLike[str], about: Mapping[str, s
         with contextlib.suppress(OSError):
             os.unlink(aside)
         raise OSError(f"cannot write {path!r}: {error}") from error
-
-
-def _place_of_checksum(content: bytes) -> int:
-    """Where the digits of the checksum stand in a file; -1 where there is none."""
-    header = 8 + int.from_bytes(content[:8], "little")
-    key = f'"{_CHECKSUM}":"'.encode()
-    place = content.find(key, 8, header)
-    return place if place < 0 else place + len(key)
-
-
-def _digest(content: bytes, place: int) -> bytes:
-    """SHA-256 of a file in which the checksum itself is zeros."""
-    return hashlib.sha256(content[:place] + b"0" * 64 + content[place + 64 :]).hexdigest().encode()
-
-
-def _sealed(content: bytes) -> bytes:
-    place = _place_of_checksum(content)
-    return content[:place] + _digest(content, place) + content[place + 64 :]
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -241,20 +224,31 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
     content = Path(path).read_bytes()
     try:
         tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header.get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
+    header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")], repr(os.fspath(path)))
+    metadata: dict[str, str] = header.get("__metadata__", {})
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{os.fspath(path)!r} holds no gate loop state, or is damaged")
     if metadata.get("version") != _VERSION:
         raise ValueError(
             f"{os.fspath(path)!r} is of state format {metadata.get('version')}, this library reads {_VERSION}"
         )
-    place = _place_of_checksum(content)
-    if place < 0 or content[place : place + 64] != _digest(content, place):
-        raise ValueError(f"{os.fspath(path)!r} is damaged: its content does not have the checksum it was written with")
+    if not check_seal(io.BytesIO(content), repr(os.fspath(path))):
+        raise DamageError(f"{os.fspath(path)!r} is damaged: it has no checksum")
     return tensors, metadata
+
+
+def _part(path: str | os.PathLike[str], metadata: Mapping[str, str], name: str) -> Any:
+    """What the metadata of a state file says under a name, in JSON.
+
+    Raises:
+        ValueError: it says nothing there, or no JSON.
+    """
+    where = repr(os.fspath(path))
+    if name not in metadata:
+        raise DamageError(f"{where} is damaged: it lacks parts of a state: {name!r}")
+    return parse_json(metadata[name], f"{name!r} in {where}")
 
 
 def describe_state(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -267,7 +261,9 @@ def describe_state(path: str | os.PathLike[str]) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, holds something else, or is of another format.
     """
-    about: dict[str, str] = json.loads(_read(path)[1]["about"])
+    about = _part(path, _read(path)[1], "about")
+    if not isinstance(about, dict) or any(not isinstance(value, str) for value in about.values()):
+        raise DamageError(f"{os.fspath(path)!r} is damaged: its 'about' does not map texts to texts")
     return about
 
 
@@ -282,13 +278,13 @@ def load_state(path: str | os.PathLike[str]) -> State:
         ValueError: the file is damaged (not a byte may differ), holds something else, or is of another format.
     """
     tensors, metadata = _read(path)
+    kind = _part(path, metadata, "kind")
     try:
-        kind = json.loads(metadata["kind"])
         if isinstance(kind, str):
             state: State = _build(kind, tensors, "")
             return state
         return TransformerState(tuple(_build(name, tensors, f"layers.{n}.") for n, name in enumerate(kind)))
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{os.fspath(path)!r} is damaged: it lacks parts of a state: {error}") from error
 
 

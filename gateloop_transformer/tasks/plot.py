@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gateloop_transformer.training.plot import empty_figure, save_png
+from gateloop_transformer.pictures import empty_figure, save_png
 
 
 def draw_accuracy(results: list[dict[str, Any]], target: Path) -> None:

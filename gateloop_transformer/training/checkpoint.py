@@ -12,19 +12,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gateloop_transformer.data.writing import sync
+from gateloop_transformer.data.writing import remove, sync
 from gateloop_transformer.layers.state import TransformerState, load_state, save_state
-from gateloop_transformer.training.config import RunConfig
+from gateloop_transformer.stored import DamageError, read_json
+from gateloop_transformer.training.config import RunConfig, value_types
 from gateloop_transformer.training.folder import CHECKPOINTS, load_model, publish, published_in, read_weights, steps
-from gateloop_transformer.training.storage import (
-    DamageError,
-    digest,
-    read_json,
-    read_tensors,
-    remove,
-    write_tensors,
-    write_text,
-)
+from gateloop_transformer.training.storage import digest, read_tensors, write_tensors, write_text
 from gateloop_transformer.training.weights import MODEL, describe
 
 # Where users found it before there was `gateloop_transformer.load_model`.
@@ -228,11 +221,13 @@ def read(path: Path, config: RunConfig) -> Snapshot:
 
 
 def _read_progress(path: Path) -> Progress:
-    values = read_json(path)
-    try:
-        return Progress(**values)
-    except TypeError as error:
-        raise DamageError(f"{str(path)!r} is damaged or of another version: {error}") from error
+    values, kinds = read_json(path), value_types(Progress)
+    if not isinstance(values, dict) or not values.keys() <= kinds.keys():
+        raise DamageError(f"{str(path)!r} is damaged or of another version: it says more than {', '.join(kinds)}")
+    for name, value in values.items():
+        if not (type(value) in kinds[name] or (float in kinds[name] and type(value) is int)):
+            raise DamageError(f"{str(path)!r} is damaged: {name} cannot be {value!r}")
+    return Progress(**values)
 
 
 def _read_carried(path: Path) -> TransformerState:

@@ -13,12 +13,13 @@ from torch import Tensor
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
-from gateloop_transformer.data.writing import sync
+from gateloop_transformer.data.writing import remove, sync
 from gateloop_transformer.model import Transformer
+from gateloop_transformer.stored import parse_json, read_json
 from gateloop_transformer.training.config import flat, is_flat
 from gateloop_transformer.training.original import Arguments, infer
 from gateloop_transformer.training.state_dicts import find_model, read_file
-from gateloop_transformer.training.storage import read_json, remove, write_tensors, write_text
+from gateloop_transformer.training.storage import write_tensors, write_text
 from gateloop_transformer.training.weights import CONFIG, MODEL, describe, differences
 
 _FILES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, MODEL)
@@ -93,9 +94,9 @@ def read_arguments(text: str) -> dict[str, Any]:
     if not inline and not Path(text).is_file():
         raise ValueError(f"--config: {text!r} is neither a JSON object nor a file")
     try:
-        values = json.loads(text if inline else Path(text).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--config: {text!r} is no JSON: {error}") from error
+        values = parse_json(text, repr(text)) if inline else read_json(text)
+    except ValueError as error:
+        raise ValueError(f"--config: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f'--config: expected an object such as {{"heads": 8}}, not {values!r}')
     return values
@@ -109,6 +110,9 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
     if not present:
         return
     config = read_json(out / CONFIG) if CONFIG in present else None
+    for name in _FILES:
+        if (out / name).is_dir():
+            raise ValueError(f"{str(out / name)!r} is a folder, not a file: choose another folder")
     others = sorted(present - {name for file in _FILES for name in (file, f"{file}.partial")})
     if others or not is_flat(config):
         raise ValueError(f"{where} holds {(others or sorted(present))[0]}: choose a folder that is new or empty")

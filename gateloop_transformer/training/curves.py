@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gateloop_transformer.stored import DamageError, parse_json, read_json
+
 AGAINST = ("tokens", "time", "steps")
+# What a record may say that is read here.
+_NUMBERS = {"step", "tokens", "seconds", "loss", "train_bits_per_byte", "bits_per_byte"}
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,30 @@ class Curve:
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; half a line, as a killed or a running process leaves, is passed over."""
+    """The records of a metrics.jsonl; half a line, as a killed or a running process leaves, is passed over.
+
+    Raises:
+        ValueError: what curves are drawn of is no number.
+    """
     records = []
-    for line in metrics.read_text(errors="replace").splitlines():
+    for number, line in enumerate(metrics.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        place = f"{str(metrics)!r}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line, place)
+        except DamageError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
+        if not isinstance(record, dict) or "step" not in record:
+            continue
+        for name in _NUMBERS & record.keys():
+            if not _is_number(record[name], whole=name == "step"):
+                raise DamageError(f"{place} is damaged: {name!r} must be a number, not {record[name]!r}")
+        records.append(record)
     return records
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    """Whether this is a number that a float can hold."""
+    return (type(value) is int and abs(value) < 1 << 63) or (type(value) is float and not whole)
 
 
 def read_curve(folder: Path, name: str | None = None) -> Curve:
@@ -106,8 +123,8 @@ def summary(curve: Curve) -> dict[str, Any]:
 def is_bytewise(folder: Path) -> bool:
     """Whether config.json says so; where there is none, there is nothing that says otherwise."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json")
+    except DamageError:
         return True
     return not isinstance(config, dict) or config.get("tokenizer", "bytes") in ("bytes", {"kind": "bytes"})
 
@@ -122,7 +139,7 @@ def curve_of(records: Sequence[dict[str, Any]], name: str, bytewise: bool = True
         places[step] = float(record.get("tokens", tokens)), float(record.get("seconds", seconds))
         loss = ("train_bits_per_byte", 1.0) if "train_bits_per_byte" in record else ("loss", math.log(2))
         for (key, unit), points in ((loss, curve.train), (("bits_per_byte", 1.0), curve.valid)):
-            if isinstance(record.get(key), int | float):
+            if key in record:
                 points.tokens.append(places[step][0])
                 points.time.append(places[step][1])
                 points.steps.append(step)

@@ -127,7 +127,7 @@ class Engine:
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="no",
-            log_with=trackers(options) or None,
+            log_with=trackers(options, where) or None,
             project_dir=where,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )

@@ -213,5 +213,5 @@ def available_memory(device: torch.device) -> int | None:
     said = Path("/proc/meminfo")
     if device.type != "cpu" or not said.exists():
         return None
-    values = dict(line.split(":", 1) for line in said.read_text().splitlines() if ":" in line)
+    values = dict(line.split(":", 1) for line in said.read_text(encoding="utf-8").splitlines() if ":" in line)
     return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None

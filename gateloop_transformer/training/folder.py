@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ from torch import Tensor
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
+from gateloop_transformer.data.writing import check_removable, remove
 from gateloop_transformer.model import Transformer
+from gateloop_transformer.stored import DamageError, read_json
 from gateloop_transformer.training.config import RunConfig, is_flat, read_flat
-from gateloop_transformer.training.storage import read_json, read_tensors, remove, write_tensors, write_text
+from gateloop_transformer.training.storage import read_tensors, write_tensors, write_text
 from gateloop_transformer.training.weights import (
     CONFIG,
     MODEL,
-    SHARDS,
     check_written_for,
     describe,
     misfit,
     published,
+    read_headers,
     weight_files,
 )
 
@@ -97,7 +99,9 @@ def check_contents(folder: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(
             f"{where} has {MODEL} but no checkpoint to continue from: use the model as it is, or --overwrite it"
         )
-    present = [name for name in (CONFIG, MODEL, METRICS, CURVE, CHECKPOINTS, TOKENIZER) if (folder / name).exists()]
+    present = [name for name in (CONFIG, MODEL, METRICS, CURVE, TOKENIZER) if (folder / name).exists()]
+    # An empty folder, or a link to one, is a place for checkpoints and no run.
+    present += [CHECKPOINTS] if any((folder / CHECKPOINTS).glob("*")) else []
     if resume or not present:
         return
     try:
@@ -116,24 +120,33 @@ def _check_kinds(folder: Path) -> None:
     for name in (CONFIG, MODEL, METRICS, CURVE, LOCK, TOKENIZER, TOKENIZER_CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{str(folder / name)!r} is a folder, not a file: choose another folder for the run")
-    if (folder / CHECKPOINTS).exists() and not (folder / CHECKPOINTS).is_dir():
-        raise ValueError(f"{str(folder / CHECKPOINTS)!r} is a file, not a folder: choose another folder for the run")
+    for name in (CHECKPOINTS, EVENTS):
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise ValueError(
+                f"{str(path)!r} is a link to {os.readlink(path)!r}, and nothing is there: make it a folder"
+            )
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{str(path)!r} is a file, not a folder: choose another folder for the run")
 
 
 def clear_run(folder: Path) -> None:
-    """Delete a run's files, and nothing else, from a folder."""
+    """Delete a run's files, and nothing else, from a folder.
+
+    The folders that they were in stay: one may be a link to another disk. Of a file that is a link, the link goes.
+
+    Raises:
+        ValueError: one cannot be deleted: none was.
+    """
     checkpoints = folder / CHECKPOINTS
-    for old in [*steps(folder), *checkpoints.glob("step-*.partial"), *checkpoints.glob("damaged-step-*")]:
-        remove(old)
-    events = folder / EVENTS
-    for old in events.glob("events.out.tfevents.*"):
-        old.unlink()
-    for emptied in (checkpoints, events):
-        if emptied.is_dir() and not any(emptied.iterdir()):
-            emptied.rmdir()
+    old = [*steps(folder), *checkpoints.glob("step-*.partial"), *checkpoints.glob("damaged-step-*")]
+    old += (folder / EVENTS).glob("events.out.tfevents.*")
     # What tells that this is a run goes last: a kill meanwhile leaves something that can be replaced.
-    for name in (MODEL, METRICS, CURVE, TOKENIZER, TOKENIZER_CONFIG, CONFIG):
-        (folder / name).unlink(missing_ok=True)
+    old += [folder / name for name in (MODEL, METRICS, CURVE, TOKENIZER, TOKENIZER_CONFIG, CONFIG)]
+    for path in old:
+        check_removable(path)
+    for path in old:
+        remove(path)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -252,12 +265,12 @@ def read_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
     Raises:
         ValueError: it is missing or damaged, or was written for another model.
     """
-    if path.name == SHARDS:
-        files = [read_weights(part, config) for part in weight_files(path)]
-        return {name: tensor for file in files for name, tensor in file.items()}
-    tensors, metadata = read_tensors(path)
-    check_written_for(path, metadata, config)
-    return tensors
+    found: dict[str, Tensor] = {}
+    for part in weight_files(path):
+        tensors, metadata = read_tensors(part)
+        check_written_for(part, metadata, config)
+        found |= tensors
+    return found
 
 
 def publish(folder: Path, weights: dict[str, Tensor], config: RunConfig) -> None:
@@ -283,7 +296,37 @@ def newest_step(folder: Path) -> int | None:
     return int(found[-1].name.removeprefix("step-")) if found else None
 
 
-def check_fit(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
+def check_sizes(config: TransformerConfig, source: Path, size: int, weights: Path) -> None:
+    """A model's sizes are those of its weights, by the header of their file: before anything is built of these sizes.
+
+    Args:
+        config: the model's arguments.
+        source: the file that they were read from, for the error.
+        size: of the vocabulary.
+        weights: the file, or an index of several.
+
+    Raises:
+        ValueError: they are not, or a file is missing or damaged.
+    """
+    headers = read_headers(weights, config.depth)
+    with torch.device("meta"):
+        model = new_model(config, source, size)
+    check_fit(model, headers, weights)
+
+
+def check_sizes_in(folder: Path, config: RunConfig) -> None:
+    """`check_sizes` of a run that is to go on, by any of its weights whose header can be read; there may be none yet.
+
+    Raises:
+        ValueError: the sizes are others.
+    """
+    for path in (folder / MODEL, *(step / MODEL for step in reversed(steps(folder)))):
+        with contextlib.suppress(DamageError):
+            check_sizes(config.model, folder / CONFIG, config.tokenizer.size, path)
+            return
+
+
+def check_fit(model: Transformer, tensors: Mapping[str, Any], where: Path) -> None:
     """Tensors have the names and shapes of a model's.
 
     Raises:
@@ -316,8 +359,9 @@ def load_model(folder: str | os.PathLike[str], weights: Path | None = None) -> T
     """
     path = Path(folder)
     config, size = read_model_config(path)
-    model = new_model(config, path / CONFIG, size)
     weights = published(path) if weights is None else weights
+    check_sizes(config, path / CONFIG, size, weights)
+    model = new_model(config, path / CONFIG, size)
     tensors = read_weights(weights, config)
     load_weights(model, tensors, weights)
     return model.eval()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gateloop_transformer.pictures import empty_figure, name_lines, save_png
 from gateloop_transformer.training.curves import AGAINST, Curve, curve_of, is_bytewise, read_records, values_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _LABELS = {"tokens": "tokens", "time": "training time", "steps": "steps"}
 # Seconds in a unit, the largest first.
@@ -89,7 +88,8 @@ def draw_curves(curves: Sequence[Curve], target: Path, against: Sequence[str] = 
     panels[0].set_ylabel(_SEEN)
     figure.supxlabel("lines: training, smoothed · dots: validation", fontsize="small", color="dimgray")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    name_lines(legend, [curve.name for curve in curves])
     save_png(figure, target)
 
 
@@ -106,7 +106,7 @@ def draw_rates(groups: dict[str, list[tuple[float, float]]], target: Path) -> No
         rates = sorted({rate for rate, _ in points})
         means = [_mean([bits for rate, bits in points if rate == each]) for each in rates]
         axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.4)
-        axes.plot(rates, means, "-", color=color, label=name or None)
+        axes.plot(rates, means, "-", color=color, label="group" if name else None)
     rates = sorted({rate for points in groups.values() for rate, _ in points})
     axes.set_xscale("log")
     if len(rates) <= 8:
@@ -115,7 +115,7 @@ def draw_rates(groups: dict[str, list[tuple[float, float]]], target: Path) -> No
     axes.set(xlabel="peak learning rate", ylabel=f"validation, {_SEEN}")
     axes.grid(alpha=0.3)
     if any(groups):
-        axes.legend()
+        name_lines(axes.legend(), filter(None, groups))
     save_png(figure, target)
 
 
@@ -156,28 +156,6 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def empty_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed; `pip install gateloop-transformer[train]`") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_png(figure: Figure, target: Path) -> None:
-    aside = target.with_name(target.name + ".partial")
-    figure.savefig(aside, format="png", dpi=120)
-    os.replace(aside, target)
-
-
 def _colors(count: int) -> list[Any]:
     """Ten that differ at a glance; for more runs, a scale."""
     from matplotlib import colormaps
@@ -188,15 +166,18 @@ def _colors(count: int) -> list[Any]:
 
 
 def _draw(axes: Axes, curve: Curve, what: str, unit: float, color: Any) -> None:
-    """One run: faint losses, their average, validation points. Bits per token have no place beside bits per byte."""
+    """One run: faint losses, their average, validation points. Bits per token have no place beside bits per byte.
+
+    One of the lines is labelled, for the legend to name.
+    """
     train, valid = curve.train, curve.valid
     shown = bool(train.bits) and curve.bytewise
     if shown:
         places = [value / unit for value in train.against(what)]
         axes.plot(places, train.bits, color=color, alpha=0.12, linewidth=0.8)
-        axes.plot(places, _smooth(train.bits), color=color, label=curve.name)
+        axes.plot(places, _smooth(train.bits), color=color, label="run")
     places = [value / unit for value in valid.against(what)]
-    style, label = ("o", None) if shown else ("o-", curve.name)
+    style, label = ("o", None) if shown else ("o-", "run")
     axes.plot(places, valid.bits, style, color=color, label=label, markeredgecolor="white", zorder=3)
 
 

@@ -54,6 +54,8 @@ def prepare(
         raise ValueError("several processes cannot share standard input: train on files, or start with one process")
     if config.data is not None and os.path.isdir(config.data) and Path(config.data).resolve() == where.resolve():
         raise ValueError(f"--out: {str(where)!r} is the folder of the data; choose another for the run")
+    if resume:
+        folder.check_sizes_in(where, config)
     # Before the processes meet: preparing the data may take longer than one waits for another.
     if tokenizer is None:
         tokenizer = folder.load_tokenizer(where) if resume else ByteTokenizer()

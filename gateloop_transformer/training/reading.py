@@ -15,6 +15,7 @@ from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer, encode
 from gateloop_transformer.generation import evaluating
 from gateloop_transformer.layers.state import TransformerState, describe_state, load_state, save_state
 from gateloop_transformer.model import Transformer
+from gateloop_transformer.stored import DamageError
 from gateloop_transformer.training.evaluation import in_blocks
 from gateloop_transformer.training.storage import digest
 from gateloop_transformer.training.weights import weight_files
@@ -124,10 +125,13 @@ def load_reading(path: Path, digest: str) -> Reading:
         raise ValueError(str(error)) from error
     if not isinstance(state, TransformerState) or not {"model", "position", "last"} <= about.keys():
         raise ValueError(f"{str(path)!r} was not written by 'gateloop read': it holds the state of something else")
-    was, dtype = about["model"].split()
+    try:
+        (was, dtype), last, position = about["model"].split(), int(about["last"]), int(about["position"])
+    except ValueError as error:
+        raise DamageError(f"{str(path)!r} is damaged: it does not say how far it has read ({error})") from error
     now, wanted = digest.split()
     if was != now:
         raise ValueError(f"{str(path)!r} is the state of another model (or of this one before further training)")
     if dtype != wanted:
         raise ValueError(f"{str(path)!r} was read with --dtype {dtype}, not {wanted}")
-    return Reading(state if state.layers else None, int(about["last"]), int(about["position"]))
+    return Reading(state if state.layers else None, last, position)

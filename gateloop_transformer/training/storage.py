@@ -1,33 +1,22 @@
-"""Files that appear whole or not at all, and are read with one clear error. No pickle."""
+"""Texts and tensors in files that appear whole or not at all, and are read with one clear error. No pickle."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 import re
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from gateloop_transformer.data.writing import sync, write_bytes
+from gateloop_transformer.stored import CHECKSUM, UNSEALED, DamageError, as_text, check_seal, seal
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class DamageError(ValueError):
-    """A file of a run is missing or cannot be read."""
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder with all that is in it; it need not be there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,7 +25,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Replace a safetensors file, whole or not at all.
+    """Replace a safetensors file, whole or not at all; sealed (see `stored`) where it says something of itself.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        metadata: what the file says of itself.
 
     Raises:
         OSError: it cannot be written; what was there still is.
@@ -48,61 +42,56 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     aside.touch()
     mode = aside.stat().st_mode
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, aside, None if metadata is None else {**metadata, **UNSEALED})
     except SafetensorError as error:
         aside.unlink(missing_ok=True)
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise OSError(f"cannot write {str(path)!r}: {error}") from error
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    _sort_metadata(aside)
+    if metadata is not None:
+        with aside.open("r+b") as file:
+            seal(file)
     # safetensors makes files that only their owner may read; this one is to be as readable as the others.
     aside.chmod(mode)
     sync(aside)
     os.replace(aside, path)
 
 
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order: safetensors writes it in another each time."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        if len(metadata := header.get("__metadata__", {})) < 2:
-            return
-        header["__metadata__"] = dict(sorted(metadata.items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        assert len(text) == size
-        file.seek(8)
-        file.write(text)
-
-
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata.
+    """The tensors of a safetensors file and its metadata, the checksum left out.
+
+    Raises:
+        DamageError: there is no such file, it cannot be read, or it is sealed and has changed since.
+    """
+    with opened_tensors(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    metadata.pop(CHECKSUM, None)
+    with path.open("rb") as content:
+        check_seal(content, repr(str(path)))
+    return tensors, metadata
+
+
+@contextlib.contextmanager
+def opened_tensors(path: Path, framework: str) -> Iterator[Any]:
+    """A safetensors file, of which nothing but the header is read yet, as `safe_open` gives it.
 
     Raises:
         DamageError: there is no such file, or it cannot be read.
     """
     if not path.is_file():
         raise DamageError(f"{str(path)!r} is missing")
+    name = str(path)
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with path.open("rb") as content:
+            if as_text(name) != name:
+                # safetensors takes no name that is not UTF-8.
+                name = f"/dev/fd/{content.fileno()}"
+            with safe_open(name, framework) as file:
+                yield file
     except (SafetensorError, OSError) as error:
-        raise DamageError(f"{str(path)!r} is damaged: {error}") from error
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        DamageError: there is no such file, or it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise DamageError(f"{str(path)!r} is missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DamageError(f"{str(path)!r} is damaged: {error}") from error
+        raise DamageError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
 
 
 def digest(path: Path) -> str:

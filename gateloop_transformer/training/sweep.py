@@ -20,11 +20,12 @@ import torch
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.sources import absolute, is_standard_input, open_source
 from gateloop_transformer.nearest import did_you_mean
+from gateloop_transformer.stored import DamageError, parse_json, read_json
 from gateloop_transformer.training.config import TrainingConfig, resolve, value_types
 from gateloop_transformer.training.curves import read_curve
 from gateloop_transformer.training.folder import LOCK, locked, new_model
 from gateloop_transformer.training.plot import draw_curves, draw_rates
-from gateloop_transformer.training.storage import read_json, write_text
+from gateloop_transformer.training.storage import write_text
 from gateloop_transformer.training.weights import CONFIG
 from gateloop_transformer.waiting import waiting
 
@@ -142,7 +143,7 @@ class Sweep:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{where} is a file, not a folder")
         if (self.folder / SWEEP).is_file():
-            other = _differences(read_json(self.folder / SWEEP), json.loads(json.dumps(self._described())))
+            other = _differences(read_json(self.folder / SWEEP), parse_json(json.dumps(self._described()), "the sweep"))
             if other:
                 raise ValueError(f"{where} holds a sweep with other settings: {'; '.join(other)}")
         elif self.folder.exists() and any(path.name != LOCK for path in self.folder.iterdir()):
@@ -201,9 +202,9 @@ def run(sweep: Sweep, report: Callable[[str], object]) -> list[Row]:
     with locked(sweep.folder), _terminable():
         write_text(sweep.folder / SWEEP, json.dumps(sweep._described(), indent=2) + "\n")
         results = sweep.folder / RESULTS
-        rows: list[Row] = read_json(results)["rows"] if results.exists() else []
-        done = {row["name"]: row for row in rows if row["status"] == "finished"}
-        rows, combinations = [], sweep.combinations()
+        done = _finished(results) if results.exists() else {}
+        rows: list[Row] = []
+        combinations = sweep.combinations()
         for n, values in enumerate(combinations, 1):
             name = name_of(values)
             if name not in done:
@@ -216,6 +217,31 @@ def run(sweep: Sweep, report: Callable[[str], object]) -> list[Row]:
         with waiting("drawing"):
             _draw(sweep, rows)
     return rows
+
+
+def _finished(results: Path) -> dict[str, Row]:
+    """The rows of runs that have finished, by their names.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    values = read_json(results)
+    rows = values.get("rows") if isinstance(values, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and _is_sound(row) for row in rows):
+        raise DamageError(
+            f"{str(results)!r} is damaged: it holds no rows of a sweep; without it all runs are run again"
+        )
+    return {row["name"]: row for row in rows if row["status"] == "finished"}
+
+
+def _is_sound(row: Row) -> bool:
+    numbers = (row.get(name) for name in ("bits_per_byte", "seconds", "steps"))
+    return (
+        isinstance(row.get("name"), str)
+        and isinstance(row.get("settings"), dict)
+        and "status" in row
+        and (row["status"] != "finished" or all(type(number) in (int, float) for number in numbers))
+    )
 
 
 def _said(row: Row) -> str:
@@ -244,10 +270,10 @@ def _run_one(sweep: Sweep, values: dict[str, Any]) -> Row:
             _stop(child)
             raise KeyboardInterrupt(f"{name} was stopped; the same command continues the sweep") from interrupt
     if child.returncode:
-        lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"]
         error = lines[-1] if child.returncode > 0 else f"ended by signal {-child.returncode} (see {log.name})"
         return {**row, "status": "failed", "exit_code": child.returncode, "error": error}
-    result = json.loads(output)
+    result = parse_json(output, f"what the run {name} has printed")
     return {**row, "status": "finished", **{key: value for key, value in result.items() if key != "out"}}
 
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
+from gateloop_transformer.stored import as_text
 from gateloop_transformer.training.config import RunConfig, TrainingConfig
 from gateloop_transformer.training.folder import EVENTS
 
@@ -73,19 +74,24 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def trackers(options: TrainingConfig) -> list[str]:
-    """The trackers of Accelerate to use.
+def trackers(options: TrainingConfig, folder: Path) -> list[str]:
+    """The trackers of Accelerate to use for a run in a folder.
 
     Raises:
-        ValueError: the one asked for is not installed.
+        ValueError: the one asked for is not installed, or cannot write there.
     """
-    if options.track == "none":
+    name = "tensorboard" if options.track == "auto" else options.track
+    if name == "none":
         return []
-    if options.track == "auto":
-        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-    if importlib.util.find_spec(options.track) is None:
-        raise ValueError(f"--track {options.track}: {options.track} is not installed; `pip install {options.track}`")
-    return [options.track]
+    if importlib.util.find_spec(name) is None:
+        if options.track == "auto":
+            return []
+        raise ValueError(f"--track {name}: {name} is not installed; `pip install {name}`")
+    if name == "tensorboard" and as_text(str(folder)) != str(folder):
+        raise ValueError(
+            f"TensorBoard takes no folder whose name is no text, as {str(folder)!r}: --track none, or another --out"
+        )
+    return [name]
 
 
 class Log:
@@ -100,7 +106,7 @@ class Log:
 
     def __init__(self, path: Path, accelerator: Any, config: RunConfig, step: int) -> None:
         self.accelerator = accelerator
-        self.file: TextIO = path.open("a")
+        self.file: TextIO = path.open("a", encoding="utf-8")
         try:
             with self._tracking():
                 self._start(path.parent, config, step)

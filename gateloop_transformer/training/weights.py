@@ -6,11 +6,12 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateloop_transformer.configuration import TransformerConfig
+from gateloop_transformer.stored import DamageError, parse_json, read_json
 from gateloop_transformer.training.config import with_later_fields
-from gateloop_transformer.training.storage import read_json
+from gateloop_transformer.training.storage import opened_tensors
 
 CONFIG, MODEL, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -31,15 +32,44 @@ def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights: those that an index names, or the file itself.
 
     Raises:
-        ValueError: it is no index, or names files elsewhere.
+        ValueError: it is no index, or names other files than safetensors beside it.
     """
     if path.name != SHARDS:
         return [path]
     index = read_json(path)
     names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
+    if not isinstance(names, dict) or not all(map(_is_beside, names.values())):
         raise ValueError(f"{str(path)!r} is no index of weights")
     return [path.with_name(name) for name in sorted(set(names.values()))]
+
+
+def _is_beside(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+
+
+class Header(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+
+
+def read_headers(path: Path, depth: int) -> dict[str, Header]:
+    """The shapes of the tensors in a file of weights, or in those that an index names; the tensors are not read.
+
+    Whoever builds a model of a configuration asks here first, with its number of layers: no more are built than there
+    are weights of.
+
+    Raises:
+        ValueError: a file is missing or damaged, or there is another number of layers.
+    """
+    found: dict[str, Header] = {}
+    for part in weight_files(path):
+        with opened_tensors(part, "np") as file:
+            found |= {name: Header(tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+    layers = len({name.split(".")[1] for name in found if name.startswith("layers.")})
+    if layers != depth:
+        raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it has {layers} layers, not {depth}")
+    return found
 
 
 def describe(config: TransformerConfig) -> str:
@@ -56,8 +86,8 @@ def check_written_for(path: Path, metadata: Mapping[str, str], config: Transform
     if (text := metadata.get("model")) is None:
         return
     described = None
-    with contextlib.suppress(json.JSONDecodeError, TypeError):
-        described = with_later_fields(TransformerConfig, json.loads(text), 1)
+    with contextlib.suppress(DamageError, TypeError):
+        described = with_later_fields(TransformerConfig, parse_json(text, repr(str(path))), 1)
     if described != vars(config):
         raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {text}")
 

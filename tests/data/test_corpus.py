@@ -325,6 +325,36 @@ def test_a_cache_that_cannot_be_made_is_one_error(tmp_path: Path, monkeypatch: p
         load(tmp_path / "a.txt")
 
 
+def test_without_a_home_the_cache_asks_for_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("GATELOOP_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(ValueError, match=r"there is no home folder .*: set GATELOOP_CACHE to a folder"):
+        cache_folder()
+
+
+@pytest.mark.parametrize("where", ["nowhere", "damaged"])
+def test_a_linked_corpus_that_is_damaged_is_made_again_and_what_it_leads_to_is_kept(
+    tmp_path: Path, own_cache: Path, where: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    first = load(tmp_path / "a.txt")
+    [folder] = entries(own_cache)
+    disk = tmp_path / "disk"
+    folder.rename(disk)
+    (disk / "meta.json").write_text("{")
+    folder.symlink_to(disk if where == "damaged" else tmp_path / "absent")
+    assert load(tmp_path / "a.txt").sha256 == first.sha256
+    assert not folder.is_symlink()
+    assert (disk / "meta.json").read_text() == "{"
+    assert not list((own_cache / "corpora").glob("*.partial"))
+
+
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path(os.environ["GATELOOP_CACHE"])
     monkeypatch.delenv("GATELOOP_CACHE")

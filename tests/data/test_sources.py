@@ -155,6 +155,33 @@ def test_the_standard_library_is_text_without_tests() -> None:
     assert not any(name.startswith("test/") for name in names)
 
 
+def test_padding_and_further_frames_are_read(tmp_path: Path) -> None:
+    path, text = tmp_path / "a.xz", b"a text" * 5000
+    frame = lzma.compress(text)
+    # Longer than what is unpacked at a time, so that padding is met in parts.
+    path.write_bytes(frame + b"\0" * 40_000 + frame + frame + b"\0" * 4)
+    with files.open_file(path) as file:
+        assert file.read() == 3 * text
+    path = tmp_path / "a.gz"
+    path.write_bytes(2 * gzip.compress(text, mtime=0) + b"\0" * 7)
+    with files.open_file(path) as file:
+        assert file.read() == 2 * text
+    path = tmp_path / "a.zst"
+    path.write_bytes(2 * pack_zst(text))
+    with files.open_file(path) as file:
+        assert file.read() == 2 * text
+
+
+def test_names_that_are_no_text_are_names(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / os.fsdecode(b"\xff.parquet")
+    with path.open("wb") as file:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), file)
+    assert [b"".join(document.blocks) for document in open_source(str(tmp_path)).documents()] == [b"a", b"b"]
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
@@ -165,6 +192,11 @@ def test_the_standard_library_is_text_without_tests() -> None:
         (gzip.compress(b"text" * 99, mtime=0)[:-9], "a.gz", "cannot decompress"),
         (b"not xz", "a.xz", "cannot decompress"),
         (lzma.compress(b"text" * 99)[:-9], "a.xz", "cannot decompress"),
+        (lzma.compress(b"text" * 99) + b"\0" * 3, "a.xz", "cannot decompress.*3 zeros stand behind a stream"),
+        (lzma.compress(b"text" * 99) + b"\0" * 8 + b"junk", "a.xz", "cannot decompress"),
+        (b"\0" * 4 + lzma.compress(b"text" * 99), "a.xz", "cannot decompress"),
+        (gzip.compress(b"text" * 99, mtime=0) + b"junk", "a.gz", "cannot decompress"),
+        (pack_zst(b"text" * 99) + b"junk", "a.zst", "cannot decompress"),
         (b"not zst", "a.zst", "cannot decompress"),
         (pack_zst(b"text" * 99)[:-9], "a.zst", "cannot decompress.*ends within a frame"),
         (b'{"text": "a"}\n{"body": "b"}\n', "a.jsonl", r"line 2 has no field 'text' \(--field names another: 'body'\)"),
@@ -174,6 +206,11 @@ def test_the_standard_library_is_text_without_tests() -> None:
         (b'["a"]\n', "a.jsonl", "line 1 must be a JSON object with the field 'text', not a list"),
         (b'{"text": ""}\n', "a.jsonl", "is empty"),
         (b"[" * 100_000, "a.jsonl", "line 1 is not JSON"),
+        (
+            b'{"text": "a"}\n{"text": "b", "n": ' + b"1" * 5000 + b"}",
+            "a.jsonl",
+            "line 2 is not JSON: it has a number of",
+        ),
         (gzip.compress(lines(["text"] * 99), mtime=0)[:-9], "a.jsonl.gz", "cannot decompress"),
         (b"PAR1 no", "a.parquet", "cannot read"),
         (b"", "a.parquet.gz", "Parquet compresses by itself"),

@@ -138,6 +138,7 @@ def test_a_file_that_shortens_or_fills_up_texts_does_neither(tokenizer: BPEToken
         ("word piece", "its model is WordPiece, not BPE"),
         ("dropout", "its dropout draws tokens"),
         ("no byte", "no token stands for the byte 33"),
+        ("far", "tokens, numbered up to 2,147,483,648"),
     ],
 )
 def test_other_tokenizers_are_refused_with_a_reason(tokenizer: BPETokenizer, change: Any, reason: str) -> None:
@@ -156,6 +157,7 @@ def test_other_tokenizers_are_refused_with_a_reason(tokenizer: BPETokenizer, cha
             }
         },
         "dropout": {"model": {**values["model"], "dropout": 0.1}},
+        "far": {"model": {**values["model"], "vocab": {**values["model"]["vocab"], "abcdefgh": 2**31}}},
         "no byte": {
             "model": {
                 **values["model"],

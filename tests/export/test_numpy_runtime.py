@@ -151,7 +151,7 @@ def _change(folder: Path, **changes: Any) -> None:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), "buffer"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8]),
-            "reshape",
+            "checksum",
         ),
     ],
 )

@@ -68,6 +68,11 @@ def test_an_exported_run(run: Path, tmp_path: Path) -> None:
     assert json.loads((run / "config.json").read_text())["data_sha256"] in card
     ids = torch.randint(256, (2, 10))
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, load_model(run)(ids))
+    # Its weights have checksums, as those of the run.
+    part = next((tmp_path / "out").glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-1] + bytes([part.read_bytes()[-1] ^ 1]))
+    with pytest.raises(ValueError, match="does not have the checksum"):
+        load_model(tmp_path / "out")
     with pytest.raises(ValueError, match="not empty"):
         export(run, tmp_path / "out")
     with pytest.raises(ValueError, match="holds no run"):

@@ -120,7 +120,7 @@ def test_what_cannot_be_inspected_is_one_line(
         assert len(err.splitlines()) == 1, err
     with pytest.raises(SystemExit):
         main(["inspect", str(run), "--text", "ab", "--file", "x"])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = tmp_path / "new"
     assert "gateloop-transformer[train]" in said(capsys, run, "--text", "ab", "--out", out, code=2)[1]
     assert (tmp_path / "own" / "index.html").read_text() == "<p>my own</p>"

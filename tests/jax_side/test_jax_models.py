@@ -176,6 +176,14 @@ def test_what_is_no_model_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"weight is \(11, 16\), the model has \(12, 16\) and 1 more"):
         gj.save_model(tmp_path, other, params)
     content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="does not have the checksum"):
+        gj.load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "depth": 10**6}))
+    with pytest.raises(ValueError, match="layers, not 1000000"):
+        gj.load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content[:100])
     with pytest.raises(ValueError, match="is damaged"):
         gj.load_model(tmp_path)

@@ -341,7 +341,7 @@ def test_configurations_come_from_text_or_a_file(tmp_path: Path, capsys: pytest.
     assert read_arguments(' {"heads": 8}') == read_arguments(str(tmp_path / "config.json")) == {"heads": 8}
     for text, problem in (
         ("absent.json", "is neither a JSON object nor a file"),
-        ('{"heads": }', "is no JSON"),
+        ('{"heads": }', "is not JSON"),
         (str(tmp_path / "list.json"), "expected an object"),
     ):
         assert main(["convert", "original.pt", "--out", str(tmp_path / "out"), "--config", text]) == 2

@@ -80,11 +80,14 @@ def test_runs_that_have_only_begun_are_drawn(tmp_path: Path, capsys: pytest.Capt
 def test_bits_per_token_are_not_drawn_beside_bits_per_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gateloop_transformer.training import plot
 
-    labels: list[list[str]] = []
+    markers: list[list[str]] = []
+    names: list[list[str]] = []
     real = plot.save_png
 
     def save(figure: Any, target: Path) -> None:
-        labels.append([line.get_label() for line in figure.axes[0].lines])
+        (legend,) = figure.legends or [figure.axes[0].get_legend()]
+        markers.append([line.get_marker() for line in figure.axes[0].lines])
+        names.append([text.get_text() for text in legend.get_texts()])
         real(figure, target)
 
     monkeypatch.setattr(plot, "save_png", save)
@@ -94,12 +97,52 @@ def test_bits_per_token_are_not_drawn_beside_bits_per_byte(tmp_path: Path, monke
     ]
     plot.draw_curves(curves, tmp_path / "x.png", ["steps"])
     # Validations alone of the first; faint and smoothed losses, and validations, of the second.
-    assert len(labels[0]) == 1 + 3
-    assert labels[0][0] == "bpe"
-    assert "own" in labels[0][1:]
+    assert markers == [["o", "None", "None", "o"]]
+    assert names == [["bpe", "own"]]
     draw_curve(tmp_path / "bpe" / "metrics.jsonl", tmp_path / "loss.png")
-    assert "training (smoothed), bits per token" in labels[1]
-    assert "validation, bits per byte" in labels[1]
+    assert names[1] == ["training (smoothed), bits per token", "validation, bits per byte"]
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gateloop_transformer.training import plot
+
+    legends: list[Any] = []
+    real = plot.save_png
+
+    def save(figure: Any, target: Path) -> None:
+        real(figure, target)
+        legends.append((figure.legends or [figure.axes[0].get_legend()])[0])
+
+    monkeypatch.setattr(plot, "save_png", save)
+    # Two dollars are a formula to matplotlib, here one with an error in it; what begins with "_" it leaves out.
+    names = ["$\\frac{$", "_own", "a\udcffb", "$x$"]
+    curves = [read_curve(make_run(tmp_path / str(n)), name) for n, name in enumerate(names)]
+    plot.draw_curves(curves, tmp_path / "curves.png")
+    draw_rates({name: [(1e-3, 2.0)] for name in names}, tmp_path / "rates.png")
+    for legend in legends:
+        assert [text.get_text() for text in legend.get_texts()] == ["$\\frac{$", "_own", "a\ufffdb", "$x$"]
+        assert not any(text.get_parse_math() for text in legend.get_texts())
+    assert len(legends) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1, "loss": 2.0, "tokens": null}',
+        '{"step": 1, "loss": null}',
+        '{"step": 1.5, "loss": 2.0}',
+        '{"step": 1, "bits_per_byte": "2.0"}',
+        f'{{"step": 1, "loss": 2.0, "seconds": {10**400}}}',
+        '{"step": 1, "loss": true}',
+    ],
+)
+def test_metrics_that_are_no_numbers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    number = len((run / "metrics.jsonl").read_text().splitlines())
+    assert main(["plot", str(run), "--out", str(tmp_path / "x.png")]) == 2
+    assert f"metrics.jsonl', line {number} is damaged: " in error_of(capsys)
 
 
 def test_rates_are_drawn(tmp_path: Path) -> None:

@@ -464,7 +464,7 @@ def damage(out: Path, name: str) -> str:
         return "holds no run"
     if name == "broken config":
         config.write_text(config.read_text()[:-30])
-        return "damaged"
+        return "config.json' is not JSON"
     if name == "other configuration":
         values["model"]["dim"] = 32
     elif name == "newer format":

@@ -108,6 +108,10 @@ def test_runs_are_done_once_and_failures_named(
     assert again == [rows[1]["settings"]]
     assert main([*command, "--clip", "2"]) == 2
     assert "holds a sweep with other settings" in error_of(capsys)
+    for harm in (None, [None], [{"name": "a"}], [{**rows[0], "bits_per_byte": None}], "[" * 100_000):
+        (out / "results.json").write_text(harm if isinstance(harm, str) else json.dumps({"rows": harm}))
+        assert main(command) == 2
+        assert "results.json' is " in error_of(capsys)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

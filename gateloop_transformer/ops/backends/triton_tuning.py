@@ -95,7 +95,7 @@ def _read(key: str, choices: int) -> int:
     path = get_cache_manager(key).get_file(_FILE)
     if path is None:
         return -1
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         said = file.read()
     return int(said) if said.isdecimal() and int(said) < choices else -1
 

@@ -1,0 +1,72 @@
+"""Pictures in files, by matplotlib: no window and no backend of the environment's are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gateloop_transformer.stored import as_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+
+
+def load_matplotlib() -> None:
+    """Import matplotlib, whatever backend MPLBACKEND names.
+
+    A notebook names its own to all that it starts, also where that is not installed, and matplotlib then refuses to be
+    imported. Where it is installed, what else this process draws still goes there.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if sys.modules.get("matplotlib") is not None:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("matplotlib is not installed; `pip install gateloop-transformer[train]`") from error
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+
+
+def empty_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    load_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_png(figure: Figure, target: Path, dpi: int = 120) -> None:
+    """Write a PNG, whole or not at all."""
+    aside = target.with_name(target.name + ".partial")
+    figure.savefig(aside, format="png", dpi=dpi)
+    os.replace(aside, target)
+
+
+def name_lines(legend: Legend, names: Iterable[str]) -> None:
+    """Put names of a user's into a legend, in its order: no character in them means anything.
+
+    matplotlib itself takes what is between two dollars for a formula, and leaves out what begins with "_".
+    """
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(as_text(name))
+        text.set_parse_math(False)

@@ -1,0 +1,133 @@
+"""What is kept in files is read with one clear error: JSON, and safetensors with a checksum in their headers.
+
+A sealed safetensors file has the SHA-256 of all its bytes in its metadata, computed with zeros in that place. A tool
+that writes its tensors anew leaves the metadata out, and with it the checksum: such files are read as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, BinaryIO
+
+CHECKSUM = "sha256"
+# What the metadata of a file that is to be sealed has in place of the checksum.
+UNSEALED = {CHECKSUM: "0" * 64}
+# Bytes of a header at most, as safetensors itself has it.
+_LONGEST_HEADER = 100_000_000
+
+
+class DamageError(ValueError):
+    """A file is missing or cannot be read."""
+
+
+def parse_json(content: str | bytes, where: str) -> Any:
+    """The value that JSON stands for.
+
+    Args:
+        content: a text, or the bytes of a file.
+        where: it came from, for the error.
+
+    Raises:
+        DamageError: it is no JSON, or none that Python can hold: nested too deeply, numbers of too many digits.
+    """
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        reason = str(error)
+    except UnicodeDecodeError as error:
+        raise DamageError(f"{where} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError:
+        # Python's own advice is about its limit, which is there for good reason.
+        reason = "it has a number of more than 4,300 digits"
+    raise DamageError(f"{where} is not JSON: {reason}")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        DamageError: there is no such file, or it cannot be read.
+    """
+    where = repr(os.fspath(path))
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise DamageError(f"{where} is missing") from error
+    except OSError as error:
+        raise DamageError(f"cannot read {where}: {error.strerror or error}") from error
+    return parse_json(content, where)
+
+
+def as_text(name: str) -> str:
+    """A name of a file, all of it text: what stands in Python for bytes that are none is shown as "\ufffd".
+
+    >>> as_text("a\udcffb")
+    'a�b'
+    """
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)
+
+
+def seal(file: BinaryIO) -> None:
+    """Give a safetensors file with `UNSEALED` in its metadata the checksum, and its metadata an order.
+
+    The same tensors and metadata are the same bytes: safetensors writes metadata in another order each time.
+
+    Args:
+        file: opened to read and write.
+    """
+    file.seek(0)
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    assert len(text) == size
+    file.seek(8)
+    file.write(text)
+    place = _place_of_checksum(file)
+    digits = _digest(file, place)
+    file.seek(place)
+    file.write(digits)
+
+
+def check_seal(file: BinaryIO, where: str) -> bool:
+    """Whether a safetensors file is sealed.
+
+    Args:
+        file: opened to read.
+        where: it is, for the error.
+
+    Raises:
+        DamageError: it is sealed, but a byte of it has changed since.
+    """
+    place = _place_of_checksum(file)
+    if place < 0:
+        return False
+    file.seek(place)
+    if file.read(64) != _digest(file, place):
+        raise DamageError(f"{where} is damaged: its content does not have the checksum it was written with")
+    return True
+
+
+def _place_of_checksum(file: BinaryIO) -> int:
+    """Where the digits of the checksum stand in a file; -1 where there is none."""
+    file.seek(0)
+    size = int.from_bytes(file.read(8), "little")
+    key = f'"{CHECKSUM}":"'.encode()
+    place = file.read(min(size, _LONGEST_HEADER)).find(key)
+    return place if place < 0 else 8 + place + len(key)
+
+
+def _digest(file: BinaryIO, place: int) -> bytes:
+    """SHA-256 of a file in which the checksum itself is zeros, in hexadecimal digits."""
+    file.seek(0)
+    found = hashlib.sha256(file.read(place))
+    found.update(b"0" * len(file.read(64)))
+    while block := file.read(1 << 20):
+        found.update(block)
+    return found.hexdigest().encode()
