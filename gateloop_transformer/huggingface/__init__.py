@@ -22,6 +22,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from gateloop_transformer.huggingface.adapters import tell_peft
 from gateloop_transformer.huggingface.card import convert, export, model_card
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import (
@@ -37,6 +38,7 @@ AutoModelForCausalLM.register(GateLoopConfig, GateLoopForCausalLM, exist_ok=True
 AutoModelForSequenceClassification.register(GateLoopConfig, GateLoopForSequenceClassification, exist_ok=True)
 # Where Trainer looks whether smoothed labels are to be shifted.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GateLoopConfig.model_type] = GateLoopForCausalLM.__name__
+tell_peft()
 
 __all__ = [
     "GateLoopConfig",
