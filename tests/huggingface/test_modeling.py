@@ -93,8 +93,10 @@ def test_checkpointed_gradients_are_equal(model: Any) -> None:
     ids, gradients = tokens(), []
     model.train()
     for checkpointing in (False, True):
-        model.gradient_checkpointing = checkpointing
-        model._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        # What both of transformers' names for switching it on and off call.
+        function = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        model._set_gradient_checkpointing(checkpointing, function)
+        assert model.is_gradient_checkpointing is checkpointing
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
