@@ -67,7 +67,8 @@ def test_attention_takes_steps_back(kind: str) -> None:
         cache.batch_repeat_interleave(2)
         more = tokens(2, 3)
         close(
-            model(more, past_key_values=cache).logits, model(torch.cat([ids[[1, 1]], more], 1)).logits[:, ids.shape[1] :]
+            model(more, past_key_values=cache).logits,
+            model(torch.cat([ids[[1, 1]], more], 1)).logits[:, ids.shape[1] :],
         )
 
 
