@@ -11,12 +11,12 @@ try:
     import transformers
 except ImportError as error:
     raise ImportError(
-        "gateloop_transformer.huggingface needs transformers 5.20 or newer: pip install gateloop-transformer[hf]"
+        "gateloop_transformer.huggingface needs transformers 5.20 or newer: pip install 'transformers>=5.20'"
     ) from error
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20):
     raise ImportError(
         f"gateloop_transformer.huggingface needs transformers 5.20 or newer, not {transformers.__version__}: "
-        "pip install gateloop-transformer[hf]"
+        "pip install 'transformers>=5.20'"
     )
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification

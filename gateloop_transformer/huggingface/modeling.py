@@ -176,6 +176,12 @@ class GateLoopPreTrainedModel(PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if use_cache and training and self.is_gradient_checkpointing:
             use_cache = False
+        if use_cache and torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                f"{type(self).__name__}: torch.onnx.export cannot write a cache: save the model and write it with its "
+                "state by `gateloop export FOLDER --format onnx --out OUT` (docs/export.md), or set "
+                "model.config.use_cache = False for logits alone"
+            )
         if cache is not None:
             check_cache(cache, [cast(nn.Module, mixer.fn) for mixer, _ in cast(Any, self.layers)])
         elif use_cache:
