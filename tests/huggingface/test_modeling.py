@@ -260,7 +260,7 @@ def test_classes_are_learned_on_a_frozen_backbone(tmp_path: Path) -> None:
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["score.weight"]
 
 
-@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_model_with_its_cache_is_no_onnx_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gateloop export FOLDER --format onnx"):
         torch.onnx.export(build("recipe"), (tokens(1, 5),), tmp_path / "model.onnx", dynamo=False)
