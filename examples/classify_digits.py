@@ -67,7 +67,7 @@ def load(permuted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError:
-        sys.exit("this example needs scikit-learn: pip install 'gateloop-transformer[examples]'")
+        sys.exit("this example needs scikit-learn: pip install '.[examples]' in a checkout")
     digits = load_digits()
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0)) if permuted else torch.arange(64)
     pixels = ((torch.tensor(digits.data) - 8) / 5).float()[:, order, None]

@@ -27,8 +27,7 @@ tokenizer, model = AutoTokenizer.from_pretrained(options.run), AutoModelForCausa
 if options.lora:
     from peft import LoraConfig, get_peft_model
 
-    targets = ["to_qkv", "to_a.0", "to_gates.0", "to_out"]
-    model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(model, LoraConfig(r=8, task_type="CAUSAL_LM"))
 documents = [text.strip() for text in options.text.read_text(encoding="utf-8").split("\n\n") if len(text.strip()) > 1]
 rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in documents]
 settings = {"max_steps": options.steps, "learning_rate": 3e-3, "report_to": [], "dataloader_pin_memory": False}

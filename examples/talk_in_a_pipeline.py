@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, pipeline
 
-import gateloop_transformer.huggingface  # noqa: F401 (transformers learns of the models)
+from gateloop_transformer.huggingface.cache import CACHE_NAME  # transformers learns of the models
 
 
 def talker(run: str, tokens: int = 80) -> Callable[[str], str]:
@@ -22,7 +22,7 @@ def talker(run: str, tokens: int = 80) -> Callable[[str], str]:
         nonlocal said
         said = torch.cat([said, tokenizer(f"{text}\n", return_tensors="pt")["input_ids"]], 1)
         before = said.shape[1]
-        said = model.generate(said, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+        said = model.generate(said, **{CACHE_NAME: cache}, max_new_tokens=tokens, do_sample=False)
         return str(tokenizer.decode(said[0, before:]))
 
     return answer

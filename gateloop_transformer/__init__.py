@@ -17,21 +17,33 @@ if TYPE_CHECKING:
     from gateloop_transformer.layers.gate_looped import GateLoopedAttention
     from gateloop_transformer.layers.quantized import quantize
     from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
-    from gateloop_transformer.layers.state import describe_state, load_state, save_state
+    from gateloop_transformer.layers.state import (
+        AttentionState,
+        GateLoopState,
+        SimpleGateLoopState,
+        TransformerState,
+        describe_state,
+        load_state,
+        save_state,
+    )
     from gateloop_transformer.model import Transformer
     from gateloop_transformer.training.folder import load_model, load_tokenizer
 
 __version__ = "1.0.0.dev0"
 
 _HOMES = {
+    "AttentionState": "gateloop_transformer.layers.state",
     "Bidirectional": "gateloop_transformer.layers.bidirectional",
     "CausalFullAttention": "gateloop_transformer.layers.attention",
     "DraftReport": "gateloop_transformer.decoding.speculative",
+    "GateLoopState": "gateloop_transformer.layers.state",
     "GateLoopedAttention": "gateloop_transformer.layers.gate_looped",
     "History": "gateloop_transformer.decoding.history",
     "SimpleGateLoopLayer": "gateloop_transformer.layers.simple_gate_loop",
+    "SimpleGateLoopState": "gateloop_transformer.layers.state",
     "Transformer": "gateloop_transformer.model",
     "TransformerConfig": "gateloop_transformer.configuration",
+    "TransformerState": "gateloop_transformer.layers.state",
     "describe_state": "gateloop_transformer.layers.state",
     "load_model": "gateloop_transformer.training.folder",
     "load_state": "gateloop_transformer.layers.state",
@@ -41,14 +53,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttentionState",
     "Bidirectional",
     "CausalFullAttention",
     "DraftReport",
+    "GateLoopState",
     "GateLoopedAttention",
     "History",
     "SimpleGateLoopLayer",
+    "SimpleGateLoopState",
     "Transformer",
     "TransformerConfig",
+    "TransformerState",
     "describe_state",
     "load_model",
     "load_state",

@@ -285,7 +285,8 @@ def generate(
     Raises:
         ValueError: an empty prompt or batch, ids outside the vocabulary, an option without a meaning, options that
             contradict each other, or a draft of another vocabulary.
-        RuntimeError: the model's logits are not finite.
+        RuntimeError: a logit of the model is NaN or inf, or a row has nothing but -inf; a token whose logit is -inf is
+            excluded.
 
     Source: beams: see `gateloop_transformer.decoding.beam`; drafts: Leviathan et al. (2023), Chen et al. (2023), see
     `gateloop_transformer.decoding.speculative`.

@@ -16,7 +16,7 @@ from gateloop_transformer.layers.feedforward import FeedForward
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
 from gateloop_transformer.layers.padding import Padding
-from gateloop_transformer.layers.state import TransformerState
+from gateloop_transformer.layers.state import TransformerState, start_of
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gates import check_gate
 from gateloop_transformer.ops.layout import Layout, read_layout
@@ -312,6 +312,23 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"Transformer: ids must be in [0, {self.num_tokens}), got {int(ids.min())} to {int(ids.max())}"
             )
+
+    def initial_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> TransformerState:
+        """The state before the first token: a call that is given it computes what a call without a state does.
+
+        Args:
+            batch: B, or the number of documents.
+            device: None: that of the weights.
+            dtype: that the layers compute in; None: that of the embedding.
+
+        Raises:
+            ValueError: batch is no integer, or negative.
+        """
+        device, dtype = start_of(self, batch, device, dtype)
+        mixers = [cast(Any, block)[0].fn for block in self.layers]
+        return TransformerState(tuple(mixer.initial_state(batch, device=device, dtype=dtype) for mixer in mixers))
 
     def generate(self, ids: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any) -> Any:
         """Prompt and continuation (B, T + new), or a list of them: see `gateloop_transformer.generation.generate`."""

@@ -198,6 +198,48 @@ def test_damaged_weights_are_reported() -> None:
         model.generate(torch.zeros(1, 1, dtype=torch.long), 1)
 
 
+def ban(model: Transformer, *tokens: int, value: float = -torch.inf) -> Transformer:
+    """The model with a hook that gives these tokens that logit."""
+    model.to_logits.register_forward_hook(
+        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(tokens, dtype=torch.long), value)
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": 3.0, "seed": 0},
+        {"top_k": 5, "seed": 0},
+        {"top_p": 1.0, "min_p": 0.0, "seed": 0},
+        {"repetition_penalty": 1.5, "seed": 0},
+        {"num_beams": 4},
+        {"draft": True, "seed": 0},
+        {"draft": True, "temperature": 0},
+    ],
+    ids=str,
+)
+def test_a_token_whose_logit_is_minus_infinity_is_never_taken(options: dict[str, Any]) -> None:
+    model, ids = build(), torch.randint(31, (2, 5))
+    if "draft" in options:
+        # It proposes tokens that the model never takes.
+        options = {**options, "draft": build()}
+    free = model.generate(ids, 12, **options)[:, 5:].unique().tolist()
+    banned = ban(model, *free).generate(ids, 12, **options)[:, 5:]
+    assert not set(free) & set(banned.unique().tolist())
+    assert (ban(build(), *range(30)).generate(ids, 4, **options)[:, 5:] == 30).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"temperature": 0}], ids=str)
+def test_logits_that_exclude_everything_or_are_too_large_are_refused(options: dict[str, Any]) -> None:
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="every token is excluded"):
+        ban(build(), *range(31)).generate(ids, 2, **options)
+    with pytest.raises(RuntimeError, match=r"NaN or inf\); its weights may be damaged"):
+        ban(build(), 3, value=torch.inf).generate(ids, 2, **options)
+
+
 RAGGED: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "stop": {"temperature": 0, "stop": [3, [5, 1]], "pad": 2},

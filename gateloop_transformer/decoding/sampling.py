@@ -15,7 +15,7 @@ _GREEDY = 1e-6
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from logits; applied in the order of the fields.
+    """How the next token is drawn from logits, of which -inf excludes a token; applied in the order of the fields.
 
     Attributes:
         repetition_penalty: logits of tokens already in the row are divided by it if positive, multiplied if negative;
@@ -70,10 +70,14 @@ class Sampling:
         """Logits (B, vocabulary) after the repetition penalty.
 
         Raises:
-            RuntimeError: they are not finite.
+            RuntimeError: one is NaN or inf, or a row has nothing but -inf, which excludes a token.
         """
-        if not torch.isfinite(logits).all():
-            raise RuntimeError("the model gave logits that are not finite; its weights may be damaged")
+        # NaN or inf where a row has one, -inf where it has nothing else.
+        highest = logits.amax(-1)
+        if not torch.isfinite(highest).all():
+            if (highest == -torch.inf).any():
+                raise RuntimeError("the model gave a row of logits that are all -inf: every token is excluded")
+            raise RuntimeError("the model gave logits that are not finite (NaN or inf); its weights may be damaged")
         if self.repetition_penalty == 1:
             return logits
         punished = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)

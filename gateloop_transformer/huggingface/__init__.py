@@ -11,17 +11,18 @@ try:
     import transformers
 except ImportError as error:
     raise ImportError(
-        "gateloop_transformer.huggingface needs transformers 5.20 or newer: pip install gateloop-transformer[hf]"
+        "gateloop_transformer.huggingface needs transformers 5.20 or newer: pip install 'transformers>=5.20'"
     ) from error
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20):
     raise ImportError(
         f"gateloop_transformer.huggingface needs transformers 5.20 or newer, not {transformers.__version__}: "
-        "pip install gateloop-transformer[hf]"
+        "pip install 'transformers>=5.20'"
     )
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from gateloop_transformer.huggingface.adapters import tell_peft
 from gateloop_transformer.huggingface.card import convert, export, model_card
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import (
@@ -37,6 +38,7 @@ AutoModelForCausalLM.register(GateLoopConfig, GateLoopForCausalLM, exist_ok=True
 AutoModelForSequenceClassification.register(GateLoopConfig, GateLoopForSequenceClassification, exist_ok=True)
 # Where Trainer looks whether smoothed labels are to be shifted.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GateLoopConfig.model_type] = GateLoopForCausalLM.__name__
+tell_peft()
 
 __all__ = [
     "GateLoopConfig",

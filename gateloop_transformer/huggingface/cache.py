@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.layers.state import AttentionState, GateLoopState
 
+# What transformers calls a cache where it is given or returned: "past_key_values", and "cache" from 5.24 on.
+CACHE_NAME = next(
+    field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in ("past_key_values", "cache")
+)
 
-def check_cache(cache: Any, layers: int) -> None:
+
+def check_cache(cache: Any, mixers: Sequence[nn.Module]) -> None:
     """The cache is one that these models can use.
+
+    Args:
+        cache: what a model was given.
+        mixers: its layers.
 
     Raises:
         ValueError: it is not.
@@ -24,9 +36,9 @@ def check_cache(cache: Any, layers: int) -> None:
             f"GateLoopModel: past_key_values must be a transformers Cache, such as DynamicCache(config=model.config), "
             f"not {type(cache).__name__}"
         )
-    if len(cache.layers) != layers:
+    if len(cache.layers) != len(mixers):
         raise ValueError(
-            f"GateLoopModel: past_key_values has {len(cache.layers)} layers, the model {layers}: make it with "
+            f"GateLoopModel: past_key_values has {len(cache.layers)} layers, the model {len(mixers)}: make it with "
             "DynamicCache(config=model.config)"
         )
     if any(
@@ -37,6 +49,20 @@ def check_cache(cache: Any, layers: int) -> None:
             "GateLoopModel: a static cache holds gate loop layers, whose state has one size, but no attention layers "
             "of these models: use DynamicCache(config=model.config)"
         )
+    for n, (layer, mixer) in enumerate(zip(cache.layers, mixers, strict=True)):
+        if not isinstance(mixer, GateLoopedAttention):
+            continue
+        if not isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise ValueError(
+                f"GateLoopModel: past_key_values has keys and values for layer {n}, a gate loop, which has none: make "
+                "it with DynamicCache(config=model.config); prefix tuning needs a model of attention layers alone"
+            )
+        if layer.record_past:
+            raise ValueError(
+                "GateLoopModel: past_key_values records its past, to be cropped, but steps of a gate loop cannot be "
+                "taken back: leave activate_past_recording out and keep a copy.deepcopy of the cache, or use "
+                "gateloop_transformer.History"
+            )
 
 
 def load(cache: Cache, n: int, mixer: nn.Module, seen: Tensor | None) -> GateLoopState | AttentionState | None:
@@ -61,10 +87,17 @@ def load(cache: Cache, n: int, mixer: nn.Module, seen: Tensor | None) -> GateLoo
         return GateLoopState(parts[:, 0], parts[:, 1], inputs)
     if not layer.get_seq_length():
         return None
+    # Back from where an offloaded cache has put them.
+    layer.prefetch()
     keys, values = layer.keys, layer.values
     if seen is None:
         seen = torch.full((keys.shape[0],), layer.get_seq_length(), device=keys.device)
     if mixer.data_dependent_rel_pos == "gate_loop":
+        if getattr(layer, "decayed_to", None) != layer.get_seq_length():
+            raise ValueError(
+                f"GateLoopModel: past_key_values has another length in layer {n} than the model left there, but its "
+                "keys are decayed to the last step: such a cache cannot be cropped, or be made elsewhere"
+            )
         real, imaginary = keys.chunk(2, -1)
         return AttentionState(real, imaginary, values, seen)
     return AttentionState(keys, keys[:, :, :0], values, seen)
@@ -94,6 +127,7 @@ def store(cache: Cache, n: int, state: GateLoopState | AttentionState, steps: in
         layer: Any = cache.layers[n]
         width = layer.keys.shape[2]
         layer.keys, layer.values = _latest(keys, width), _latest(state.values, width)
+        layer.decayed_to = layer.get_seq_length()
 
 
 def _count(layer: Any, like: Tensor, steps: int) -> None:

@@ -35,15 +35,15 @@ class GateLoopConfig(PreTrainedConfig):
         kwargs: fields of TransformerConfig; and of PreTrainedConfig.
 
     Raises:
-        ValueError: an unknown field, one given by two names, a value of the wrong type, a newer format, or tied
-            embeddings.
+        ValueError: an unknown field, one given two values by two names, a value of the wrong type, a newer format, or
+            tied embeddings.
 
     >>> GateLoopConfig(dim=64, depth=2, gate="ring").hidden_size
     64
     """
 
     model_type = IDENTITY["model_type"]
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "dim",
         "num_hidden_layers": "depth",
@@ -63,8 +63,11 @@ class GateLoopConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         for name, own_name in self.attribute_map.items():
-            if name in kwargs and own_name in kwargs:
-                raise ValueError(f"GateLoopConfig: {name} is another name of {own_name}: give one of them")
+            if name in kwargs and kwargs.get(own_name, kwargs[name]) != kwargs[name]:
+                raise ValueError(
+                    f"GateLoopConfig: {name} is another name of {own_name}, but they are {kwargs[name]!r} and "
+                    f"{kwargs[own_name]!r}: give one of them"
+                )
         kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
         if tie_word_embeddings:
             raise ValueError("GateLoopConfig: tie_word_embeddings must be False: embedding and logits are two matrices")
@@ -76,6 +79,8 @@ class GateLoopConfig(PreTrainedConfig):
         self.vocab_size, self.use_cache, self.format = size, use_cache, FORMAT
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         self.tie_word_embeddings = False
+        # TRL asks for it; nothing here is loaded from a checkpoint's own code.
+        self.auto_map: dict[str, Any] = {}
         super().__init__(**{name: value for name, value in kwargs.items() if name not in own})
 
     def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
@@ -93,6 +98,17 @@ class GateLoopConfig(PreTrainedConfig):
         return all(one.get(name) == two.get(name) for name in one.keys() | two.keys() if name not in _ORIGIN)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, also by transformers' names, which PEFT and others look for here."""
+        fields: dict[str, Any] = super().to_dict()
+        if not self.auto_map:
+            del fields["auto_map"]
+        return fields | {name: fields[own_name] for name, own_name in self.attribute_map.items()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json says: every field once, by the library's name."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
 
     @property
     def transformer_config(self) -> TransformerConfig:

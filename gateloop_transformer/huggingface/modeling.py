@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from gateloop_transformer.huggingface.cache import check_cache, load, store
+from gateloop_transformer.huggingface.cache import CACHE_NAME, check_cache, load, store
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.steps import Marks, Steps, read_marks
 from gateloop_transformer.model import Transformer
@@ -27,18 +28,27 @@ class GateLoopPreTrainedModel(PreTrainedModel):
 
     config_class = GateLoopConfig
     base_model_prefix = "model"
+    token_emb: nn.Embedding
+    layers: nn.ModuleList
+    to_logits: nn.Module
     supports_gradient_checkpointing = True
     _is_stateful = True
     _supports_sdpa = True
     _no_split_modules = ["PreNorm", "PostNorm"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
-    def __init__(self, config: GateLoopConfig) -> None:
+    def __init__(self, config: GateLoopConfig, of: Transformer | GateLoopPreTrainedModel | None = None) -> None:
         super().__init__(config)
-        # All in one precision, that which transformers has set.
-        whole = config.transformer_config.build(config.vocab_size).to(torch.get_default_dtype())
-        self.token_emb, self.layers, self.to_logits = whole.token_emb, whole.layers, self.keep(whole.to_logits)
-        self.gradient_checkpointing = False
+        if of is None:
+            # All in one precision, that which transformers has set.
+            of = config.transformer_config.build(config.vocab_size).to(torch.get_default_dtype())
+            # A flag of the layers, for a model and its backbone have them in common.
+            of.layers.gradient_checkpointing = False  # type: ignore[assignment]
+        self.share(of)
+
+    def share(self, other: Transformer | GateLoopPreTrainedModel) -> None:
+        """Be made of the modules of another model: of the library, or of this package."""
+        self.token_emb, self.layers, self.to_logits = other.token_emb, other.layers, self.keep(other.to_logits)
 
     @staticmethod
     def keep(to_logits: nn.Module) -> nn.Module:
@@ -67,7 +77,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Weights that no file gave: those of a new library model, and of a new matrix for classes."""
-        name = next((name for name, each in self.named_modules() if each is module), None)
+        name = next((name for name, each in super().named_modules() if each is module), None)
         if name == "":
             return
         if name is None or name == "score":
@@ -101,6 +111,23 @@ class GateLoopPreTrainedModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.token_emb = cast(nn.Embedding, value)
 
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """All modules but what stands in a projection's place and is none: a container, or nothing at all.
+
+        PEFT is told what to adapt by the ends of names, and to_qkv and to_out are Linear layers of gate loops, but
+        around those of attention, whose Linear layers are to_qkv.0 and to_out.1.
+        """
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if not (name.endswith((".to_qkv", ".to_out")) and type(module) in (nn.Sequential, nn.Identity)):
+                yield name, module
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass; PEFT still asks for it by this name."""
+        return bool(getattr(self.layers, "gradient_checkpointing", False))
+
     def run(
         self,
         input_ids: Tensor | None = None,
@@ -112,6 +139,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm, of all steps.
@@ -128,23 +156,36 @@ class GateLoopPreTrainedModel(PreTrainedModel):
             output_hidden_states: return what goes into each block, and the last output; None: as configured.
             cu_seq_lens_q: (N + 1,) bounds of the documents packed in a batch of one row.
             seq_idx: (B, T) the number of each step's document, where there is neither a mask nor bounds.
+            cache: past_key_values by the name that it has from transformers 5.24 on.
             kwargs: passed over.
 
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds, or a shape or a cache that does not fit.
+            ValueError: neither or both of input_ids and inputs_embeds, past_key_values and a cache, or a shape or a
+                cache that does not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"{type(self).__name__}: give either input_ids or inputs_embeds")
+        if cache is not None and past_key_values is not None:
+            raise ValueError(f"{type(self).__name__}: cache is another name of past_key_values: give one of them")
+        cache = past_key_values if cache is None else cache
         x = self.token_emb(self._masked_ids(input_ids, attention_mask)) if input_ids is not None else inputs_embeds
         x = cast(Tensor, x)
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        training = self.layers.training
+        use_cache = (self.config.use_cache and not training) if use_cache is None else use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache and self.training and self.gradient_checkpointing:
+        if use_cache and training and self.is_gradient_checkpointing:
             use_cache = False
-        if past_key_values is not None:
-            check_cache(past_key_values, len(self.layers))
-        cache = DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
+        if use_cache and torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                f"{type(self).__name__}: torch.onnx.export cannot write a cache: save the model and write it with its "
+                "state by `gateloop export FOLDER --format onnx --out OUT` (docs/export.md), or set "
+                "model.config.use_cache = False for logits alone"
+            )
+        if cache is not None:
+            check_cache(cache, [cast(nn.Module, mixer.fn) for mixer, _ in cast(Any, self.layers)])
+        elif use_cache:
+            cache = DynamicCache(config=self.config)
         marks = Marks(attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         steps = read_marks(type(self).__name__, x, marks, cached=cache is not None)
         length = x.shape[1]
@@ -160,8 +201,8 @@ class GateLoopPreTrainedModel(PreTrainedModel):
             hidden = [steps.padding.unpack(each) for each in hidden]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden[-1],
-            past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden) if output_hidden_states else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
     def _masked_ids(self, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -192,8 +233,9 @@ class GateLoopPreTrainedModel(PreTrainedModel):
             x, state = mixer(x, state=state, return_state=True, **flags)
             store(cache, n, state, length, steps.padding is not None)
             return cast(Tensor, feedforward(x))
-        if self.gradient_checkpointing and self.training:
-            return cast(Tensor, self._gradient_checkpointing_func(_run, mixer, feedforward, x, flags))
+        if self.is_gradient_checkpointing and self.layers.training:
+            recompute: Any = self.layers._gradient_checkpointing_func
+            return cast(Tensor, recompute(_run, mixer, feedforward, x, flags))
         return _run(mixer, feedforward, x, flags)
 
 
@@ -204,15 +246,32 @@ def _run(mixer: nn.Module, feedforward: nn.Module, x: Tensor, flags: dict[str, A
 class GateLoopModel(GateLoopPreTrainedModel):
     """The Transformer without its last matrix: ids to hidden states."""
 
-    def __init__(self, config: GateLoopConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: GateLoopConfig, of: Transformer | GateLoopPreTrainedModel | None = None) -> None:
+        super().__init__(config, of)
         self.finish()
 
     # With its own signature: there are tools that look what a model takes.
     forward = can_return_tuple(GateLoopPreTrainedModel.run)
 
 
-class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
+class GateLoopModelWithHead(GateLoopPreTrainedModel):
+    """What models with something on top of the hidden states share: their backbone."""
+
+    def finish(self) -> None:
+        # No child: its modules are this model's own, which have the library's names here.
+        self.__dict__["_backbone"] = GateLoopModel(self.config, self)
+        super().finish()
+
+    @property
+    def model(self) -> GateLoopModel:
+        """The backbone, also `base_model`: ids to hidden states by the modules of this model, heads left out."""
+        backbone = cast(GateLoopModel, self.__dict__["_backbone"])
+        # An adapter or a wrapper may have taken a module's place.
+        backbone.share(self)
+        return backbone
+
+
+class GateLoopForCausalLM(GateLoopModelWithHead, GenerationMixin):
     """A language model: the whole Transformer of the library."""
 
     def __init__(self, config: GateLoopConfig) -> None:
@@ -243,6 +302,7 @@ class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token at every step; arguments as of `run`, and
@@ -261,6 +321,7 @@ class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -271,12 +332,12 @@ class GateLoopForCausalLM(GateLoopPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            **{CACHE_NAME: getattr(output, CACHE_NAME)},
         )
 
 
-class GateLoopForSequenceClassification(GateLoopPreTrainedModel):
+class GateLoopForSequenceClassification(GateLoopModelWithHead):
     """GateLoopModel and a matrix on the hidden state of the last token that is no padding."""
 
     def __init__(self, config: GateLoopConfig) -> None:
@@ -295,6 +356,7 @@ class GateLoopForSequenceClassification(GateLoopPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Logits (B, num_labels); arguments as of `run`, and
@@ -312,6 +374,7 @@ class GateLoopForSequenceClassification(GateLoopPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden = output.last_hidden_state
@@ -323,8 +386,8 @@ class GateLoopForSequenceClassification(GateLoopPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            **{CACHE_NAME: getattr(output, CACHE_NAME)},
         )
 
     def _last(self, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -161,6 +161,19 @@ class CausalFullAttention:
         params["to_out"] = {"1": new_linear(keys[3], self.inner, self.dim)}
         return params
 
+    def initial_state(self, batch: int, dtype: Any = jnp.float32) -> AttentionState:
+        """The state before the first step, a call from which computes what a call without a state does.
+
+        Args:
+            batch: B, or the number of documents.
+            dtype: of the layer's inputs.
+        """
+        values = jnp.zeros((batch, self.heads, 0, self.dim_head), dtype)
+        # Keys that are multiplied by gates are float32 or better.
+        keys = values.astype(compute_dtype(dtype)) if self.data_dependent_rel_pos else values
+        imaginary = keys if self.data_dependent_rel_pos == "gate_loop" else values
+        return AttentionState(keys, imaginary, values, jnp.zeros(batch, jnp.int32))
+
     def apply(
         self,
         params: Params,

@@ -188,6 +188,16 @@ class GateLoopedAttention:
             params["to_out"] = new_linear(next(keys), self.inner, self.dim, bias=False)
         return params
 
+    def initial_state(self, batch: int, dtype: Any = jnp.float32) -> GateLoopState:
+        """The state before the first step, a call from which computes what a call without a state does.
+
+        Args:
+            batch: B, or the number of documents.
+            dtype: of the layer's inputs.
+        """
+        real = jnp.zeros((batch, self.count, self.dim_head, self.dim_head), compute_dtype(dtype))
+        return GateLoopState(real, real, jnp.zeros((batch, max(self.conv_size - 1, 0), self.dim), dtype))
+
     def _new_projection(self, key: Array) -> Params:
         """From inputs to the numbers that gates are made of, through `gate_rank` of about the inputs' mean square."""
         bias = self.gate != "ring"
@@ -385,6 +395,15 @@ class SimpleGateLoopLayer:
         params: Params = {"norm": {"gamma": jnp.ones(self.dim)}} if self.prenorm else {}
         params["to_qkva"] = {"0": new_linear(key, self.dim, 3 * self.dim, bias=False)}
         return params | ({"maybe_post_ln": new_layer_norm(self.dim)} if self.post_ln else {})
+
+    def initial_state(self, batch: int, dtype: Any = jnp.float32) -> SimpleGateLoopState:
+        """The state before the first step, a call from which computes what a call without a state does.
+
+        Args:
+            batch: B, or the number of documents.
+            dtype: of the layer's inputs.
+        """
+        return SimpleGateLoopState(jnp.zeros((batch, self.dim), compute_dtype(dtype)))
 
     def apply(
         self,

@@ -209,6 +209,15 @@ class Transformer:
     def _new_norm(self) -> Params:
         return new_layer_norm(self.dim) if self.post_ln_norm else {"gamma": jnp.ones(self.dim)}
 
+    def initial_state(self, batch: int, dtype: Any = jnp.float32) -> TransformerState:
+        """The state before the first token, a call from which computes what a call without a state does.
+
+        Args:
+            batch: B, or the number of documents.
+            dtype: that the layers compute in.
+        """
+        return TransformerState(tuple(mixer.initial_state(batch, dtype) for mixer in self.mixers))
+
     def apply(
         self,
         params: Params,

@@ -14,7 +14,7 @@ from gateloop_transformer.layers.earlier import Earlier
 from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
-from gateloop_transformer.layers.state import AttentionState, check_state
+from gateloop_transformer.layers.state import AttentionState, check_state, start_of
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import polar, scale_gradient
@@ -286,6 +286,27 @@ class CausalFullAttention(nn.Module):
         y = self._output(x, y)
         return (y, new) if return_state else y
 
+    def initial_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> AttentionState:
+        """The state before the first step: a call that is given it computes what a call without a state does.
+
+        Args:
+            batch: B, or the number of documents.
+            device: of the layer's inputs; None: of its weights.
+            dtype: of the layer's inputs; None: of its weights.
+
+        Raises:
+            ValueError: batch is no integer, or negative.
+        """
+        device, dtype = start_of(self, batch, device, dtype)
+        shape = (batch, self.heads, 0, self.dim_head)
+        values = torch.zeros(shape, device=device, dtype=dtype)
+        # Keys that are multiplied by gates are float32 or better.
+        keys = values.to(compute_dtype(dtype)) if self.data_dependent_rel_pos else values
+        imaginary = keys if self.data_dependent_rel_pos == "gate_loop" else values
+        return AttentionState(keys, imaginary, values, torch.zeros(batch, device=device, dtype=torch.int64))
+
     def _rows(
         self, x: Tensor, state: AttentionState | None, resets: Tensor | None, there: Tensor | None, flags: _Flags
     ) -> tuple[Tensor, AttentionState]:
@@ -341,9 +362,7 @@ class CausalFullAttention(nn.Module):
         longest = max([b - a for a, b in itertools.pairwise(bounds)], default=0)
         kept = past + longest if self.window is None else min(past + longest, self.window - 1)
         if state is None:
-            shape = (N, self.heads, 0, self.dim_head)
-            none = torch.zeros(N, dtype=torch.long, device=x.device)
-            state = AttentionState(x.new_zeros(shape), x.new_zeros(shape), x.new_zeros(shape), none)
+            state = self.initial_state(N, device=x.device, dtype=x.dtype)
         outputs, order, states, documents = [], [], [], []
         for group in groups(bounds, x.device):
             resets = None if layout.resets is None else group.rows(layout.resets, False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,17 @@ class Bidirectional(nn.Module):
             return padding.unpack(self._both(padding.pack(x), padding.resets, padding.cu_seqlens))
         read_layout("Bidirectional", x, resets, cu_seqlens)
         return self._both(x, resets, cu_seqlens)
+
+    def initial_state(self, batch: int, **options: Any) -> NoReturn:
+        """There is none.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Bidirectional: has no state, as what comes later decides the output of the first step; its forward_layer "
+            "alone has one"
+        )
 
     def _both(self, x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         # The last step of a sequence is where the backward layer begins anew. A mark that falls into the document

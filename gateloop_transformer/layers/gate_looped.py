@@ -12,7 +12,7 @@ from gateloop_transformer.arguments import check_fraction, check_rank, check_sta
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.short_conv import ShortConv
-from gateloop_transformer.layers.state import GateLoopState, check_state
+from gateloop_transformer.layers.state import GateLoopState, check_state, start_of
 from gateloop_transformer.ops.channel_loop import channel_gate_loop
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
@@ -276,6 +276,25 @@ class GateLoopedAttention(nn.Module):
         y, final = gate_loop(q, k, v, gates, initial, reverse=self.reverse, backend=self.backend, **layout._asdict())
         y = self._output(x, y)
         return (y, GateLoopState(*final, past)) if return_state else y
+
+    def initial_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> GateLoopState:
+        """The state before the first step: a call that is given it computes what a call without a state does.
+
+        Args:
+            batch: B, or the number of documents.
+            device: of the layer's inputs; None: of its weights.
+            dtype: of the layer's inputs; None: of its weights.
+
+        Raises:
+            ValueError: batch is no integer, or negative.
+        """
+        device, dtype = start_of(self, batch, device, dtype)
+        shape = (batch, self.heads, self.dim_head, self.dim_head)
+        real, imaginary = (torch.zeros(shape, device=device, dtype=compute_dtype(dtype)) for _ in range(2))
+        taps = 0 if self.conv is None else self.conv.taps - 1
+        return GateLoopState(real, imaginary, torch.zeros(batch, taps, self.dim, device=device, dtype=dtype))
 
     def _convolve(self, conv: ShortConv, x: Tensor, past: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         if not self.reverse:

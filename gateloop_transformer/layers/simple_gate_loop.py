@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import RMSNorm
 from gateloop_transformer.layers.padding import Padding
-from gateloop_transformer.layers.state import SimpleGateLoopState, check_state
+from gateloop_transformer.layers.state import SimpleGateLoopState, check_state, start_of
 from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
 from gateloop_transformer.ops.channel_loop import simple_gate_loop
 from gateloop_transformer.ops.context_parallel import refuse
@@ -133,6 +133,22 @@ class SimpleGateLoopLayer(nn.Module):
         gates = torch.sigmoid(qkva[..., 2 * self.dim :].to(compute_dtype(qkva.dtype)))
         product = gates.prod(1).reshape(-1, 1)
         return y, (product if cache is None else product * cache[0], last.reshape(-1, 1))
+
+    def initial_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> SimpleGateLoopState:
+        """The state before the first step: a call that is given it computes what a call without a state does.
+
+        Args:
+            batch: B, or the number of documents.
+            device: of the layer's inputs; None: of its weights.
+            dtype: of the layer's inputs; None: of its weights.
+
+        Raises:
+            ValueError: batch is no integer, or negative.
+        """
+        device, dtype = start_of(self, batch, device, dtype)
+        return SimpleGateLoopState(torch.zeros(batch, self.dim, device=device, dtype=compute_dtype(dtype)))
 
     def _initial(
         self, x: Tensor, cache: Sequence[Tensor] | None, state: SimpleGateLoopState | None, layout: Layout

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gateloop_transformer.stored import UNSEALED, DamageError, check_seal, parse_json, seal
 
@@ -291,6 +292,22 @@ def load_state(path: str | os.PathLike[str]) -> State:
 def _build(kind: str, tensors: dict[str, Tensor], prefix: str) -> Any:
     fields = _KINDS[kind]
     return fields(**{name: tensors[prefix + name] for name in fields._fields})
+
+
+def start_of(
+    layer: nn.Module, batch: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of what a layer is going to read, for its `initial_state`; None: those of its weights.
+
+    Raises:
+        ValueError: batch is no integer, or negative.
+    """
+    name = type(layer).__name__
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 0:
+        raise ValueError(f"{name}: initial_state takes the number of rows, an integer of 0 or more, not {batch!r}")
+    weights = (each for each in itertools.chain(layer.parameters(), layer.buffers()) if each.is_floating_point())
+    like = next(weights, torch.empty(0))
+    return torch.device(like.device if device is None else device), like.dtype if dtype is None else dtype
 
 
 def check_state(layer: str, state: object, kind: type[State], shapes: Mapping[str, tuple[int | None, ...]]) -> None:

@@ -71,5 +71,5 @@ def test_what_is_not_finite_reaches_no_earlier_step(place: int, per_channel: boo
     a = Pair(inputs[3].real.clone(), inputs[3].imag.clone())
     y, _ = plain_gate_loop(*inputs[:3], a, None, 80)
     expected, _ = eager.gate_loop_forward(*inputs[:3], a, None, False)
-    assert torch.equal(y[:, :21].isfinite(), expected[:, :21].isfinite())
+    assert torch.equal(y.isfinite(), expected.isfinite())
     assert y[:, :21].isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,19 @@ def test_classes_of_users() -> None:
     assert Plain() != GateLoopConfig()
     with pytest.raises(ValueError, match="unknown: foo"):
         Plain(foo=1)
+
+
+def test_a_dictionary_has_both_names_and_a_file_one(tmp_path: Path) -> None:
+    config = GateLoopConfig(dim=32, depth=3, attn_window=9)
+    fields = config.to_dict()
+    assert (fields["hidden_size"], fields["num_hidden_layers"], fields["num_attention_heads"]) == (32, 3, 8)
+    assert fields["sliding_window"] == 9
+    assert GateLoopConfig(**fields) == config
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["dim"] == 32
+    assert not {*config.attribute_map, "auto_map"} & written.keys()
+    assert config.auto_map == {}
 
 
 def test_a_field_by_two_names_is_refused() -> None:

@@ -11,6 +11,8 @@ from kinds import VOCABULARY, build
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
+from gateloop_transformer.huggingface.cache import CACHE_NAME
+
 MASK = torch.ones(3, 12, dtype=torch.long)
 MASK[0, :5] = 0
 
@@ -50,11 +52,12 @@ def test_generation_goes_on_from_a_cache(model: Any) -> None:
     ids = tokens()
     whole = model.generate(ids, max_new_tokens=9, do_sample=False)
     first = model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    assert first.past_key_values.get_seq_length() == 16
-    again = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+    cache = getattr(first, CACHE_NAME)
+    assert cache.get_seq_length() == 16
+    again = model.generate(first.sequences, **{CACHE_NAME: cache}, max_new_tokens=4, do_sample=False)
     assert torch.equal(again, whole)
     cache = DynamicCache(config=model.config)
-    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False), whole)
+    assert torch.equal(model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=9, do_sample=False), whole)
 
 
 def test_embeddings_instead_of_ids(model: Any) -> None:
@@ -74,7 +77,7 @@ def test_a_static_cache() -> None:
 def test_the_cache_of_gate_loop_layers_stays_small() -> None:
     model = build("recipe")
     with torch.no_grad():
-        cache = model(tokens(1, 500)).past_key_values
+        cache = getattr(model(tokens(1, 500)), CACHE_NAME)
     layer = cache.layers[0]
     assert layer.keys.shape[2] == 500
     assert layer.keys.untyped_storage().nbytes() == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from transformers import (
 )
 
 from gateloop_transformer import load_model
-from gateloop_transformer.huggingface import GateLoopConfig, GateLoopForCausalLM
+from gateloop_transformer.huggingface import GateLoopConfig, GateLoopForCausalLM, GateLoopModel
+from gateloop_transformer.huggingface.cache import CACHE_NAME
 
 
 def tokens(B: int = 3, T: int = 20) -> Tensor:
@@ -93,8 +95,10 @@ def test_checkpointed_gradients_are_equal(model: Any) -> None:
     ids, gradients = tokens(), []
     model.train()
     for checkpointing in (False, True):
-        model.gradient_checkpointing = checkpointing
-        model._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        # What both of transformers' names for switching it on and off call.
+        function = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        model._set_gradient_checkpointing(checkpointing, function)
+        assert model.is_gradient_checkpointing is checkpointing
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
@@ -220,6 +224,46 @@ def test_the_body_alone(tmp_path: Path) -> None:
     body.save_pretrained(tmp_path / "body")
     again = AutoModel.from_pretrained(tmp_path / "body")
     assert torch.equal(again(ids).last_hidden_state, body(ids).last_hidden_state)
+
+
+def test_a_backbone_shares_all_and_owns_nothing(model: Any) -> None:
+    ids, names = tokens(), model.state_dict().keys()
+    backbone = model.base_model
+    assert backbone is model.model is model.get_decoder()
+    assert type(backbone) is GateLoopModel
+    own = {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in backbone.parameters()} < own
+    assert not any(name.startswith(("model", "_backbone")) for name in names)
+    hidden = backbone(ids).last_hidden_state
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), model(ids).logits, rtol=0, atol=0)
+    # What is done to one is done to the other.
+    backbone.requires_grad_(False)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight
+    ]
+    backbone._set_gradient_checkpointing(True, partial(torch.utils.checkpoint.checkpoint, use_reentrant=False))
+    assert model.is_gradient_checkpointing
+    model.train()
+    assert getattr(backbone(ids), CACHE_NAME) is None
+    # A module that has taken another's place, and a copy of all.
+    model.set_input_embeddings(torch.nn.Embedding(VOCABULARY, 16))
+    assert model.model.token_emb is model.token_emb
+    twin = copy.deepcopy(model)
+    assert twin.model.layers is twin.layers
+    assert twin.model.token_emb.weight is not model.token_emb.weight
+
+
+def test_classes_are_learned_on_a_frozen_backbone(tmp_path: Path) -> None:
+    build("hybrid").save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=4)
+    model.base_model.requires_grad_(False)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["score.weight"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_model_with_its_cache_is_no_onnx_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gateloop export FOLDER --format onnx"):
+        torch.onnx.export(build("recipe"), (tokens(1, 5),), tmp_path / "model.onnx", dynamo=False)
 
 
 @torch.no_grad()

@@ -65,6 +65,8 @@ def test_an_exported_run(run: Path, tmp_path: Path) -> None:
     last = [record for record in records if "bits_per_byte" in record][-1]
     assert f"{last['bits_per_byte']:.4f} bits per byte after 30 steps" in card
     assert "text.txt" in card
+    assert "import gateloop_transformer.huggingface  # makes transformers know the model" in card
+    assert "pip install '.[hf]'" in card
     assert json.loads((run / "config.json").read_text())["data_sha256"] in card
     ids = torch.randint(256, (2, 10))
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, load_model(run)(ids))

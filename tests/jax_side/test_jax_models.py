@@ -58,6 +58,25 @@ def states_of(state: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_the_initial_state_is_no_state_and_torchs(name: str) -> None:
+    model, described, params = both(**MODELS[name])
+    start = described.initial_state(2, jnp.float64)
+    for x, y in zip(jax.tree.leaves(start), states_of(model.initial_state(2)), strict=True):
+        torch.testing.assert_close(to_torch(x), y, check_dtype=y.is_floating_point())
+    ids = jnp.zeros((2, 3), int)
+    shapes = [
+        jax.eval_shape(lambda state: described.apply(params, ids, state, return_state=True), each)
+        for each in (start, None)
+    ]
+    assert shapes[0] == shapes[1]
+    if name == "windows":
+        for x, y in zip(
+            *(described.apply(params, ids, state, return_state=True) for state in (start, None)), strict=True
+        ):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), x, y)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_in_two_pieces_with_its_gradients(name: str) -> None:
     model, described, params = both(**MODELS[name])
     ids, resets = torch.randint(0, 11, (2, 13)), torch.rand(2, 13) < 0.2

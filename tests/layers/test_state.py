@@ -11,12 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gateloop_transformer import Transformer, describe_state, load_state, save_state
-from gateloop_transformer.layers.state import (
+from gateloop_transformer import (
     AttentionState,
+    Bidirectional,
+    CausalFullAttention,
+    GateLoopedAttention,
     GateLoopState,
+    SimpleGateLoopLayer,
     SimpleGateLoopState,
+    Transformer,
     TransformerState,
+    describe_state,
+    load_state,
+    quantize,
+    save_state,
 )
 
 
@@ -193,3 +201,69 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="disk full"):
         save_state(make_states()["gate"], path)
     assert path.read_bytes() == before
+
+
+ATTENTION: dict[str, Any] = {"heads": 2, "dim_head": 4}
+LAYERS: dict[str, Any] = {
+    "channels": lambda: GateLoopedAttention(8),
+    "heads": lambda: GateLoopedAttention(8, heads=2, dim_inner=12, gate="ring", conv_size=3, head_norm=True),
+    "backwards": lambda: GateLoopedAttention(8, heads=2, conv_size=2, reverse=True),
+    "simple": lambda: SimpleGateLoopLayer(8),
+    "simple, backwards": lambda: SimpleGateLoopLayer(8, use_heinsen=True, reverse=True),
+    "attention": lambda: CausalFullAttention(8, **ATTENTION, rotary_emb=True),
+    "window": lambda: CausalFullAttention(8, **ATTENTION, rotary_emb=True, window=3),
+    "over time": lambda: CausalFullAttention(8, **ATTENTION, data_dependent_rel_pos="gate_loop"),
+    "released": lambda: CausalFullAttention(8, **ATTENTION, data_dependent_rel_pos=True),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_call_from_the_initial_state_is_one_without_a_state(name: str, dtype: torch.dtype) -> None:
+    layer = LAYERS[name]().to(dtype)
+    x, bounds = torch.randn(2, 7, 8, dtype=dtype), torch.tensor([0, 3, 3, 7])
+    near = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-2}
+    for rows, x_part, marks in ((2, x, {}), (3, x[:1], {"cu_seqlens": bounds})):
+        start = layer.initial_state(rows)
+        y, state = layer(x_part, return_state=True, **marks)
+        found, after = layer(x_part, state=start, return_state=True, **marks)
+        torch.testing.assert_close(found, y, **near)
+        assert type(start) is type(after) is type(state)
+        assert start.batch_size == rows
+        for one, other, first in zip(leaves(after), leaves(state), leaves(start), strict=True):
+            torch.testing.assert_close(one, other, **near)
+            assert first.dtype == other.dtype
+            assert not first.any()
+    # A call of no steps ends where it began.
+    for one, other in zip(leaves(layer(x[:, :0], return_state=True)[1]), leaves(layer.initial_state(2)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_a_models_initial_state_and_where_it_is() -> None:
+    model = Transformer(8, num_tokens=5, depth=2, layer_pattern="gate attention", conv_size=2, **ATTENTION)
+    ids = torch.randint(5, (3, 6))
+    for each in (model, quantize(model, "int8"), quantize(model, "bfloat16")):
+        logits, state = each(ids, return_state=True)
+        found, after = each(ids, each.initial_state(3), return_state=True)
+        assert [type(layer) for layer in after.layers] == [GateLoopState, AttentionState]
+        for one, other in zip([found, *leaves(after)], [logits, *leaves(state)], strict=True):
+            torch.testing.assert_close(one, other)
+    elsewhere = model.initial_state(2, device="meta", dtype=torch.bfloat16)
+    assert {leaf.device.type for leaf in leaves(elsewhere)} == {"meta"}
+    assert elsewhere.layers[0].real.dtype == torch.float32
+    assert elsewhere.layers[1].values.dtype == torch.bfloat16
+    assert model.initial_state(0).batch_size == 0
+
+
+@pytest.mark.parametrize("batch", [-1, 2.0, True, None], ids=repr)
+def test_a_number_of_rows_that_is_none_is_refused(batch: Any) -> None:
+    for layer in (GateLoopedAttention(8), Transformer(8, num_tokens=5, depth=1)):
+        with pytest.raises(ValueError, match=rf"{type(layer).__name__}: initial_state takes the number of rows"):
+            layer.initial_state(batch)
+
+
+def test_both_directions_together_have_no_state() -> None:
+    with pytest.raises(ValueError, match="Bidirectional: has no state"):
+        Bidirectional(GateLoopedAttention, 8).initial_state(2)

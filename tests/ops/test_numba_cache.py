@@ -198,8 +198,13 @@ def test_a_lock_follows_no_link(folder: Path, tmp_path: Path) -> None:
     precious.write_text("keep me")
     folder.mkdir()
     (folder / "lock").symlink_to(precious)
-    assert result() == 21
+    assert result(3) == 21
     assert precious.read_text() == "keep me"
+    # Nor is anything made where a link leads.
+    (folder / "lock").unlink()
+    (folder / "lock").symlink_to(tmp_path / "planted")
+    assert result(5) == 35
+    assert not (tmp_path / "planted").exists()
 
 
 FORKED = """
