@@ -237,8 +237,9 @@ def simple_case(reverse: bool, backend: str, resets: bool, start: bool) -> Case:
 
 
 def forgetting_case(tensors: dict[str, Sequence[int]], function: Callable[..., Any]) -> Case:
-    """What is not finite, forwards and backwards, ends at a reset: about the start of the second part, in one row a step
-    later.
+    """What is not finite, forwards and backwards, ends at a reset.
+
+    One row has it about the start of the second part, the other a step later.
 
     tensors: the shapes behind (B, T) of what `function` takes besides resets.
     """
