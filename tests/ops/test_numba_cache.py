@@ -249,6 +249,38 @@ def test_a_child_of_a_fork_holds_no_lock(folder: Path) -> None:
     assert processes.python("-c", FORKED) == "21\n35\n0\n"
 
 
+FORKED_BESIDE = """
+import os, threading
+from gateloop_transformer.ops.backends import numba_cache
+
+def times(FACTOR):
+    def run(pointer):
+        pass
+    return run
+
+def compiling(build, constants):
+    begun.set()
+    return original(build, constants)
+
+begun, original = threading.Event(), numba_cache._compile
+numba_cache._compile = compiling
+thread = threading.Thread(target=numba_cache.kernel(times), args=(3,))
+thread.start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    os._exit(0 if numba_cache._making.acquire(blocking=False) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.usefixtures("folder")
+def test_a_fork_beside_a_thread_that_compiles_can_compile_too() -> None:
+    assert processes.python("-c", FORKED_BESIDE) == "0\n"
+
+
 def test_what_takes_long_is_said_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
