@@ -105,7 +105,7 @@ def gate_loop(
     inputs = queries, keys, values
     if (ranks := current()) is not None:
         y, final = _over_ranks(ranks.along(reverse), *inputs, cleared(a, resets), start, reverse, chosen)
-    elif layout.plain or reads_layout(chosen, keys, values, a):
+    elif layout.plain() or reads_layout(chosen, keys, values, a):
         y, final = _run(*inputs, a, start, reverse, chosen, layout)
     else:
         y, final = _as_rows(*inputs, cleared(a, resets), start, reverse, chosen, layout)
@@ -229,7 +229,7 @@ def _forward(
         state = Pair(torch.zeros_like(final[0])) if start is None else start
         return [queries.new_zeros(values.shape), *(part.clone() for part in checks.fit(state, final))]
     arguments = queries, keys, values, Pair(*gates), start, reverse
-    if layout.plain:
+    if layout.plain():
         outputs, state = TABLE[backend].gate_loop_forward(*arguments)
     else:
         outputs, state = FUSED[backend].gate_loop_forward(*arguments, layout)
@@ -271,7 +271,7 @@ def _backward(
     start = Pair(*initial) if initial else None
     arguments = grad[0], Pair(*grad[1:]), queries, keys, values, Pair(*gates), start, reverse
     layout = Layout(resets, cu_seqlens)
-    if layout.plain:
+    if layout.plain():
         dq, dk, dv, d_gates, d_initial = TABLE[backend].gate_loop_backward(*arguments)
     else:
         dq, dk, dv, d_gates, d_initial = FUSED[backend].gate_loop_backward(*arguments, layout)

@@ -56,7 +56,7 @@ def linear_scan(
     if (ranks := current()) is not None:
         part = cleared(split(gates), resets), split(inputs), None if initial is None else split(initial)
         return _over_ranks(ranks.along(reverse), *part, reverse, chosen)
-    if not (layout.plain or chosen in FUSED):
+    if not (layout.plain() or chosen in FUSED):
         return _as_rows(cleared(split(gates), resets).complex(), inputs, initial, reverse, chosen, layout)
     return _run(split(gates), split(inputs), None if initial is None else split(initial), reverse, chosen, layout)
 
@@ -153,7 +153,7 @@ def _forward(
         return _empty_states(gates, inputs, initial, inputs[0].shape)
     start = Pair(*initial) if initial else None
     arguments = Pair(*gates), Pair(*inputs), start, reverse
-    if layout.plain:
+    if layout.plain():
         states = TABLE[backend].linear_scan_forward(*arguments)
     else:
         states = FUSED[backend].linear_scan_forward(*arguments, layout)
@@ -191,7 +191,7 @@ def _backward(
     start = Pair(*initial) if initial else None
     layout = Layout(resets, cu_seqlens)
     arguments = Pair(*grad), Pair(*gates), Pair(*inputs), Pair(*states), start, reverse
-    if layout.plain:
+    if layout.plain():
         d_gates, d_inputs, d_initial = TABLE[backend].linear_scan_backward(*arguments)
     else:
         d_gates, d_inputs, d_initial = FUSED[backend].linear_scan_backward(*arguments, layout)

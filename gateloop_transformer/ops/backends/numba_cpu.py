@@ -359,7 +359,7 @@ def gate_loop_forward(
         y, final, _ = loop_forward(loop, None if initial is None else flat_state(initial))
         return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
     if gates.re.ndim == 4:
-        assert layout.plain, "see reads_layout"
+        assert layout.plain(), "see reads_layout"
         return chunkwise.gate_loop_forward(queries, keys, values, gates, initial, reverse)
     return numba_matrix.forward(queries, keys, values, gates, initial, reverse, layout)
 
@@ -380,7 +380,7 @@ def gate_loop_backward(
     if elementwise(keys, values):
         return _channels_backward(*arguments, layout)
     if gates.re.ndim == 4:
-        assert layout.plain, "see reads_layout"
+        assert layout.plain(), "see reads_layout"
         return chunkwise.gate_loop_backward(*arguments)
     return numba_matrix.backward(*arguments, layout)
 
