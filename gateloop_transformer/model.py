@@ -262,7 +262,7 @@ class Transformer(nn.Module):
             ),
         }
         # A plain batch is given nothing, as other mixers may take nothing.
-        flags |= {name: mark for name, mark in layout.keywords().items() if mark is not None}
+        flags.update({name: mark for name, mark in layout.keywords().items() if mark is not None})
         x = self.token_emb(ids)
         states = []
         for n, block in enumerate(self.layers):

@@ -13,7 +13,7 @@ except ImportError as error:
     raise ImportError(
         "gateloop_transformer.huggingface needs transformers 5.20 or newer: pip install gateloop-transformer[hf]"
     ) from error
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20):
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 4):
     raise ImportError(
         f"gateloop_transformer.huggingface needs transformers 5.20 or newer, not {transformers.__version__}: "
         "pip install gateloop-transformer[hf]"

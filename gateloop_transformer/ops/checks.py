@@ -130,9 +130,9 @@ def gate_loop(
         shape = (layout.states(B), H, K, values.shape[-1])
         same_shape(operator, "initial", part, shape, f"({layout.letter()}, H, K, V)")
     named: dict[str, Tensor | None] = {"queries": queries, "keys": keys, "values": values}
-    named |= {"gates": gates.re, "gates[1]": gates.im}
+    named.update({"gates": gates.re, "gates[1]": gates.im})
     if initial is not None:
-        named |= {"initial": initial.re, "initial[1]": initial.im}
+        named.update({"initial": initial.re, "initial[1]": initial.im})
     floating(operator, tuple(named), **named)
     same_device(operator, **named)
     if not queries.dtype == keys.dtype == values.dtype:

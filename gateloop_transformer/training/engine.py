@@ -389,9 +389,10 @@ def full(tensor: Tensor) -> Tensor:
 
 def own(whole: Tensor, like: Tensor) -> Tensor:
     """The inverse of `full`: this process's part of a whole tensor, spread as `like` is; on its device, of its type."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     whole = whole.to(like.device, like.dtype)
     if not isinstance(like, DTensor):
         return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    everywhere = DTensor.from_local(whole, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements)
