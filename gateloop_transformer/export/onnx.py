@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export import Dim
 
 from gateloop_transformer.decoding.decoder import evaluating
 from gateloop_transformer.export.onnx_runtime import DESCRIPTION, FORMAT, PROMPT, STEP, digest
 from gateloop_transformer.export.plain import PlainOperators
-from gateloop_transformer.export.states import Part, Reader, check_model, mixers
+from gateloop_transformer.export.states import Part, Reader, check_model, dimension, mixers
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.training.storage import write_text
@@ -112,7 +111,7 @@ def _translated(reader: Reader, length: int) -> Any:
         torch.zeros(2, *(3 if size is None else size for size in part.shape), dtype=part.dtype, device=ids.device)
         for part in reader.parts
     ]
-    batch, past = Dim("batch", min=1), Dim("past", min=0)
+    batch, past = dimension("batch", 1), dimension("past", 0)
     growing = [{n: past for n, size in enumerate(part.shape, 1) if size is None} for part in reader.parts]
     shapes = {"ids": {0: batch}, "given": tuple({0: batch, **more} for more in growing)}
     with PlainOperators(length):

@@ -43,6 +43,8 @@ class PlainOperators(TorchFunctionMode):
             library.short_convolution.default: lambda x, weight, silu, _backend: short_convolution(
                 x, weight, silu, "chunkwise"
             ),
+            # Not every compiler of torch looks through the method.
+            Tensor.unflatten: torch.unflatten,
             # ONNX has none. Of gate projections, where squares overflow or vanish, the gate is rounded to the same.
             torch.hypot: lambda x, y: torch.sqrt(x * x + y * y),
             # It would become three operators of ONNX.

@@ -321,7 +321,8 @@ class CausalFullAttention(nn.Module):
         past = state.keys.shape[2]
         if self.window is None or past < self.window:
             return state
-        keys, imaginary, values = (part[:, :, max(part.shape[2] - self.window + 1, 0) :].clone() for part in state[:3])
+        stored = (state.keys, state.keys_imaginary, state.values)
+        keys, imaginary, values = (part[:, :, max(part.shape[2] - self.window + 1, 0) :].clone() for part in stored)
         return AttentionState(keys, imaginary, values, state.seen)
 
     def _documents(

@@ -254,7 +254,7 @@ def _check(
     ):
         if pair is None:
             continue
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"{operator}: {name} must be a tuple of two tensors, each {meaning} = {shape}")
         for n, part in enumerate(pair):
             checks.same_shape(operator, name, part, shape, meaning)
