@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gateloop_transformer.arguments import check_release
 from gateloop_transformer.decoding.decoder import evaluating
 from gateloop_transformer.export.onnx_runtime import DESCRIPTION, FORMAT, PROMPT, STEP, digest
 from gateloop_transformer.export.plain import PlainOperators
@@ -53,11 +54,12 @@ def export_onnx(
         What model.json says.
 
     Raises:
-        ValueError: the model is no float32 `Transformer` or is quantized, block is below 2, a file is there already, or
-            onnx or onnxscript is not installed.
+        ValueError: the model is no float32 `Transformer` or is quantized, block is below 2, a file is there already,
+            onnx or onnxscript is not installed, or torch is too old.
         OSError: the files cannot be written.
     """
     check_model("export_onnx", model)
+    check_release("export_onnx", "torch", torch.__version__, "2.7")
     other = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
     if other:
         raise ValueError(f"export_onnx: the model must be in float32, not {other.pop()}: convert it with model.float()")

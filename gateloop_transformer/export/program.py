@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from gateloop_transformer.arguments import check_release
 from gateloop_transformer.decoding.decoder import evaluating
 from gateloop_transformer.export.plain import PlainOperators
 from gateloop_transformer.export.states import check_model, dimension, start_state, window
@@ -31,9 +32,11 @@ def export_program(model: Transformer, *, portable: bool = False, max_length: in
         The program: `program.module()(ids)`, `torch.export.save(program, "model.pt2")`.
 
     Raises:
-        ValueError: the model is no `Transformer` or is quantized, or max_length is below 2.
+        ValueError: the model is no `Transformer` or is quantized, max_length is below 2, or torch is too old.
     """
     check_model("export_program", model)
+    if portable:
+        check_release("export_program: a portable program", "torch", torch.__version__, "2.7")
     if max_length < 2:
         raise ValueError(f"export_program: max_length must be at least 2 steps, not {max_length}")
     longest = {"most": max_length} if portable else {}

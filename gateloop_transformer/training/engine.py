@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from gateloop_transformer.arguments import check_release
 from gateloop_transformer.training.config import TrainingConfig
 from gateloop_transformer.training.folder import pick_device
 from gateloop_transformer.training.watching import trackers
@@ -149,6 +150,8 @@ class Engine:
         Raises:
             ValueError: it cannot.
         """
+        if self.fsdp and self.device.type == "cpu":
+            check_release("--parallel fsdp on CPUs", "torch", torch.__version__, "2.7")
         what = f"{self.size} {'process' if self.size == 1 else 'processes'}"
         if self.size % self.context_size:
             raise ValueError(
