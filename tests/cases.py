@@ -8,11 +8,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from gateloop_transformer.ops.dispatch import TABLE
@@ -57,6 +59,12 @@ class Scan(NamedTuple):
     gates: Tensor
     inputs: Tensor
     initial: Tensor
+
+
+def needs(package: str, least: str, reason: str) -> pytest.MarkDecorator:
+    """For what older releases, supported otherwise, cannot do: skipped on them, for a reason that is said."""
+    old = Version(version(package)) < Version(least)
+    return pytest.mark.skipif(old, reason=f"needs {package} {least}: {reason}")
 
 
 def make_gates(*shape: int, is_complex: bool, seed: int = 0) -> Tensor:

@@ -59,7 +59,6 @@ def export_onnx(
         OSError: the files cannot be written.
     """
     check_model("export_onnx", model)
-    check_release("export_onnx", "torch", torch.__version__, "2.7")
     other = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
     if other:
         raise ValueError(f"export_onnx: the model must be in float32, not {other.pop()}: convert it with model.float()")
@@ -68,6 +67,7 @@ def export_onnx(
     _check_installed()
     path = Path(folder)
     check_free(path, overwrite, "overwrite=True")
+    check_release("export_onnx", "torch", torch.__version__, "2.7")
     path.mkdir(parents=True, exist_ok=True)
     reader = Reader(model)
     with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as aside, evaluating(model):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from options import ONNX
 
 from gateloop_transformer import load_model
 from gateloop_transformer.cli import main
@@ -36,6 +37,7 @@ def said(capsys: pytest.CaptureFixture[str], *command: object) -> tuple[int, str
     return code, *capsys.readouterr()
 
 
+@ONNX
 def test_onnx_files_of_a_run_give_its_tokens(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run / "onnx"
     command = "export", run, "--format", "onnx", "--out", out, "--block", 3
