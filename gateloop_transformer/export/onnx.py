@@ -116,7 +116,7 @@ def _translated(reader: Reader, length: int) -> Any:
     batch, past = dimension("batch", 1), dimension("past", 0)
     growing = [{n: past for n, size in enumerate(part.shape, 1) if size is None} for part in reader.parts]
     shapes = {"ids": {0: batch}, "given": tuple({0: batch, **more} for more in growing)}
-    with PlainOperators(length):
+    with PlainOperators():
         program = torch.export.export(reader, (ids, *given), dynamic_shapes=shapes)
     names = [part.name for part in reader.parts]
     with _quiet():

@@ -11,11 +11,11 @@ try:
     import transformers
 except ImportError as error:
     raise ImportError(
-        "gateloop_transformer.huggingface needs transformers 5.14 or newer: pip install gateloop-transformer[hf]"
+        "gateloop_transformer.huggingface needs transformers 5.15 or newer: pip install gateloop-transformer[hf]"
     ) from error
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 14):
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 15):
     raise ImportError(
-        f"gateloop_transformer.huggingface needs transformers 5.14 or newer, not {transformers.__version__}: "
+        f"gateloop_transformer.huggingface needs transformers 5.15 or newer, not {transformers.__version__}: "
         "pip install gateloop-transformer[hf]"
     )
 
