@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import needs
 from kinds import KINDS, VOCABULARY, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -223,6 +224,7 @@ def test_the_body_alone(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@needs("torch", "2.7", "what transformers puts around a model does not compile before")
 def test_half_precision_and_compilation() -> None:
     model, ids = build("recipe"), tokens()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
