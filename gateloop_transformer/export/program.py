@@ -38,7 +38,7 @@ def export_program(model: Transformer, *, portable: bool = False, max_length: in
     if max_length < 2:
         raise ValueError(f"export_program: max_length must be at least 2 steps, not {max_length}")
     if portable:
-        check_release("export_program: a portable program", "torch", torch.__version__, "2.7")
+        check_release("export_program: a portable program", "torch", torch.__version__, "2.11")
     longest = {"most": max_length} if portable else {}
     dims = {0: dimension("batch", 1), 1: dimension("length", 1, **longest)}
     # Two sizes, and not 0 or 1: these would be taken for constants.

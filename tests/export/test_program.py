@@ -16,7 +16,7 @@ from torch import Tensor
 from gateloop_transformer import GateLoopedAttention, Transformer, quantize
 from gateloop_transformer.export import export_onnx, export_program
 
-PORTABLE = needs("torch", "2.7", "portable programs are refused before")
+PORTABLE = needs("torch", "2.11", "portable programs are refused before")
 SHAPES = [(1, 1), (2, 1), (1, 7), (3, 64), (2, 150)]
 
 LOAD = """
@@ -77,7 +77,7 @@ def test_a_portable_program_reads_any_length() -> None:
 def test_what_the_lowest_torch_cannot_export_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
     model = config("polar").build()
-    with pytest.raises(ValueError, match=r"a portable program needs torch 2\.7 or newer, not 2\.6\.0\+cpu"):
+    with pytest.raises(ValueError, match=r"a portable program needs torch 2\.11 or newer, not 2\.6\.0\+cpu"):
         export_program(model, portable=True)
     with pytest.raises(ValueError, match=r"export_onnx needs torch 2\.7 or newer, not 2\.6\.0\+cpu"):
         export_onnx(model, tmp_path / "onnx")
