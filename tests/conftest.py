@@ -9,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
-from cases import HERE, INTERPRETED
+from cases import HERE, INTERPRETABLE, INTERPRETED
 
 # XLA compiles each shape for seconds; most of that is optimisation, which no law depends on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -35,11 +35,14 @@ OFTEN = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark these as slow on backends that are interpreted here."""
+    """Mark what is interpreted here, and what is slow where it is."""
     for item in items:
         case = getattr(item, "callspec", None)
-        if case is not None and case.params.get("backend") in INTERPRETED and item.originalname in OFTEN:
+        interpreted = case is not None and case.params.get("backend") in INTERPRETED
+        if interpreted and item.originalname in OFTEN:
             item.add_marker(pytest.mark.slow)
+        if interpreted or item.path.stem.startswith("test_triton"):
+            item.add_marker(INTERPRETABLE)
 
 
 @pytest.fixture(params=HERE)
