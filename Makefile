@@ -5,7 +5,7 @@ OUT ?= runs/demo
 # Test processes; tests use one thread each. A file stays in one of them: what its tests compile they share.
 WORKERS ?= 2
 
-.PHONY: demo test check slow examples bench bench-gpu results format clean
+.PHONY: demo test check slow versions examples bench bench-gpu results format clean
 
 demo: .venv/train
 	@echo "Training a small model: a few minutes, and half a minute more where kernels are compiled for the first time."
@@ -27,6 +27,11 @@ slow: .venv/dev
 	@echo "Installing lm-eval into .venv, where it is not there yet: a minute."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[harness]'
 	$(BIN)/pytest -m slow
+
+# The tests on the lowest, the locked and the newest versions: Python 3.10, 3.11 and 3.13 must be on the path. Hours, and
+# several GB below .nox for each. Others: .venv/bin/nox --list.
+versions: .venv/dev
+	$(BIN)/nox
 
 # The examples that train for minutes, in full; the tests run them with few steps.
 examples: .venv/dev

@@ -33,8 +33,16 @@ def sources() -> str:
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        text.update(path.name.encode() + b"\0" + ast.dump(tree).encode())
+        text.update(path.name.encode() + b"\0" + repr(_said(tree)).encode())
     return text.hexdigest()
+
+
+def _said(node: Any) -> Any:
+    """A syntax tree as lists, without what is empty: `ast.dump` writes it in another way in each release of Python."""
+    if isinstance(node, ast.AST):
+        fields = [(name, _said(value)) for name, value in ast.iter_fields(node) if value is not None and value != []]
+        return [type(node).__name__, fields]
+    return [_said(item) for item in node] if isinstance(node, list) else node
 
 
 def compiled(chip: str, dtype: str) -> list[dict[str, Any]]:

@@ -9,6 +9,23 @@ from numbers import Integral
 WEIGHT_KINDS = ("float32", "bfloat16", "int8")
 
 
+def check_release(what: str, package: str, installed: str, least: str) -> None:
+    """What the lowest supported release of a package cannot do yet is refused there by name.
+
+    Args:
+        what: is asked for.
+        package: that must be able to do it.
+        installed: its version, such as "2.6.0+cpu".
+        least: "major.minor" of the first release that is.
+
+    Raises:
+        ValueError: the installed one is older.
+    """
+    found, wanted = ([int(part) for part in version.split(".")[:2]] for version in (installed, least))
+    if found < wanted:
+        raise ValueError(f"{what} needs {package} {least} or newer, not {installed}")
+
+
 def check_fraction(layer: str, name: str, fraction: float) -> None:
     """A factor on a gradient is a finite number.
 

@@ -262,7 +262,7 @@ class Transformer(nn.Module):
             ),
         }
         # A plain batch is given nothing, as other mixers may take nothing.
-        flags |= {name: mark for name, mark in layout._asdict().items() if mark is not None}
+        flags.update({name: mark for name, mark in layout.keywords().items() if mark is not None})
         x = self.token_emb(ids)
         states = []
         for n, block in enumerate(self.layers):
@@ -288,7 +288,7 @@ class Transformer(nn.Module):
             ends = layout.cu_seqlens[1:].to(ids.device).long() - 1
             targets = targets.index_fill(1, ends[ends >= 0], -100)
         told = not (torch.compiler.is_compiling() or targets.is_meta)
-        if told and not layout.plain and not bool((targets >= 0).any()):
+        if told and not layout.plain() and not bool((targets >= 0).any()):
             raise ValueError("Transformer: a loss needs a document of two tokens or more")
         return targets
 

@@ -8,11 +8,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from gateloop_transformer.ops.dispatch import TABLE
@@ -59,6 +61,26 @@ class Scan(NamedTuple):
     gates: Tensor
     inputs: Tensor
     initial: Tensor
+
+
+def older(package: str, release: str) -> bool:
+    """Whether a package is installed in a release before this one."""
+    try:
+        return Version(version(package)) < Version(release)
+    except PackageNotFoundError:
+        return False
+
+
+def needs(package: str, least: str, reason: str) -> pytest.MarkDecorator:
+    """For what older releases, supported otherwise, cannot do: skipped on them, for a reason that is said."""
+    return pytest.mark.skipif(older(package, least), reason=f"needs {package} {least}: {reason}")
+
+
+# On every test whose kernels are interpreted.
+INTERPRETABLE = pytest.mark.skipif(
+    older("triton", "3.8") and not older("numpy", "2.4"),
+    reason="needs triton 3.8 or numpy before 2.4: the interpreter takes arrays for numbers, which numpy refuses since",
+)
 
 
 def make_gates(*shape: int, is_complex: bool, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ import hypothesis
 import processes
 import pytest
 import torch
-from cases import DEAR, HERE, INTERPRETED
+from cases import DEAR, HERE, INTERPRETABLE, INTERPRETED
 
 from gateloop_transformer import waiting
 
@@ -69,11 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what calls an operator often where that takes seconds, and all but a selection of other cases."""
     dear: dict[Any, list[Any]] = {}
     for item in items:
-        if not hasattr(item, "callspec"):
-            continue
         of_file = next((name for name in DEAR if name in item.path.name), None)
-        backend = item.callspec.params.get("backend", of_file)
-        if backend in DEAR and item.get_closest_marker("slow") is None:
+        case = getattr(item, "callspec", None)
+        backend = of_file if case is None else case.params.get("backend", of_file)
+        if backend in INTERPRETED:
+            item.add_marker(INTERPRETABLE)
+        if case is not None and backend in DEAR and item.get_closest_marker("slow") is None:
             if backend in INTERPRETED and item.originalname in OFTEN:
                 item.add_marker(pytest.mark.slow)
             else:

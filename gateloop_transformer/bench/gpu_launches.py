@@ -128,7 +128,7 @@ def _matrices(dtype: torch.dtype, target: str) -> Iterator[tuple[str, Launch]]:
             x = _empty(1, T, 8, size, dtype=dtype)
             gates = Pair(*(_empty(1, T, 8, *[size] * per_channel) for _ in range(parts)))
             state = Pair(*(_empty(1, 8, size, size) for _ in range(parts)))
-            reverse = not layout.plain
+            reverse = not layout.plain()
             with written_down(target) as listed:
                 triton_matrix.forward(x, x, x, gates, state, reverse, layout)
                 if T > 1:

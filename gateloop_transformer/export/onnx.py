@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export import Dim
 
+from gateloop_transformer.arguments import check_release
 from gateloop_transformer.decoding.decoder import evaluating
 from gateloop_transformer.export.onnx_runtime import DESCRIPTION, FORMAT, PROMPT, STEP, digest
 from gateloop_transformer.export.plain import PlainOperators
-from gateloop_transformer.export.states import Part, Reader, check_model, mixers
+from gateloop_transformer.export.states import Part, Reader, check_model, dimension, mixers
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.training.storage import write_text
@@ -55,8 +55,8 @@ def export_onnx(
         What model.json says.
 
     Raises:
-        ValueError: the model is no float32 `Transformer` or is quantized, block is below 2, a file is there already, or
-            onnx or onnxscript is not installed.
+        ValueError: the model is no float32 `Transformer` or is quantized, block is below 2, a file is there already,
+            onnx or onnxscript is not installed, or torch is too old.
         OSError: the files cannot be written.
     """
     check_model("export_onnx", model)
@@ -69,6 +69,7 @@ def export_onnx(
         _check_installed()
     path = Path(folder)
     check_free(path, overwrite, "overwrite=True")
+    check_release("export_onnx", "torch", torch.__version__, "2.7")
     path.mkdir(parents=True, exist_ok=True)
     reader = Reader(model)
     with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as aside, evaluating(model):
@@ -115,10 +116,10 @@ def _translated(reader: Reader, length: int) -> Any:
         torch.zeros(2, *(3 if size is None else size for size in part.shape), dtype=part.dtype, device=ids.device)
         for part in reader.parts
     ]
-    batch, past = Dim("batch", min=1), Dim("past", min=0)
+    batch, past = dimension("batch", 1), dimension("past", 0)
     growing = [{n: past for n, size in enumerate(part.shape, 1) if size is None} for part in reader.parts]
     shapes = {"ids": {0: batch}, "given": tuple({0: batch, **more} for more in growing)}
-    with PlainOperators(length):
+    with PlainOperators():
         program = torch.export.export(reader, (ids, *given), dynamic_shapes=shapes)
     names = [part.name for part in reader.parts]
     with _quiet():

@@ -29,10 +29,10 @@ class PlainOperators(TorchFunctionMode):
     """Inside, this library's operators are computed by plain torch ones: for what is traced, without a backward pass.
 
     Args:
-        max_length: the longest T, where T is not fixed.
+        max_length: the longest T, where T is not fixed; None: it is.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int | None = None) -> None:
         super().__init__()
         library = torch.ops.gateloop
         self.table: dict[Any, Callable[..., Any]] = {
@@ -43,6 +43,8 @@ class PlainOperators(TorchFunctionMode):
             library.short_convolution.default: lambda x, weight, silu, _backend: short_convolution(
                 x, weight, silu, "chunkwise"
             ),
+            # Not every compiler of torch looks through the method.
+            Tensor.unflatten: torch.unflatten,
             # ONNX has none. Of gate projections, where squares overflow or vanish, the gate is rounded to the same.
             torch.hypot: lambda x, y: torch.sqrt(x * x + y * y),
             # It would become three operators of ONNX.
@@ -61,7 +63,7 @@ class PlainOperators(TorchFunctionMode):
 
 
 def _gate_loop(
-    max_length: int,
+    max_length: int | None,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -80,7 +82,7 @@ def _gate_loop(
 
 
 def _channel_loop(
-    max_length: int,
+    max_length: int | None,
     packed: Tensor,
     projections: Sequence[Tensor],
     swish: Sequence[Tensor],
@@ -121,23 +123,28 @@ def plain_rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 class _Cut(NamedTuple):
-    """T steps as N chunks of C: (B, T, ...) and (B, N, C, ...). T and N are symbols where T is not fixed."""
+    """T steps as N chunks of C: (B, T, ...) and (B, N, C, ...).
+
+    longest: the longest T, where T is not fixed; None: it is. A trace cannot be asked: T and N are symbols there, and
+    not every release of torch tells them from numbers.
+    """
 
     T: int
     N: int
     C: int
+    longest: int | None
 
     @staticmethod
-    def of(T: int, most: int) -> _Cut:
-        if isinstance(T, torch.SymInt):
+    def of(T: int, most: int, longest: int | None) -> _Cut:
+        if longest is not None:
             # One more than needed: whether 1 chunk or several, as in the example, would be taken for a constant.
-            return _Cut(T, (T + 2 * most - 1) // most, most)
+            return _Cut(T, (T + 2 * most - 1) // most, most, longest)
         C = min(most, 1 << (T - 1).bit_length())
-        return _Cut(T, -(-T // C), C)
+        return _Cut(T, -(-T // C), C, None)
 
-    def rounds(self, max_length: int) -> int:
+    def rounds(self) -> int:
         """Doublings after which each chunk has seen all before it."""
-        most = (max_length - 1) // self.C + 2 if isinstance(self.N, torch.SymInt) else self.N
+        most = self.N if self.longest is None else (self.longest - 1) // self.C + 2
         return (most - 1).bit_length()
 
     def cut(self, x: Tensor, fill: float = 0.0) -> Tensor:
@@ -153,7 +160,7 @@ class _Cut(NamedTuple):
 
     def mend(self, x: Tensor) -> Tensor:
         """Without the padding."""
-        if not isinstance(self.T, torch.SymInt):
+        if self.longest is None:
             # Not flattened: a trace takes the smaller one of two strides, and cannot see which where V is not fixed.
             return torch.cat(x.unbind(1), 1)[:, : self.T]
         # A slice asks for T ≤ N·C, which no trace can see.
@@ -161,25 +168,25 @@ class _Cut(NamedTuple):
 
 
 def plain_channel_loop(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, max_length: int
+    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, max_length: int | None
 ) -> tuple[Tensor, Pair]:
     """h[t] = a[t] h[t-1] + k[t] v[t], y[t] = Re(q[t] h[t]): all (B, T, D), states (B, D)."""
     B, T, D = queries.shape
     dtype = gates.re.dtype
     start = (Pair(queries.new_zeros(B, D, dtype=dtype)) if initial is None else initial).as_complex()
     inputs = Pair(keys.to(dtype) * values.to(dtype)).as_complex()
-    if not isinstance(T, torch.SymInt) and T == 1:
+    if max_length is None and T == 1:
         state = gates.select(1, 0).times(start).plus(inputs.select(1, 0))
         return queries * state.re.unsqueeze(1).to(queries.dtype), state
-    cut = _Cut.of(T, _CHUNK)
+    cut = _Cut.of(T, _CHUNK, max_length)
     products, inside = _doubled(cut.cut_gates(gates), inputs.map(cut.cut), 2, (cut.C - 1).bit_length())
-    before, final = _carry(products.select(2, -1), inside.select(2, -1), start, 1, cut.rounds(max_length))
+    before, final = _carry(products.select(2, -1), inside.select(2, -1), start, 1, cut)
     states = products.times(before.map(lambda x: x.unsqueeze(2))).plus(inside)
     return queries * cut.mend(states.re).to(queries.dtype), final
 
 
 def plain_gate_loop(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, max_length: int
+    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, max_length: int | None
 ) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t]): shapes as in `ops.gate_loop`."""
     (B, T, H, K), V = queries.shape, values.shape[-1]
@@ -188,11 +195,11 @@ def plain_gate_loop(
     a = gates.to(dtype).map(lambda x: x.unsqueeze(-1) if x.ndim == 3 else x)
     start = Pair(q.new_zeros(B, H, K, V)) if initial is None else initial.to(dtype)
     start = start if a.im is None else start.as_complex()
-    if not isinstance(T, torch.SymInt) and T == 1:
+    if max_length is None and T == 1:
         outer = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
         state = a.select(1, 0).map(lambda x: x.unsqueeze(-1)).times(start).plus(Pair(outer))
         return (q.transpose(1, 2) @ state.re).transpose(1, 2).to(queries.dtype), state
-    cut = _Cut.of(T, _CHUNK if gates.re.ndim == 3 else _CHUNK_PER_CHANNEL)
+    cut = _Cut.of(T, _CHUNK if gates.re.ndim == 3 else _CHUNK_PER_CHANNEL, max_length)
     # (B, N, C, H, X) → (B, H, N, C, X)
     q, k, v = (cut.cut(x).permute(0, 3, 1, 2, 4) for x in (q, k, v))
     a = cut.cut_gates(a).map(lambda x: x.permute(0, 3, 1, 4, 2))
@@ -201,7 +208,7 @@ def plain_gate_loop(
     to_end = decay.select(-2, -1).map(lambda x: x.transpose(-1, -2))
     added = to_end.map(lambda x: (k * x).transpose(-1, -2) @ v)
     whole = to_start.select(-2, -1).map(lambda x: x.unsqueeze(-1))
-    before, final = _carry(whole, added, start, 2, cut.rounds(max_length))
+    before, final = _carry(whole, added, start, 2, cut)
     y = _seen(_scores(q, k, decay.re), v) + (q * to_start.re) @ before.re
     if to_start.im is not None and before.im is not None:
         y = y - (q * to_start.im) @ before.im
@@ -236,36 +243,37 @@ def _seen(scores: Tensor, values: Tensor) -> Tensor:
     return torch.where(lower, scores, 0.0) @ finite + (values - finite).cumsum(-2)
 
 
-def _carry(gates: Pair, added: Pair, start: Pair, dim: int, rounds: int) -> tuple[Pair, Pair]:
+def _carry(gates: Pair, added: Pair, start: Pair, dim: int, cut: _Cut) -> tuple[Pair, Pair]:
     """S[n] = gates[n] S[n-1] + added[n] from `start`: the states before each n, and the last."""
-    products, states = _doubled(gates, added, dim, rounds)
+    free = cut.longest is not None
+    products, states = _doubled(gates, added, dim, cut.rounds(), free)
     first = start.map(lambda x: x.unsqueeze(dim))
     after = products.times(first).plus(states)
     N = after.re.shape[dim]
-    if not isinstance(N, torch.SymInt) and N == 1:
+    if not free and N == 1:
         return first, after.select(dim, 0)
     at_first = (torch.arange(N, device=after.re.device) == 0).reshape(-1, *[1] * (after.re.ndim - dim - 1))
-    earlier = _earlier(after, dim, 1, 0.0)
+    earlier = _earlier(after, dim, 1, 0.0, free)
     before = (torch.where(at_first, *parts) for parts in zip(first.parts(), earlier.parts(), strict=True))
     return Pair(*before), after.select(dim, -1)
 
 
-def _doubled(gates: Pair, inputs: Pair | None, dim: int, rounds: int) -> tuple[Pair, Any]:
+def _doubled(gates: Pair, inputs: Pair | None, dim: int, rounds: int, free: bool = False) -> tuple[Pair, Any]:
     """gates[0] ··· gates[n], and h[n] = gates[n] h[n-1] + inputs[n] from 0, along a dimension.
 
     After r rounds both stand for stretches of 2^r steps that end with each n.
     """
     for by in (1 << n for n in range(rounds)):
         if inputs is not None:
-            inputs = gates.times(_earlier(inputs, dim, by, 0.0)).plus(inputs)
-        gates = gates.times(_earlier(gates, dim, by, 1.0))
+            inputs = gates.times(_earlier(inputs, dim, by, 0.0, free)).plus(inputs)
+        gates = gates.times(_earlier(gates, dim, by, 1.0, free))
     return gates, inputs
 
 
-def _earlier(x: Pair, dim: int, by: int, fill: float) -> Pair:
-    """x[n - by] along a dimension; where there is none, the real number `fill`."""
+def _earlier(x: Pair, dim: int, by: int, fill: float, free: bool) -> Pair:
+    """x[n - by] along a dimension, whose size is a symbol where it is `free`; where there is none, `fill`."""
     size, behind = x.re.shape[dim], x.re.ndim - dim - 1
-    if not isinstance(size, torch.SymInt):
+    if not free:
         kept, room = x.narrow(dim, 0, size - by), [0, 0] * behind + [by, 0]
         return Pair(F.pad(kept.re, room, value=fill), None if kept.im is None else F.pad(kept.im, room))
     places = torch.arange(size, device=x.re.device) - by

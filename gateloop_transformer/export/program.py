@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
+from gateloop_transformer.arguments import check_release
 from gateloop_transformer.decoding.decoder import evaluating
 from gateloop_transformer.export.plain import PlainOperators
-from gateloop_transformer.export.states import check_model, start_state, window
+from gateloop_transformer.export.states import check_model, dimension, start_state, window
 from gateloop_transformer.model import Transformer
 
 
@@ -32,13 +32,15 @@ def export_program(model: Transformer, *, portable: bool = False, max_length: in
         The program: `program.module()(ids)`, `torch.export.save(program, "model.pt2")`.
 
     Raises:
-        ValueError: the model is no `Transformer` or is quantized, or max_length is below 2.
+        ValueError: the model is no `Transformer` or is quantized, max_length is below 2, or torch is too old.
     """
     check_model("export_program", model)
     if max_length < 2:
         raise ValueError(f"export_program: max_length must be at least 2 steps, not {max_length}")
-    limits: dict[str, Any] = {"max": max_length} if portable else {}
-    dims = {0: Dim("batch", min=1), 1: Dim("length", min=1, **limits)}
+    if portable:
+        check_release("export_program: a portable program", "torch", torch.__version__, "2.11")
+    longest = {"most": max_length} if portable else {}
+    dims = {0: dimension("batch", 1), 1: dimension("length", 1, **longest)}
     # Two sizes, and not 0 or 1: these would be taken for constants.
     example = torch.zeros(3, 2, dtype=torch.int64, device=model.token_emb.weight.device)
     with evaluating(model), PlainOperators(max_length) if portable else contextlib.nullcontext():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
@@ -39,6 +40,11 @@ def check_model(caller: str, model: object) -> Transformer:
     if any(isinstance(module, SmallLinear) for module in model.modules()):
         raise ValueError(f"{caller}: the model is quantized; give the model that `quantize` was called on")
     return model
+
+
+def dimension(name: str, least: int, most: int = 2**31 - 1) -> Any:
+    """One of any size. Torch 2.6 exports none without a largest size."""
+    return Dim(name, min=least, max=most)
 
 
 def mixers(model: Transformer) -> list[Mixer]:
@@ -75,7 +81,8 @@ def start_state(model: Transformer, like: Tensor, extra: int = 0) -> Transformer
 
 def window(model: Transformer) -> int | None:
     """That of the attention layers, which have it in common; None: none, or there are no such layers."""
-    return next((mixer.window for mixer in mixers(model) if isinstance(mixer, CausalFullAttention)), None)
+    windows = [mixer.window for mixer in mixers(model) if isinstance(mixer, CausalFullAttention)]
+    return windows[0] if windows else None
 
 
 def _named(state: TransformerState) -> Iterator[tuple[str, Tensor]]:
@@ -104,6 +111,8 @@ class Reader(nn.Module):
         super().__init__()
         self.model = model
         self.parts = list(_parts(model))
+        # Of all tensors, those without elements too.
+        self.names = [name for name, _ in _named(start_state(model, model.token_emb.weight[:1, 0]))]
 
     def forward(self, ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         """Read a block.
@@ -116,8 +125,8 @@ class Reader(nn.Module):
             Logits (B, T, vocabulary), and a tensor for each of `parts`.
         """
         by_name = dict(zip((part.name for part in self.parts), given, strict=True))
-        state = start_state(self.model, ids)
-        names = iter([name for name, _ in _named(state)])
-        state = state.map(lambda nothing: by_name.get(next(names), nothing))
+        names = iter(self.names)
+        state = start_state(self.model, ids).map(lambda nothing: by_name.get(next(names), nothing))
         logits, state = self.model(ids, state=state, return_state=True)
-        return logits, *(tensor for name, tensor in _named(state) if name in by_name)
+        tensors = [tensor for layer in state.layers for tensor in layer]
+        return logits, *(tensor for name, tensor in zip(self.names, tensors, strict=True) if name in by_name)

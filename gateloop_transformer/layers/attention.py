@@ -95,7 +95,6 @@ class View(NamedTuple):
         seen = since[:, -1] + 1 if T else before
         return View(past, since[:, None], seen, old, segment, window)
 
-    @property
     def causal(self) -> bool:
         """Nothing but causal: every step sees all before it, and there are no old keys."""
         T = self.positions.shape[-1]
@@ -347,7 +346,8 @@ class CausalFullAttention(nn.Module):
         past = state.keys.shape[2]
         if self.window is None or past < self.window:
             return state
-        keys, imaginary, values = (part[:, :, max(part.shape[2] - self.window + 1, 0) :].clone() for part in state[:3])
+        stored = (state.keys, state.keys_imaginary, state.values)
+        keys, imaginary, values = (part[:, :, max(part.shape[2] - self.window + 1, 0) :].clone() for part in stored)
         return AttentionState(keys, imaginary, values, state.seen)
 
     def _documents(
@@ -466,7 +466,7 @@ class CausalFullAttention(nn.Module):
             k.transpose(1, 2),
             units,
             gates,
-            cast(tuple[Tensor, Tensor] | None, initial),
+            cast("tuple[Tensor, Tensor] | None", initial),
             backend=self.backend,
         )
         keys, imaginary = (part.transpose(-1, -2) for part in final)
@@ -481,7 +481,7 @@ class CausalFullAttention(nn.Module):
         return (weights @ values.to(weights.dtype)).to(values.dtype)
 
     def _softmax_attention(self, q: Tensor, keys: Tensor, values: Tensor, view: View) -> Tensor:
-        if view.causal:
+        if view.causal():
             return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=1.0)
         # A trace with a length that may change cannot unroll the stretches.
         if self.window is not None and not torch.compiler.is_compiling():

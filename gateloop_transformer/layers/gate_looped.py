@@ -269,11 +269,11 @@ class GateLoopedAttention(nn.Module):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         real, imaginary, k = self._gates(mixed, k, ablate_complex, ablate_state_transition)
         if state is None and imaginary is None and not return_state:
-            y, _ = gate_loop(q, k, v, real, reverse=self.reverse, backend=self.backend, **layout._asdict())
+            y, _ = gate_loop(q, k, v, real, reverse=self.reverse, backend=self.backend, **layout.keywords())
             return self._output(x, y)
         gates = real, torch.zeros_like(real) if imaginary is None else imaginary
         initial = None if state is None else (state.real, state.imaginary)
-        y, final = gate_loop(q, k, v, gates, initial, reverse=self.reverse, backend=self.backend, **layout._asdict())
+        y, final = gate_loop(q, k, v, gates, initial, reverse=self.reverse, backend=self.backend, **layout.keywords())
         y = self._output(x, y)
         return (y, GateLoopState(*final, past)) if return_state else y
 
@@ -321,7 +321,7 @@ class GateLoopedAttention(nn.Module):
             fraction=self.frac_gradient_state_transition,
             reverse=self.reverse,
             backend=self.backend,
-            **layout._asdict(),
+            **layout.keywords(),
         )
         return cast(Tensor, self.to_out(y)) if fused else self._output(x, y.unsqueeze(-1)), final
 

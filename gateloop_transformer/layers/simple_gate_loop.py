@@ -172,16 +172,16 @@ class SimpleGateLoopLayer(nn.Module):
     def _loop(self, qkva: Tensor, initial: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """q · h (B, T, dim) and the last h (B, dim)."""
         if not self.use_heinsen:
-            return simple_gate_loop(qkva, initial, reverse=self.reverse, backend=self.backend, **layout._asdict())
+            return simple_gate_loop(qkva, initial, reverse=self.reverse, backend=self.backend, **layout.keywords())
         q, kv, a = qkva.chunk(3, dim=-1)
         gates = torch.sigmoid(a.to(compute_dtype(a.dtype)))
         inputs = kv.to(gates.dtype)
         if self.reverse:
             backwards = layout.flipped()
             start = initial if initial is None or layout.cu_seqlens is None else initial.flip(0)
-            hidden = heinsen_scan(gates.flip(1), inputs.flip(1), start, **backwards._asdict()).flip(1)
+            hidden = heinsen_scan(gates.flip(1), inputs.flip(1), start, **backwards.keywords()).flip(1)
         else:
-            hidden = heinsen_scan(gates, inputs, initial, **layout._asdict())
+            hidden = heinsen_scan(gates, inputs, initial, **layout.keywords())
         return (q * hidden).to(q.dtype), last_states(hidden, initial, self.reverse, layout)
 
     def extra_repr(self) -> str:

@@ -91,7 +91,7 @@ def channel_gate_loop(
     assert im is not None
     k = k if scale is None else k * scale.unsqueeze(-1)
     state = None if initial is None else (initial[0][..., None, None], initial[1][..., None, None])
-    out, last = gate_loop(q, k, v, (re, im), state, reverse=reverse, backend=chosen, **layout._asdict())
+    out, last = gate_loop(q, k, v, (re, im), state, reverse=reverse, backend=chosen, **layout.keywords())
     y = out.squeeze(-1) if swish is None else out.squeeze(-1) * torch.nn.functional.silu(swish.to(wide))
     return y.to(qkv.dtype), (last[0].flatten(1), last[1].flatten(1))
 
@@ -132,7 +132,7 @@ def simple_gate_loop(
     layout = read_layout("simple_gate_loop", qkva, resets, cu_seqlens)
     if initial is not None:
         shape = (layout.states(B), packed // 3)
-        checks.same_shape("simple_gate_loop", "initial", initial, shape, f"({layout.letter}, D)")
+        checks.same_shape("simple_gate_loop", "initial", initial, shape, f"({layout.letter()}, D)")
         checks.floating("simple_gate_loop", ("initial",), initial=initial)
     checks.same_device("simple_gate_loop", qkva=qkva, initial=initial)
     chosen = choose(backend, qkva.device, qkva.dtype)
@@ -152,7 +152,7 @@ def _simple(qkva: Tensor, initial: Tensor | None, reverse: bool, backend: str, l
     wide = compute_dtype(qkva.dtype)
     gates = torch.sigmoid(a.to(wide))
     before = None if initial is None else initial.to(wide)
-    h = linear_scan(gates, kv.to(wide), before, reverse=reverse, backend=backend, **layout._asdict())
+    h = linear_scan(gates, kv.to(wide), before, reverse=reverse, backend=backend, **layout.keywords())
     return (q * h).to(q.dtype), last_states(h, before, reverse, layout)
 
 
@@ -250,12 +250,12 @@ def _check(
     layout = read_layout(operator, qkv, resets, cu_seqlens)
     states = (layout.states(B), D)
     for name, pair, shape, meaning in (
-        ("initial", initial, states, f"({layout.letter}, D)"),
+        ("initial", initial, states, f"({layout.letter()}, D)"),
         ("bias", bias, (D,), "(D,)"),
     ):
         if pair is None:
             continue
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"{operator}: {name} must be a tuple of two tensors, each {meaning} = {shape}")
         for n, part in enumerate(pair):
             checks.same_shape(operator, name, part, shape, meaning)

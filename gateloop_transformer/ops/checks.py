@@ -90,7 +90,7 @@ def scan(
     layout = read_layout(operator, inputs, resets, cu_seqlens)
     if initial is not None:
         states = layout.states(inputs.shape[0])
-        same_shape(operator, "initial", initial, (states, inputs.shape[2]), f"({layout.letter}, D)")
+        same_shape(operator, "initial", initial, (states, inputs.shape[2]), f"({layout.letter()}, D)")
     floating(operator, gates=gates, inputs=inputs, initial=initial)
     same_device(operator, inputs=inputs, gates=gates, initial=initial)
     return layout
@@ -128,11 +128,11 @@ def gate_loop(
     layout = read_layout(operator, queries, resets, cu_seqlens)
     for part in [] if initial is None else initial.parts():
         shape = (layout.states(B), H, K, values.shape[-1])
-        same_shape(operator, "initial", part, shape, f"({layout.letter}, H, K, V)")
+        same_shape(operator, "initial", part, shape, f"({layout.letter()}, H, K, V)")
     named: dict[str, Tensor | None] = {"queries": queries, "keys": keys, "values": values}
-    named |= {"gates": gates.re, "gates[1]": gates.im}
+    named.update({"gates": gates.re, "gates[1]": gates.im})
     if initial is not None:
-        named |= {"initial": initial.re, "initial[1]": initial.im}
+        named.update({"initial": initial.re, "initial[1]": initial.im})
     floating(operator, tuple(named), **named)
     same_device(operator, **named)
     if not queries.dtype == keys.dtype == values.dtype:

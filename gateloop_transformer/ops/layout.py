@@ -20,12 +20,17 @@ class Layout(NamedTuple):
     resets: (B, T) booleans: the state is cleared before such a step, in the order of the scan.
     cu_seqlens: (N + 1,) integers: document n of a batch of one row is steps cu_seqlens[n] to cu_seqlens[n + 1]. Every
     document has an initial and a final state of its own; it may be empty.
+
+    Not every release of torch compiles properties of a named tuple, or its `_asdict`: these are methods instead.
     """
 
     resets: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
-    @property
+    def keywords(self) -> dict[str, Tensor | None]:
+        """As arguments of an operator."""
+        return {"resets": self.resets, "cu_seqlens": self.cu_seqlens}
+
     def plain(self) -> bool:
         """Nothing but rows of one length."""
         return self.resets is None and self.cu_seqlens is None
@@ -34,7 +39,6 @@ class Layout(NamedTuple):
         """How many initial and final states there are: one per row, or one per document."""
         return rows if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
-    @property
     def letter(self) -> str:
         """What the first dimension of a state is called."""
         return "B" if self.cu_seqlens is None else "N"

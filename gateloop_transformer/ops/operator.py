@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from torch.autograd import forward_ad
 
 from gateloop_transformer.ops.dispatch import unwatched
 
+# What torch calls the types of arguments and results. It infers them too, but not in every release from these names.
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[Tensor]: "Tensor[]",
+    list[Tensor]: "Tensor[]",
+    bool: "bool",
+    float: "float",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
 # One argument that is no list.
 _SINGLE = -1
 
@@ -32,7 +43,7 @@ class Operator:
 
     def __init__(self, name: str, body: Callable[..., Any]) -> None:
         self.name, self.body = name, body
-        self.registered = torch.library.custom_op(f"gateloop::{name}", mutates_args=())(body)
+        self.registered = torch.library.custom_op(f"gateloop::{name}", mutates_args=(), schema=_schema(body))(body)
         self.register_fake = self.registered.register_fake
         self._function: type[torch.autograd.Function] | None = None
 
@@ -98,6 +109,12 @@ class _Direct(torch.autograd.Function):
             for size, gradient in zip(ctx.sizes, gradients, strict=True)
         )
         return None, *itertools.chain.from_iterable(flat)
+
+
+def _schema(body: Callable[..., Any]) -> str:
+    """The types of arguments and result in torch's words."""
+    *arguments, (_, result) = get_type_hints(body).items()
+    return f"({', '.join(f'{_TYPES[kind]} {name}' for name, kind in arguments)}) -> {_TYPES[result]}"
 
 
 def _flatten(arguments: Sequence[Any]) -> tuple[list[int], list[Any]]:

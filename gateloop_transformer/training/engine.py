@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from gateloop_transformer.arguments import check_release
 from gateloop_transformer.training.config import TrainingConfig
 from gateloop_transformer.training.folder import pick_device
 from gateloop_transformer.training.watching import trackers
@@ -149,6 +150,8 @@ class Engine:
         Raises:
             ValueError: it cannot.
         """
+        if self.fsdp and self.device.type == "cpu":
+            check_release("--parallel fsdp on CPUs", "torch", torch.__version__, "2.7")
         what = f"{self.size} {'process' if self.size == 1 else 'processes'}"
         if self.size % self.context_size:
             raise ValueError(
@@ -389,9 +392,10 @@ def full(tensor: Tensor) -> Tensor:
 
 def own(whole: Tensor, like: Tensor) -> Tensor:
     """The inverse of `full`: this process's part of a whole tensor, spread as `like` is; on its device, of its type."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     whole = whole.to(like.device, like.dtype)
     if not isinstance(like, DTensor):
         return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    everywhere = DTensor.from_local(whole, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from cases import needs
 
 from gateloop_transformer import Transformer, TransformerConfig
 
+ONNX = needs("torch", "2.7", "export_onnx refuses before")
 VOCABULARY = 20
 _ATTENTION = {"use_gate_looped_attn": False, "heads": 2, "dim_head": 4}
 

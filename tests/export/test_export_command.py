@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from options import ONNX
 
 from gateloop_transformer import load_model
 from gateloop_transformer.cli import main
@@ -41,6 +42,7 @@ def steps(errors: str) -> list[str]:
     return [line.removeprefix("gateloop export: ") for line in errors.splitlines() if line.endswith(" ...")]
 
 
+@ONNX
 @pytest.mark.usefixtures("impatient")
 def test_onnx_files_of_a_run_give_its_tokens(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run / "onnx"

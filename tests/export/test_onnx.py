@@ -15,7 +15,7 @@ import onnx
 import processes
 import pytest
 import torch
-from options import VOCABULARY, config, shaken
+from options import ONNX, VOCABULARY, config, shaken
 from torch import Tensor, nn
 
 from gateloop_transformer import CausalFullAttention, GateLoopedAttention, Transformer
@@ -76,7 +76,10 @@ def make(name: str) -> Transformer:
 # The command's test has attention; what is left to the slow ones differs in operators that test_plain knows.
 @pytest.fixture(
     scope="module",
-    params=["gates", *(pytest.param(name, marks=pytest.mark.slow) for name in ("others", "attention", "position"))],
+    params=[
+        pytest.param("gates", marks=ONNX),
+        *(pytest.param(name, marks=[pytest.mark.slow, ONNX]) for name in ("others", "attention", "position")),
+    ],
 )
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Path]:
     folder = tmp_path_factory.mktemp("onnx") / request.param

@@ -8,12 +8,14 @@ from typing import Any
 import processes
 import pytest
 import torch
+from cases import needs
 from options import VOCABULARY, config, shaken
 from torch import Tensor
 
 from gateloop_transformer import GateLoopedAttention, Transformer, quantize
-from gateloop_transformer.export import export_program
+from gateloop_transformer.export import export_onnx, export_program
 
+PORTABLE = needs("torch", "2.11", "portable programs are refused before")
 SHAPES = [(1, 1), (2, 1), (1, 7), (3, 64), (2, 150)]
 
 LOAD = """
@@ -45,6 +47,7 @@ def inputs() -> list[Tensor]:
 
 
 @pytest.mark.slow
+@PORTABLE
 def test_programs_give_the_logits_of_the_model_in_another_process(tmp_path: Path) -> None:
     model = make(depth=1, gate="ring", gate_loop_heads=2, head_norm=True, conv_size=3, dropout=0.5)
     for name in ("native", "portable"):
@@ -57,6 +60,7 @@ def test_programs_give_the_logits_of_the_model_in_another_process(tmp_path: Path
     processes.python("-c", LOAD, cwd=tmp_path)
 
 
+@PORTABLE
 def test_a_portable_program_reads_any_length() -> None:
     model = windowed()
     program = export_program(model, portable=True, max_length=150)
@@ -66,6 +70,16 @@ def test_a_portable_program_reads_any_length() -> None:
         torch.testing.assert_close(run(ids), model(ids), rtol=0, atol=1e-10)
     with pytest.raises(AssertionError, match="150"):
         run(torch.zeros(1, 151, dtype=torch.int64))
+
+
+def test_what_the_lowest_torch_cannot_export_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    model = config("polar").build()
+    with pytest.raises(ValueError, match=r"a portable program needs torch 2\.11 or newer, not 2\.6\.0\+cpu"):
+        export_program(model, portable=True)
+    with pytest.raises(ValueError, match=r"export_onnx needs torch 2\.7 or newer, not 2\.6\.0\+cpu"):
+        export_onnx(model, tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported_is_refused() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import needs
 from kinds import VOCABULARY, build
 from torch import Tensor
 from transformers import DynamicCache
@@ -55,6 +56,7 @@ def test_documents_are_apart(marks: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
+@needs("torch", "2.7", "what transformers puts around a model does not compile before")
 def test_documents_are_apart_when_compiled() -> None:
     model, ids = build("polar", depth=1), tokens(1)
     alone = torch.cat([model(part).logits for part in ids.split([5, 7], 1)], 1)

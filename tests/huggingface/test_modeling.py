@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import needs
 from kinds import KINDS, VOCABULARY, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -267,6 +268,7 @@ def test_a_model_with_its_cache_is_no_onnx_file(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@needs("torch", "2.7", "what transformers puts around a model does not compile before")
 def test_half_precision_and_compilation() -> None:
     model, ids = build("recipe"), tokens()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -70,7 +70,7 @@ def test_without_jax_the_reason_is_what_to_install(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_contiguous_tensors_share_their_memory_with_jax(dtype: torch.dtype) -> None:
     x = torch.randn(3, 4, dtype=dtype)
-    with jax.enable_x64(True):
+    with jax_xla._in_64_bits():
         array = jax_xla._to_jax(x)
         assert array.dtype == str(dtype).removeprefix("torch.")
         assert array.unsafe_buffer_pointer() == x.data_ptr()
@@ -80,7 +80,7 @@ def test_contiguous_tensors_share_their_memory_with_jax(dtype: torch.dtype) -> N
 def test_other_tensors_reach_jax_by_value() -> None:
     x = torch.randn(4, 3, dtype=torch.float64)
     odd = torch.randn(13, dtype=torch.float64)[1:].view(4, 3)
-    with jax.enable_x64(True):
+    with jax_xla._in_64_bits():
         for tensor in (x.T, odd, x[:, ::2], x[:1].expand(4, 3), x.clone().requires_grad_()):
             assert torch.equal(torch.from_numpy(jax.device_get(jax_xla._to_jax(tensor)).copy()), tensor.detach())
 

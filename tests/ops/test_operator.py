@@ -107,7 +107,7 @@ def test_a_second_derivative_is_refused() -> None:
         first.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning", "ignore:.*jit.script.*:FutureWarning")
 @pytest.mark.parametrize("enabled", [True, False])
 def test_tangents_are_refused_and_not_dropped(enabled: bool) -> None:
     x = torch.randn(3, 8)

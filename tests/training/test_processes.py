@@ -9,16 +9,19 @@ import signal
 import sys
 from pathlib import Path
 from subprocess import PIPE, STDOUT
+from types import SimpleNamespace
 from typing import Any
 
 import processes
 import pytest
 import torch
+from cases import needs
 from safetensors.torch import load_file
 from torch.distributed import HashStore
 
 from gateloop_transformer.cli import main
 from gateloop_transformer.training import engine
+from gateloop_transformer.training.config import TrainingConfig
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
 # Everything that is kept between steps, in parts that processes cannot share evenly.
@@ -29,6 +32,7 @@ TINY = [
     *("--eval-bytes", "512", "--eval-every", "10", "--sample-bytes", "0", "--checkpoint-every", "10"),
     *("--steps", "20", "--track", "none"),
 ]
+FSDP = needs("torch", "2.7", "FSDP2 runs on GPUs alone before")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -85,9 +89,9 @@ def rewind(out: Path) -> None:
 @pytest.mark.parametrize(
     ("parallel", "others"),
     [
-        ("ddp", [(3, "fsdp")]),
+        pytest.param("ddp", [(3, "fsdp")], marks=FSDP),
         pytest.param("ddp", [(1, "ddp")], marks=pytest.mark.slow),
-        pytest.param("fsdp", [(3, "ddp"), (2, "fsdp")], marks=pytest.mark.slow),
+        pytest.param("fsdp", [(3, "ddp"), (2, "fsdp")], marks=[pytest.mark.slow, FSDP]),
     ],
 )
 def test_any_number_of_processes_trains_the_same_model(
@@ -106,6 +110,7 @@ def test_any_number_of_processes_trains_the_same_model(
 
 
 @pytest.mark.slow
+@FSDP
 def test_processes_may_share_each_window(text: Path, tmp_path: Path, alone: Path) -> None:
     out = tmp_path / "run"
     said = run(3, str(text), "--out", str(out), *TINY, "--context-parallel", "3")
@@ -116,6 +121,13 @@ def test_processes_may_share_each_window(text: Path, tmp_path: Path, alone: Path
     sizes = ["--batch", "10", "--accumulate", "1"]
     run(4, "--out", str(out), "--resume", "--context-parallel", "2", "--parallel", "fsdp", *sizes)
     assert distance(alone, out) < 1e-10
+
+
+def test_fsdp_on_cpus_is_refused_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    shared = SimpleNamespace(fsdp=True, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"--parallel fsdp on CPUs needs torch 2\.7 or newer, not 2\.6\.0\+cpu"):
+        engine.Engine.check(shared, TrainingConfig())  # type: ignore[arg-type]
 
 
 def test_a_wrong_share_is_refused_once(text: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -97,13 +98,21 @@ def _compiled(function: Callable[..., Any], reverse: bool, backward: bool) -> Ca
 def _run(function: Callable[..., Any], reverse: bool, *arguments: Any, backward: bool = False) -> Any:
     """The jitted function (or its vjp) on torch tensors. Waits: torch may write to shared memory afterwards."""
     import jax
+
+    with _in_64_bits():
+        results = _compiled(function, reverse, backward)(*_to_jax(arguments))
+        return _to_torch(jax.block_until_ready(results))
+
+
+def _in_64_bits() -> AbstractContextManager[None]:
+    """Inside, JAX takes 64-bit values as they are."""
+    import jax
     import jax.experimental
 
     # JAX before 0.8 has it among its experimental names only.
     home: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
-    with home.enable_x64(True):
-        results = _compiled(function, reverse, backward)(*_to_jax(arguments))
-        return _to_torch(jax.block_until_ready(results))
+    context: AbstractContextManager[None] = home.enable_x64(True)
+    return context
 
 
 def _one_precision(*pairs: Pair | None) -> list[Any]:
