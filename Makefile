@@ -73,7 +73,7 @@ $(BIN)/python:
 # Modules are compiled when they are first imported: most never are.
 .venv/dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing PyTorch, JAX and what the tests need into .venv: minutes the first time, several GB on disk."
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[train,data,watch,jax,hf,export,examples,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[train,data,watch,jax,hf,export,examples,dev,trl]'
 	@touch $@
 
 .venv-peers/ready: constraints.txt Makefile
