@@ -41,7 +41,7 @@ def test_every_dependency_has_a_floor_that_the_locked_version_is_above(noxfile: 
 
 
 def test_make_installs_what_the_sessions_install(noxfile: ModuleType) -> None:
-    assert f".[{','.join(noxfile.EXTRAS)}]" in (ROOT / "Makefile").read_text()
+    assert f".[{','.join(noxfile.EXTRAS)},trl]" in (ROOT / "Makefile").read_text()
 
 
 def test_the_oldest_python_is_the_one_that_is_promised(noxfile: ModuleType) -> None:

@@ -77,7 +77,7 @@ def version() -> Iterator[None]:
 
 def arguments(kind: str, T: int = 21) -> list[Tensor]:
     """Of a gate loop whose gates are not 0: long memories, negative ones, turns by π."""
-    loop = make_loop(T=T, is_complex="complex gates" in kind or kind == "no state")
+    loop = make_loop(2, T, is_complex="complex gates" in kind or kind == "no state")
     gates = torch.where(loop.gates == 0, 0.25, loop.gates)
     initial = loop.initial
     if kind.startswith("real") and "complex state" in kind:
@@ -150,7 +150,7 @@ def test_a_gate_of_0_is_refused(gradients: bool) -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_what_it_lacks_is_said_before_anything_runs() -> None:
-    q, k, v, gates, _ = make_loop(is_complex=False, per_channel=True)
+    q, k, v, gates, _ = make_loop(2, is_complex=False, per_channel=True)
     with pytest.raises(NotImplementedError, match=r"backend 'fla' has no gates per key channel: .* one gate per head"):
         gate_loop(q, k, v, gates, backend="fla")
     with pytest.raises(NotImplementedError, match=r"backend 'fla' has no resets: .* cu_seqlens"):

@@ -84,7 +84,7 @@ FEW = {("K16V16", "complex-head"), ("K1V1", "real-head")}
     [case for case in itertools.product(BACKENDS, SIZES, KINDS) if case[0] != "jax" or case[1:] in FEW],
 )
 def test_a_gate_loop_keeps_it_where_it_belongs(backend: str, size: str, kind: str) -> None:
-    loop = make_loop(T=T, **SIZES[size], **KINDS[kind])
+    loop = make_loop(2, T, **SIZES[size], **KINDS[kind])
     for resets, reverse in ((None, False), (marks(2), False), (marks(2), True)):
         options = {"resets": resets, "reverse": reverse}
         for arguments in spoiled(list(loop[:4]), AT):
@@ -174,7 +174,7 @@ def test_a_heinsen_scan_keeps_it_where_it_belongs(resets: Tensor | None) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_surrogate_attention_keeps_it_where_it_belongs(kind: str) -> None:
-    loop = make_loop(T=T, **KINDS[kind])
+    loop = make_loop(2, T, **KINDS[kind])
     for resets in (None, marks(2)):
         for arguments in spoiled(list(loop[:4]), AT):
             expected = with_gradients(lambda *x, r=resets: [gate_loop(*x, resets=r, backend="eager")[0]], arguments)
@@ -183,7 +183,7 @@ def test_surrogate_attention_keeps_it_where_it_belongs(kind: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_products_that_overflow_reach_no_earlier_step(backend: str, size: str) -> None:
-    q, k, v, a, _ = (x.float() for x in make_loop(T=T, **SIZES[size], **KINDS["real-head"]))
+    q, k, v, a, _ = (x.float() for x in make_loop(2, T, **SIZES[size], **KINDS["real-head"]))
     k[0, AT] = 1e30
     y, _ = gate_loop(q * 1e10, k, v, a, backend=backend)
     assert y[0, :AT].isfinite().all()

@@ -100,7 +100,7 @@ def test_compiles_into_one_graph(compiler: str) -> None:
 
 
 def test_bad_input_is_named() -> None:
-    q, k, v, a = make_loop()[:4]
+    q, k, v, a = make_loop(2)[:4]
     with pytest.raises(ValueError, match=r"surrogate_attention: keys must have shape .*\(2, 20, 3, 3\)"):
         surrogate_attention(q, k[:, 1:], v, a)
     with pytest.raises(ValueError, match="surrogate_attention: gates must have shape"):
