@@ -137,6 +137,11 @@ def test_help_has_the_flags_that_matter_and_help_all_has_all(
     assert int(more) == len({flag.replace("--no-", "--") for flag in left_out})
 
 
+@pytest.mark.parametrize("words", [[], *NAMES], ids=" ".join)
+def test_every_command_knows_help_all(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert flags_in(capsys, *words, "--help")[0] <= flags_in(capsys, *words, "--help-all")[0]
+
+
 @pytest.mark.parametrize(
     ("words", "kinds"),
     [

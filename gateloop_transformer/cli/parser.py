@@ -63,6 +63,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Short, **options)
         # Later Pythons have hints of their own.
         self.suggest_on_error = False
+        self._all = self.add_argument("--help-all", action=_HelpAll, help=argparse.SUPPRESS)
         self._fill = fill
         self._given: list[str] = []
 
@@ -88,14 +89,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}{hint} (see {self.prog} --help)\n")
 
     def _complete(self) -> None:
-        """Add the arguments, and --help-all where some are rare."""
+        """Add the arguments; --help names --help-all where some are rare."""
         fill, self._fill = self._fill, None
         if fill is None:
             return
         fill(self)
         rare = sum(map(_is_rare, self._actions))
         if rare:
-            self.add_argument("--help-all", action=_HelpAll, help=f"show {rare} more options and exit")
+            self._all.help = f"show {rare} more options and exit"
 
     def _commands(self) -> list[argparse.Action]:
         """The argument that is a command, if there is one."""

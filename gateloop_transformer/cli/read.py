@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.state
     if path.is_dir():
         raise ValueError(f"--state: {str(path)!r} is a folder, not a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--state: no folder {str(path.parent)!r}")
     same = arguments.after is not None and path.resolve() == arguments.after.resolve()
     if path.exists() and not (arguments.overwrite or same):
         raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")

@@ -24,7 +24,7 @@ def published(folder: Path) -> Path:
     """
     found = next((folder / name for name in (MODEL, SHARDS) if (folder / name).is_file()), None)
     if found is None:
-        raise ValueError(f"{str(folder)!r} has no {MODEL} yet: its run stopped before the first checkpoint")
+        raise ValueError(f"{str(folder)!r} has no {MODEL}: no checkpoint of its run was finished, or it was taken away")
     return found
 
 

@@ -459,7 +459,7 @@ def damage(out: Path, name: str) -> str:
         return "damaged"
     if name == "no weights":
         model.unlink()
-        return "before the first checkpoint"
+        return "no checkpoint of its run was finished"
     if name == "no config":
         config.unlink()
         return "holds no run"

@@ -549,6 +549,25 @@ def inverse_sqrt(typingctx: Any, x: Vector) -> Any:
     return x(x), codegen
 
 
+def _all(builder: Any, kind: Vector, flags: Any) -> Any:
+    """Whether all lanes of a comparison are true."""
+    bits = ir.IntType(kind.lanes)
+    return builder.icmp_unsigned("==", builder.bitcast(flags, bits), bits((1 << kind.lanes) - 1))
+
+
+@intrinsic
+def all_above(typingctx: Any, x: Vector, low: Any) -> Any:
+    """Whether low < x in every lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = sig.args[0]
+        number = context.cast(builder, args[1], sig.args[1], types.float64)
+        number = number if kind.bits == 64 else builder.fptrunc(number, kind.element)
+        return _all(builder, kind, builder.fcmp_ordered(">", args[0], _splat(builder, kind, number)))
+
+    return types.boolean(x, low), codegen
+
+
 @intrinsic
 def all_between(typingctx: Any, x: Vector, low: Any, high: Any) -> Any:
     """Whether low < x < high in every lane."""
@@ -564,8 +583,7 @@ def all_between(typingctx: Any, x: Vector, low: Any, high: Any) -> Any:
             builder.fcmp_ordered(">", args[0], each(args[1], sig.args[1])),
             builder.fcmp_ordered("<", args[0], each(args[2], sig.args[2])),
         )
-        bits = ir.IntType(kind.lanes)
-        return builder.icmp_unsigned("==", builder.bitcast(inside, bits), bits((1 << kind.lanes) - 1))
+        return _all(builder, kind, inside)
 
     return types.boolean(x, low, high), codegen
 
