@@ -21,7 +21,9 @@ def waiting(what: str) -> Iterator[None]:
         return
     timer = threading.Timer(PATIENCE, LOGGER.info, [f"{what} ..."])
     timer.daemon = True
-    timer.start()
+    # Where no thread can be had nothing is said.
+    with contextlib.suppress(RuntimeError):
+        timer.start()
     try:
         yield
     finally:

@@ -145,11 +145,11 @@ def ring_start(heads: int, max_memory: float, min_memory: float = 1.0) -> tuple[
 
 
 def scale_gradient(x: Tensor, fraction: float) -> Tensor:
-    """x itself, with its gradient multiplied by `fraction`; an infinite x has none."""
+    """x itself, an infinite one too, with its gradient multiplied by `fraction`."""
     if fraction == 1:
         return x
     held = x.detach()
-    return held + torch.where(held.isfinite(), x - held, 0.0) * fraction
+    return torch.where(held.isfinite(), held + (x - held) * fraction, x)
 
 
 # The gates of a layer by name: from both projections to (real, imaginary).

@@ -20,6 +20,7 @@ from gateloop_transformer import GateLoopedAttention
 from gateloop_transformer.layers.state import GateLoopState
 from gateloop_transformer.ops import gate_loop, heinsen_scan, linear_scan, surrogate_attention
 from gateloop_transformer.ops.channel_loop import channel_gate_loop, simple_gate_loop
+from gateloop_transformer.ops.gates import GATES
 from gateloop_transformer.ops.head_gates import head_gates
 
 T, AT = 40, 21
@@ -208,3 +209,57 @@ def test_a_reset_forgets_a_state_that_is_given(backend: str, heads: int) -> None
     _, state = layer(x, return_state=True)
     lost = GateLoopState(*(torch.full_like(part, math.nan) for part in state))
     torch.testing.assert_close(layer(x, lost, resets=resets), layer(x))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_that_begins_anew_asks_its_gate_for_nothing(backend: str, size: str) -> None:
+    loop = make_loop(2, T, **SIZES[size], **KINDS["complex-head"])
+    resets = marks(2)
+    resets[0, AT] = True
+    loop.gates[0, AT] = math.nan
+    function = partial(loop_on, resets=resets)
+    expected = with_gradients(function("eager"), list(loop))
+    assert all(is_finite(x).all() for x in itertools.chain(*expected))
+    assert_as(with_gradients(function(backend), list(loop)), expected)
+
+
+@pytest.mark.parametrize("gate", [*GATES, "sigmoid"])
+def test_a_fused_step_that_begins_anew_asks_its_gate_for_nothing(backend: str, gate: str) -> None:
+    qkv, z = torch.randn(1, T, 9).double(), torch.randn(1, T, 6).double()
+    resets = torch.zeros(1, T, dtype=torch.bool)
+    resets[0, AT] = True
+    if gate == "sigmoid":
+        qkv[0, AT, 6:] = math.nan
+        y, last = simple_gate_loop(qkv, resets=resets, backend=backend)
+    else:
+        z[0, AT] = math.nan
+        bias = (torch.ones(3).double(), torch.ones(3).double()) if gate == "ring" else None
+        y, (last, _) = channel_gate_loop(qkv, z, gate=gate, bias=bias, resets=resets, backend=backend)
+    # The gate of "ring" also scales what comes in.
+    after = AT if gate == "ring" else T
+    assert y[:, :after].isfinite().all()
+    assert gate == "ring" or last.isfinite().all()
+
+
+def test_one_step_takes_nothing_from_what_it_does_not_see(backend: str) -> None:
+    loop = [torch.ones(1, 1, 1, 2).double() for _ in range(3)] + [torch.full((1, 1, 1, 2), 0.5).double()]
+    loop[2][0, 0, 0, 0] = math.nan
+    loop.append(torch.ones(1, 1, 2, 2).double())
+    assert_as(with_gradients(loop_on(backend), loop), with_gradients(loop_on("eager"), loop))
+
+
+@pytest.mark.parametrize("phase", [1e10, 1e18, 1e30])
+def test_a_phase_of_any_size_turns_by_what_it_says(backend: str, phase: float) -> None:
+    z = torch.tensor([30.0, phase]).repeat(20)
+    real, imaginary, _ = head_gates(z, gate="paper", backend=backend)
+    expected = torch.polar(torch.ones(20), z[1::2]) * torch.sigmoid(z[::2])
+    torch.testing.assert_close(torch.complex(real, imaginary), expected, rtol=0, atol=1e-5)
+
+
+def test_a_silu_of_the_largest_numbers_is_as_torchs(backend: str) -> None:
+    s = torch.tensor([3e38, -3e38, 90.0, -90.0]).repeat(8).expand(1, 1, 32).clone().requires_grad_()
+    qkv, z = torch.ones(1, 1, 96), torch.zeros(1, 1, 64)
+    y, _ = channel_gate_loop(qkv, z, swish=s, backend=backend)
+    given = torch.autograd.grad(y.sum(), s)[0]
+    torch.testing.assert_close(y, torch.nn.functional.silu(s), rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(given, torch.tensor([1.0, 0.0, 1.0, 0.0]).repeat(8).expand(1, 1, 32), rtol=0, atol=1e-30)

@@ -78,6 +78,32 @@ def test_other_sources_have_other_kernels(
     assert len(list(folder.glob("*.kernel"))) == 2
 
 
+def test_kernels_of_files_that_changed_since_their_import_are_nobody_elses(
+    folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result()
+    monkeypatch.setattr(numba_cache, "_imported", set(numba_cache._imported))
+    for sources in ("edited", None):
+        monkeypatch.setattr(numba_cache, "_sources", lambda sources=sources: sources)
+        assert result() == 21
+    assert compilations == ["times"] * 3
+    assert len(list(folder.glob("*.kernel"))) == 1
+
+
+def test_a_kernel_that_asks_for_what_is_not_there_is_compiled_anew(
+    folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = numba_cache._digest
+    result()
+    (file,) = folder.glob("*.kernel")
+    kind, _, rest = file.read_bytes().split(b"\n", 2)
+    symbol, needs, content = rest.split(b"\n", 2)
+    rest = b"\n".join([symbol, needs + b" no_such_function", content])
+    file.write_bytes(b"\n".join([kind, original(rest), rest]))
+    assert result() == 21
+    assert compilations == ["times", "times"]
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut short", "one bit", "a folder in its place", "another format"])
 def test_a_damaged_kernel_is_compiled_anew(
     folder: Path, compilations: list[str], caplog: pytest.LogCaptureFixture, damage: str

@@ -323,14 +323,9 @@ def gate_loop_forward(
     if keys.shape[-1] == values.shape[-1] == 1:
         return _elementwise_forward(queries, keys, values, gates, initial, reverse, layout)
     y, final = _matrix_forward(queries, keys, values, cleared(gates, layout.resets), initial, reverse)
-    if not (_alone(queries, layout) or stepwise.all_finite(y, *final.parts())):
+    if not stepwise.all_finite(y, *final.parts()):
         return stepwise.gate_loop_forward(queries, keys, values, gates, initial, reverse, layout)
     return y.to(queries.dtype).contiguous(), final
-
-
-def _alone(queries: Tensor, layout: Layout) -> bool:
-    """Whether there is one step and nothing to forget: no tile that could multiply what a step must not see."""
-    return queries.shape[1] == 1 and layout.resets is None
 
 
 def _matrix_forward(
@@ -367,7 +362,7 @@ def gate_loop_backward(
         return _elementwise_backward(grad, grad_final, queries, keys, values, gates, initial, reverse, layout)
     a = cleared(gates, layout.resets)
     dq, dk, dv, d_gates, d_initial = _matrix_backward(grad, grad_final, queries, keys, values, a, initial, reverse)
-    if not (_alone(queries, layout) or stepwise.all_finite(dq, dk, dv, *d_gates.parts(), *d_initial.parts())):
+    if not stepwise.all_finite(dq, dk, dv, *d_gates.parts(), *d_initial.parts()):
         arguments = grad, grad_final, queries, keys, values, gates, initial, reverse, layout
         return stepwise.gate_loop_backward(*arguments)
     return dq, dk, dv, cleared(d_gates, layout.resets), d_initial

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import itertools
 import os
+import secrets
 import sys
 import threading
 import time
@@ -82,6 +83,7 @@ def _stubs(code: Code) -> str:
 
 def kernel(build: Callable[Constants, Callable[[Any], None]]) -> Callable[Constants, Kernel]:
     """A decorator: `build`, which makes a Python function for some constants, gives the compiled one instead."""
+    _imported.add(_sources())
 
     @functools.cache
     @functools.wraps(build)
@@ -93,18 +95,36 @@ def kernel(build: Callable[Constants, Callable[[Any], None]]) -> Callable[Consta
 
 
 def _found(build: Callable[..., Callable[[Any], None]], constants: tuple[Any, ...]) -> Kernel:
+    sources = _sources()
+    if sources is None or _imported != {sources}:
+        # What runs here is not what lies in the files, or not all of it: such a kernel is nobody else's.
+        return Kernel(_compile(build, constants))
     words = [build.__name__, *map(str, constants)]
-    key = hashlib.sha256(repr((build.__module__, words, _circumstances())).encode()).hexdigest()
+    key = hashlib.sha256(repr((build.__module__, words, sources, _circumstances())).encode()).hexdigest()
     file = f"{'-'.join(words)}-{key[:16]}.kernel"
-    found = _load(file)
+    found = _loaded(file)
     if found is None:
         with _turn(key):
             # Perhaps another process has compiled it meanwhile.
-            found = _load(file)
+            found = _loaded(file)
             if found is None:
-                found = _compile(build, constants)
-                _keep(file, found)
-    return Kernel(found)
+                code = _compile(build, constants)
+                _keep(file, code)
+                found = Kernel(code)
+    return found
+
+
+# Digests of the sources as they were when each kernel's module was imported.
+_imported: set[str | None] = set()
+
+
+def _sources() -> str | None:
+    """A digest of the files that kernels are made of, as they are now; None where there are none to read."""
+    try:
+        contents = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("numba_*.py"))]
+    except OSError:
+        return None
+    return hashlib.sha256(b"".join(contents)).hexdigest() if contents else None
 
 
 @functools.cache
@@ -116,15 +136,13 @@ def processor() -> tuple[str, str, frozenset[str]]:
 
 @functools.cache
 def _circumstances() -> tuple[Any, ...]:
-    """All that code depends on besides a kernel's constants."""
-    files = sorted(Path(__file__).parent.glob("numba_*.py"))
-    sources = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """All that code depends on besides a kernel's constants and the sources."""
     triple, name, features = processor()
     versions = sys.implementation.cache_tag, numba.__version__, llvmlite.__version__
     # Numba's own switches, some of which change the code.
     switches = sorted((word, value) for word, value in os.environ.items() if word.startswith("NUMBA_"))
     given = [(word, value) for word, value in switches if word not in ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS")]
-    return sources, versions, triple, name, sorted(features), given
+    return versions, triple, name, sorted(features), given
 
 
 def _compile(build: Callable[..., Callable[[Any], None]], constants: tuple[Any, ...]) -> Code:
@@ -147,7 +165,9 @@ def _told() -> Iterator[None]:
     start = time.monotonic()
     timer = threading.Timer(max(waiting.PATIENCE - _spent, 0), _tell)
     timer.daemon = True
-    timer.start()
+    # Where no thread can be had nothing is said.
+    with contextlib.suppress(RuntimeError):
+        timer.start()
     try:
         yield
     finally:
@@ -182,19 +202,22 @@ def _warn(what: str) -> None:
     LOGGER.warning(what)
 
 
-def _load(file: str) -> Code | None:
-    """None where there is no such file that is whole."""
+def _loaded(file: str) -> Kernel | None:
+    """None where there is no such file that is whole and can be loaded."""
+    damaged = []
     for folder in _folders():
         try:
             kind, digest, rest = (folder / file).read_bytes().split(b"\n", 2)
+            if kind == _KIND and digest == _digest(rest):
+                symbol, needs, content = rest.split(b"\n", 2)
+                return Kernel(Code(symbol.decode(), tuple(needs.decode().split()), content))
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError):
-            kind, digest, rest = b"", b"", b""
-        if kind == _KIND and digest == _digest(rest):
-            symbol, needs, content = rest.split(b"\n", 2)
-            return Code(symbol.decode(), tuple(needs.decode().split()), content)
-        _warn(f"a kernel of gateloop_transformer cannot be read or is damaged, and is compiled anew: {folder / file}")
+        except (OSError, ValueError, RuntimeError):
+            pass
+        damaged.append(str(folder / file))
+    if damaged:
+        _warn(f"a kernel of gateloop_transformer cannot be loaded and is compiled anew: {', '.join(damaged)}")
     return None
 
 
@@ -208,7 +231,7 @@ def _keep(file: str, code: Code) -> None:
     whole = b"\n".join([_KIND, _digest(rest), rest])
     failed: list[str] = []
     for folder in _folders():
-        unfinished = folder / f".{file}.{os.getpid()}"
+        unfinished = folder / f".{secrets.token_hex(8)}.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -226,6 +249,19 @@ def _keep(file: str, code: Code) -> None:
     )
 
 
+def _opened(name: str) -> int:
+    """A file for a lock, in the first folder that takes one, which is where kernels are kept.
+
+    Raises:
+        OSError: no folder does.
+    """
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    raise OSError("no folder takes a lock")
+
+
 @contextlib.contextmanager
 def _turn(key: str) -> Iterator[None]:
     """One process at a time, of those that would compile the same kernel, as far as that can be had.
@@ -239,9 +275,7 @@ def _turn(key: str) -> Iterator[None]:
         with contextlib.suppress(ImportError, AttributeError, OSError):
             import fcntl
 
-            place = _folders()[0] / "lock"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            handle = _opened("lock")
             stack.callback(os.close, handle)
             if os.fstat(handle).st_uid == os.getuid():
                 _wait(lambda: fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(key[:12], 16)))

@@ -164,7 +164,8 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
             for t in range(begin, begin + steps):
                 if (t - begin) % CHUNK == 0:
                     _keep(p, sequence, chunk + (t - begin) // CHUNK, first, end, COMPLEX, WIDE, LANES)
-                if resets(p, b, t):
+                anew = resets(p, b, t)
+                if anew:
                     clear(carry, first, end, WIDE, LANES)
                     if COMPLEX:
                         clear(carry_im, first, end, WIDE, LANES)
@@ -178,10 +179,15 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
                     u, u_im, m, rest = _read_gate(GATE, A, WIDE, STRIDED, LANES, p, a_row, a_row_im, c, n)
                     added = _read_input(GATE, X, STRIDED, LANES, p, k_row, v_row, c, m, rest)
                     a = m if GATE == SIGMOID else (u if GATE in (GIVEN_REAL, GIVEN_COMPLEX) else u * m)
+                    if anew:
+                        # A gate that is not finite would make NaN of the cleared state.
+                        a = zeros(WIDE, LANES)
                     h = load(carry, n * LANES, WIDE, LANES)
                     new = fma(a, h, added)
                     if COMPLEX:
                         a_im = u_im if GATE == GIVEN_COMPLEX else u_im * m
+                        if anew:
+                            a_im = zeros(WIDE, LANES)
                         h_im = load(carry_im, n * LANES, WIDE, LANES)
                         new = fms(a_im, h_im, new)
                         store(carry_im, n * LANES, fma(a, h_im, a_im * h), WIDE)
@@ -261,12 +267,15 @@ def loop_backward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: 
                     if COMPLEX:
                         h_im = zeros(WIDE, LANES) if anew else load(room, cell + H_IM * LANES, WIDE, LANES)
                         a, a_im = u * m, u_im * m
+                        if anew:
+                            a, a_im = zeros(WIDE, LANES), zeros(WIDE, LANES)
                         store(room, cell, u, WIDE)
                         store(room, cell + U_IM * LANES, u_im, WIDE)
                         store(room, cell + stride + H * LANES, fms(a_im, h_im, fma(a, h, added)), WIDE)
                         store(room, cell + stride + H_IM * LANES, fma(a, h_im, a_im * h), WIDE)
                     else:
-                        store(room, cell + stride + H * LANES, fma(m, h, added), WIDE)
+                        a = zeros(WIDE, LANES) if anew else m
+                        store(room, cell + stride + H * LANES, fma(a, h, added), WIDE)
                     store(room, cell + M * LANES, m, WIDE)
                     store(room, cell + REST * LANES, rest, WIDE)
                     cell += SLOTS * LANES

@@ -9,6 +9,7 @@ chunk.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -148,8 +149,12 @@ class _Heads(_Sizes):
 
     @property
     def C(self) -> int:
-        """Steps whose states are in memory at a time: about as many bytes as a core's own cache holds."""
-        return max(8, min(64, (1 << 11) // (self.K * self.V)))
+        """Steps whose states are in memory at a time: about as many bytes as a core's own cache holds.
+
+        Where this is the way around for heads that are not small, about √T: it keeps few states, fast or not.
+        """
+        most = max(8, min(64, (1 << 11) // (self.K * self.V)))
+        return most if self.small else max(most, math.isqrt(self.T))
 
     def operand(self, x: Tensor) -> Tensor:
         """(B, T, H, ·) or (B, T, H) with the heads last."""

@@ -120,7 +120,8 @@ def scan_forward(
             b, begin, steps, _ = stretch(p, p[DOCUMENTS], p[T], sequence, CHUNK)
             carry, carry_im = row_of(p, SCAN_CARRY, sequence, 0), row_of(p, SCAN_CARRY_IM, sequence, 0)
             for t in range(begin, begin + steps):
-                if resets(p, b, t):
+                anew = resets(p, b, t)
+                if anew:
                     clear(carry, first, end, WIDE, LANES)
                     if COMPLEX:
                         clear(carry_im, first, end, WIDE, LANES)
@@ -132,7 +133,8 @@ def scan_forward(
                     if not STRIDED:
                         prefetch(a_row + AHEAD * p[SCAN_A + 2] + c * ITEM_SIZE[A])
                         prefetch(x_row + AHEAD * p[SCAN_X + 2] + c * ITEM_SIZE[X])
-                    a = fetch(a_row, c, p[SCAN_A + 3], A, LANES, STRIDED)
+                    # A gate that is not finite would make NaN of the cleared state.
+                    a = zeros(WIDE, LANES) if anew else fetch(a_row, c, p[SCAN_A + 3], A, LANES, STRIDED)
                     x = fetch(x_row, c, p[SCAN_X + 3], X, LANES, STRIDED)
                     h = load(carry, n * LANES, WIDE, LANES)
                     new = fma(a, h, x)
@@ -140,7 +142,9 @@ def scan_forward(
                         h_im = load(carry_im, n * LANES, WIDE, LANES)
                         new_im = a * h_im
                         if COMPLEX_A:
-                            a_im = fetch(a_row_im, c, p[SCAN_A_IM + 3], A, LANES, STRIDED)
+                            a_im = zeros(WIDE, LANES)
+                            if not anew:
+                                a_im = fetch(a_row_im, c, p[SCAN_A_IM + 3], A, LANES, STRIDED)
                             new = fms(a_im, h_im, new)
                             new_im = fma(a_im, h, new_im)
                         if COMPLEX_X:
