@@ -120,21 +120,29 @@ def scan_forward(
             b, begin, steps, _ = stretch(p, p[DOCUMENTS], p[T], sequence, CHUNK)
             carry, carry_im = row_of(p, SCAN_CARRY, sequence, 0), row_of(p, SCAN_CARRY_IM, sequence, 0)
             for t in range(begin, begin + steps):
-                anew = resets(p, b, t)
-                if anew:
-                    clear(carry, first, end, WIDE, LANES)
-                    if COMPLEX:
-                        clear(carry_im, first, end, WIDE, LANES)
                 a_row, a_row_im = row_of(p, SCAN_A, b, t), row_of(p, SCAN_A_IM, b, t)
                 x_row, x_row_im = row_of(p, SCAN_X, b, t), row_of(p, SCAN_X_IM, b, t)
                 h_row, h_row_im = row_of(p, SCAN_H, b, t), row_of(p, SCAN_H_IM, b, t)
+                if resets(p, b, t):
+                    # Neither the state nor the gate is looked at: what is not finite times 0 is NaN.
+                    for n in range(first, end):
+                        c = min(n * LANES, last)
+                        x = fetch(x_row, c, p[SCAN_X + 3], X, LANES, STRIDED)
+                        store(carry, n * LANES, x, WIDE)
+                        store(h_row, c, x, H)
+                        if COMPLEX:
+                            x_im = zeros(WIDE, LANES)
+                            if COMPLEX_X:
+                                x_im = fetch(x_row_im, c, p[SCAN_X_IM + 3], X, LANES, STRIDED)
+                            store(carry_im, n * LANES, x_im, WIDE)
+                            store(h_row_im, c, x_im, H)
+                    continue
                 for n in range(first, end):
                     c = min(n * LANES, last)
                     if not STRIDED:
                         prefetch(a_row + AHEAD * p[SCAN_A + 2] + c * ITEM_SIZE[A])
                         prefetch(x_row + AHEAD * p[SCAN_X + 2] + c * ITEM_SIZE[X])
-                    # A gate that is not finite would make NaN of the cleared state.
-                    a = zeros(WIDE, LANES) if anew else fetch(a_row, c, p[SCAN_A + 3], A, LANES, STRIDED)
+                    a = fetch(a_row, c, p[SCAN_A + 3], A, LANES, STRIDED)
                     x = fetch(x_row, c, p[SCAN_X + 3], X, LANES, STRIDED)
                     h = load(carry, n * LANES, WIDE, LANES)
                     new = fma(a, h, x)
@@ -142,9 +150,7 @@ def scan_forward(
                         h_im = load(carry_im, n * LANES, WIDE, LANES)
                         new_im = a * h_im
                         if COMPLEX_A:
-                            a_im = zeros(WIDE, LANES)
-                            if not anew:
-                                a_im = fetch(a_row_im, c, p[SCAN_A_IM + 3], A, LANES, STRIDED)
+                            a_im = fetch(a_row_im, c, p[SCAN_A_IM + 3], A, LANES, STRIDED)
                             new = fms(a_im, h_im, new)
                             new_im = fma(a_im, h, new_im)
                         if COMPLEX_X:

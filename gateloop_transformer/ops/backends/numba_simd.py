@@ -524,8 +524,7 @@ def _decay32(x: Any) -> Any:
     high = fma(full(x, 0.009618354961276054), f, full(x, 0.05550340190529823))
     top = fma(full(x, 0.00015469732752535492), f, full(x, 0.0013398866271600127))
     high = fma(top, square, high)
-    # Below what float32 has it is 0, so that no large number times it is anything.
-    return where_less(less, -87.0, full(x, 0.0), _power_of_two(n, fma(high, square * f, low)))
+    return _power_of_two(n, fma(high, square * f, low))
 
 
 @intrinsic
@@ -604,9 +603,6 @@ def _sine_cosine64(x: Any) -> Any:
 
 
 def _sine_cosine32(x: Any) -> Any:
-    if not all_between(x, -1e9, 1e9):
-        # Turns that float64 does not take off exactly any more.
-        return _library_sin(x), _library_cos(x)
     r, quarter = _quadrant(x)
     square = r * r
     s = fma(full(x, -1.9515295891e-4), square, full(x, 8.3321608736e-3))
