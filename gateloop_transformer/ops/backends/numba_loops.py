@@ -164,14 +164,25 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
             for t in range(begin, begin + steps):
                 if (t - begin) % CHUNK == 0:
                     _keep(p, sequence, chunk + (t - begin) // CHUNK, first, end, COMPLEX, WIDE, LANES)
-                anew = resets(p, b, t)
-                if anew:
-                    clear(carry, first, end, WIDE, LANES)
-                    if COMPLEX:
-                        clear(carry_im, first, end, WIDE, LANES)
                 k_row, v_row, q_row = row_of(p, K, b, t), row_of(p, V, b, t), row_of(p, Q, b, t)
                 a_row, a_row_im = row_of(p, P, b, t), row_of(p, P_IM, b, t)
                 s_row, y_row = row_of(p, S, b, t), row_of(p, Y, b, t)
+                if resets(p, b, t):
+                    # Neither the state nor the gate is multiplied: what is not finite times 0 is NaN.
+                    for n in range(first, end):
+                        c = min(n * LANES, last)
+                        u, u_im, m, rest = _read_gate(GATE, A, WIDE, STRIDED, LANES, p, a_row, a_row_im, c, n)
+                        added = _read_input(GATE, X, STRIDED, LANES, p, k_row, v_row, c, m, rest)
+                        new = zeros(WIDE, LANES) + added
+                        store(carry, n * LANES, new, WIDE)
+                        if COMPLEX:
+                            store(carry_im, n * LANES, zeros(WIDE, LANES), WIDE)
+                        y = fetch(q_row, c, p[Q + 3], X, LANES, STRIDED) * new
+                        if SWISH:
+                            gain, _ = silu(fetch(s_row, c, p[S + 3], X, LANES, STRIDED))
+                            y = y * gain
+                        store(y_row, c, y, X)
+                    continue
                 for n in range(first, end):
                     c = min(n * LANES, last)
                     if not STRIDED:
@@ -179,15 +190,10 @@ def loop_forward(X: int, A: int, GATE: int, SWISH: bool, STRIDED: bool, LANES: i
                     u, u_im, m, rest = _read_gate(GATE, A, WIDE, STRIDED, LANES, p, a_row, a_row_im, c, n)
                     added = _read_input(GATE, X, STRIDED, LANES, p, k_row, v_row, c, m, rest)
                     a = m if GATE == SIGMOID else (u if GATE in (GIVEN_REAL, GIVEN_COMPLEX) else u * m)
-                    if anew:
-                        # A gate that is not finite would make NaN of the cleared state.
-                        a = zeros(WIDE, LANES)
                     h = load(carry, n * LANES, WIDE, LANES)
                     new = fma(a, h, added)
                     if COMPLEX:
                         a_im = u_im if GATE == GIVEN_COMPLEX else u_im * m
-                        if anew:
-                            a_im = zeros(WIDE, LANES)
                         h_im = load(carry_im, n * LANES, WIDE, LANES)
                         new = fms(a_im, h_im, new)
                         store(carry_im, n * LANES, fma(a, h_im, a_im * h), WIDE)
