@@ -88,6 +88,10 @@ class TransformerConfig:
     attn_window: int | None = option(None, "steps that attention layers see at most; none: all", since=2)
     dropout: float = option(0.0, "probability of dropping an element of what a block adds")
 
+    def mixers(self) -> list[str]:
+        """The kinds of its layers' time mixers in turn, "gate" or "attention", to be repeated up to the depth."""
+        return (self.layer_pattern or ("gate" if self.use_gate_looped_attn else "attention")).split()
+
     def arguments(self, num_tokens: int = 256) -> dict[str, Any]:
         """Keyword arguments for `Transformer`, of a vocabulary of that size.
 

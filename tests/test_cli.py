@@ -54,6 +54,13 @@ def test_a_closed_standard_output_is_one_line(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_standard_output_is_named(tmp_path: Path) -> None:
+    done = gateloop("tasks --list > /dev/full", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "gateloop tasks: failed: No space left on device: 'standard output'\n"
+
+
 def test_with_a_closed_standard_error_nothing_is_said_on_standard_output(tmp_path: Path) -> None:
     done = gateloop("generate run --prompt a 2>&-", tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")

@@ -19,6 +19,7 @@ import torch
 from gateloop_transformer.bench.cases import Case, candidates, every_case
 from gateloop_transformer.bench.peers import Peer
 from gateloop_transformer.bench.timing import interleaved
+from gateloop_transformer.data.writing import make_folder
 from gateloop_transformer.nearest import did_you_mean
 from gateloop_transformer.pictures import empty_figure, save_png
 from gateloop_transformer.stored import read_json
@@ -247,7 +248,7 @@ def run(out: Path, python: Path | None, quick: bool, only: list[str], budget: fl
     earlier = _earlier(out) if only else []
     if python is not None and not python.is_file():
         raise ValueError(f"--peers must be a Python interpreter, and {str(python)!r} is no file")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

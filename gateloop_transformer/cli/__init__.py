@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 import gateloop_transformer
 from gateloop_transformer.cli import (
@@ -49,6 +52,32 @@ def _parser() -> Parser:
     return parser
 
 
+class _StandardOutput:
+    """Standard output whose errors name it: without a name they would read as if the command's work had failed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _named() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 (it failed) or 2 (something wrong was passed)."""
     # See docs/decisions/0005: read when torch is first imported, and whoever has set either decides.
@@ -70,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gateloop {arguments.command}: error: standard output is closed; send it to /dev/null", file=sys.stderr)
         return 2
     try:
-        with heard(arguments.command):
+        output = cast(TextIO, _StandardOutput(sys.stdout))
+        with heard(arguments.command), contextlib.redirect_stdout(output):
             _COMMANDS[arguments.command].run(arguments)
     except SystemExit:
         # Another process has failed.

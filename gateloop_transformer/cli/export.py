@@ -34,8 +34,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--portable", action="store_true", help="torch: of torch's own operators alone, to run without this package"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier export")
-    add_checkpoint(parser)
+    parser.add_argument("--overwrite", action="store_true", help="onnx, torch: replace files of an earlier export")
+    add_checkpoint(parser, "onnx, torch: ")
     parser.add_argument("--json", action="store_true", help='print {"out": ..., "files": {NAME: bytes, ...}, ...}')
 
 
@@ -105,6 +105,7 @@ def _publish(run: Path, out: Path, as_json: bool) -> None:
 def _write_program(model: Any, out: Path, portable: bool, overwrite: bool) -> None:
     import torch
 
+    from gateloop_transformer.data.writing import make_folder
     from gateloop_transformer.export.program import export_program
 
     path = out / _PROGRAM
@@ -114,9 +115,9 @@ def _write_program(model: Any, out: Path, portable: bool, overwrite: bool) -> No
         raise ValueError(f"{str(path)!r} is a folder, not a file: choose another folder")
     if path.exists() and not overwrite:
         raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
+    make_folder(out)
     with waiting("tracing the model"):
         program = export_program(model, portable=portable)
-    out.mkdir(parents=True, exist_ok=True)
     aside = out / f".partial-{_PROGRAM}"
     try:
         # Opened here, as torch takes no name that is not UTF-8.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,26 @@ def add_fields(
             group.add_argument(flag, type=convert, choices=choices, metavar=None if choices else metavar, **options)
 
 
+@contextlib.contextmanager
+def named_as_flags(given: Iterable[str]) -> Iterator[None]:
+    """Errors about settings name the flags that were given, not the fields that they set.
+
+    A name that is also a word of the language is one where an error speaks of a setting: "steps must be", "dim=0".
+
+    Args:
+        given: names of fields.
+    """
+    as_setting = r"(?=\s+(?:must|needs?)\b|\s+\+|=)"
+    names = "|".join(name if "_" in name else name + as_setting for name in given)
+    field = re.compile(rf"(?<![\w'-])(?:{names})(?![\w'])") if names else None
+    try:
+        yield
+    except ValueError as error:
+        if field is None or type(error) is not ValueError:
+            raise
+        raise ValueError(field.sub(lambda found: "--" + found[0].replace("_", "-"), str(error))) from error
+
+
 def folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, not an empty text")
@@ -68,13 +90,13 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def add_checkpoint(parser: Parser) -> None:
-    """--checkpoint: which weights of a run."""
+def add_checkpoint(parser: Parser, where: str = "") -> None:
+    """--checkpoint: which weights of a run; `where` says for what alone, if not for everything."""
     parser.add_argument(
         "--checkpoint",
         default="last",
         metavar="WHICH",
-        help="weights: last, best (on validation data) or a step",
+        help=f"{where}weights: last, best (on validation data) or a step",
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateloop_transformer.cli import models
-from gateloop_transformer.cli.flags import add_checkpoint, add_device, add_dtype, folder, typed
+from gateloop_transformer.cli.flags import add_checkpoint, add_device, add_dtype, folder, named_as_flags, typed
 from gateloop_transformer.cli.parser import Parser, Rare
 from gateloop_transformer.cli.progress import importing
 from gateloop_transformer.waiting import waiting
@@ -78,6 +78,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate."""
+    with named_as_flags([*_SAMPLING, "num_beams", "length_penalty", "draft_tokens"]):
+        _generate(arguments)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
     if arguments.tokens < 0:
         raise ValueError(f"--tokens must be 0 or more, not {arguments.tokens}")
     if arguments.prompt is None and arguments.state is None:
@@ -85,6 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
     prompt = typed(arguments.prompt or "")
     if not prompt and arguments.state is None:
         raise ValueError("--prompt must not be empty; a newline starts from next to nothing")
+    if "" in (arguments.stop or []):
+        raise ValueError("--stop must not be empty")
     with importing("torch"):
         import torch
 
@@ -134,14 +141,12 @@ def _stop_tokens(tokenizer: Tokenizer, stops: list[bytes], beams: bool) -> list[
     """Tokens that end a generation: those of `stops` where a token is a byte; else `_write` looks for these texts.
 
     Raises:
-        ValueError: a stop is empty, or cannot be found by beam search.
+        ValueError: a stop cannot be found by beam search.
     """
     if tokenizer.kind == "bytes":
         return [list(stop) for stop in stops]
     if stops and beams:
         raise ValueError("--stop with --num-beams needs a model of bytes: a text can be cut into tokens in many ways")
-    if b"" in stops:
-        raise ValueError("--stop must not be empty")
     return [[tokenizer.end]] if tokenizer.end is not None else []
 
 

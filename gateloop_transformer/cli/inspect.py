@@ -53,6 +53,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Inspect."""
     with importing("torch and matplotlib"):
+        from gateloop_transformer.data.writing import make_folder
         from gateloop_transformer.inspection.draw import draw
         from gateloop_transformer.inspection.page import MOST_TOKENS, page
         from gateloop_transformer.inspection.report import report
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"gateloop inspect: {notes[0]}", file=sys.stderr)
     with waiting("reading the text"):
         found = report(trace(model, ids), tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     # The page first: it says that the pictures beside it may be replaced.
     write_text(out / "index.html", page(found, _title(arguments), notes))
     with bar("drawing", len(found.figures["layers"]), "layer") as progress:

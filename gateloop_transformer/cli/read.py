@@ -24,7 +24,9 @@ def add_arguments(parser: Parser) -> None:
     """Flags of the command."""
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
     parser.add_argument("text", metavar="FILE", help="any file, .gz, .xz and .zst too; - for standard input")
-    parser.add_argument("--state", required=True, type=Path, metavar="FILE", help="where to save the state")
+    parser.add_argument(
+        "--state", required=True, type=Path, metavar="FILE", help="where to save the state; may be the file of --after"
+    )
     parser.add_argument("--after", type=Path, metavar="FILE", help="read on from this state, not from the start")
     parser.add_argument("--overwrite", action="store_true", help="replace the state file")
     add_device(parser)

@@ -96,6 +96,7 @@ def _free(folder: Path) -> Path:
 
 def _run(experiment: Experiment, out: Path) -> Outcome:
     """Train and score, and write the results."""
+    from gateloop_transformer.data.writing import make_folder
     from gateloop_transformer.pictures import load_matplotlib
     from gateloop_transformer.tasks.experiment import run
     from gateloop_transformer.tasks.plot import draw_accuracy
@@ -103,10 +104,7 @@ def _run(experiment: Experiment, out: Path) -> Outcome:
 
     with importing("matplotlib"):
         load_matplotlib()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {str(out)!r}: {error.strerror}") from error
+    make_folder(out)
     with bar("training", experiment.training.steps, "step") as shown:
         outcome = run(experiment, lambda progress: _show(shown, progress))
     result = outcome.to_json()

@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Make a tokenizer."""
     from gateloop_transformer.data.bpe import train_tokenizer
     from gateloop_transformer.data.sources import open_source
+    from gateloop_transformer.data.writing import make_folder
 
     path, limit = arguments.out, arguments.limit_bytes
     if path.is_dir():
@@ -64,13 +65,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit-bytes must be at least 1, not {limit}")
+    make_folder(path.parent)
     with waiting("opening the data"):
         source = open_source(arguments.data, field=arguments.field)
     texts = _Texts(source, limit)
     with bar("reading", limit or source.size()) as progress, contextlib.ExitStack() as learning:
         tokenizer = train_tokenizer(texts.read(progress, learning), arguments.vocab_size)
     tokens = sum(len(ids) for ids in tokenizer.encode_many(list(tokenizer.cut(texts.sample))))
-    path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save_as(path)
     size = sum(map(len, texts.sample))
     result = {

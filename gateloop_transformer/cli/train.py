@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gateloop_transformer.cli.errors import check_installed
-from gateloop_transformer.cli.flags import add_field, add_fields, folder
+from gateloop_transformer.cli.flags import add_field, add_fields, folder, named_as_flags
 from gateloop_transformer.cli.needs import needs_of, print_needs
 from gateloop_transformer.cli.parser import Parser, Rare
 from gateloop_transformer.cli.progress import bar, importing, say
@@ -91,7 +91,8 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
         raise ValueError("give --steps or --minutes, not both")
     if not arguments.resume:
         field = given.pop("field", None)
-        return dataclasses.replace(config.resolve(given.pop("preset", "tiny"), given, data), field=field)
+        with named_as_flags(given):
+            return dataclasses.replace(config.resolve(given.pop("preset", "tiny"), given, data), field=field)
     stored = read_config(arguments.out)
     now = {**dataclasses.asdict(stored.model), **dataclasses.asdict(stored.training), "data": stored.data}
     now["field"] = stored.field
@@ -108,7 +109,8 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     again = {name: value for name, value in given.items() if name in config.RESUMABLE}
     if "steps" in again:
         again["minutes"] = None
-    training = dataclasses.replace(stored.training, **again)
+    with named_as_flags(given):
+        training = dataclasses.replace(stored.training, **again)
     if training.windows != (windows := stored.training.windows):
         raise ValueError(f"--resume: a step of this run has {windows} windows: --batch times --accumulate must be that")
     # Data may have moved; `prepare` compares its hash.
@@ -145,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
     with importing("torch"):
         from gateloop_transformer.data.documents import count
-        from gateloop_transformer.training.config import TokenizerConfig
+        from gateloop_transformer.training.config import TokenizerConfig, without_effect
         from gateloop_transformer.training.engine import LostError, launched
         from gateloop_transformer.training.preparation import prepare
         from gateloop_transformer.training.weights import CONFIG
@@ -154,17 +156,21 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.resume = (arguments.out / CONFIG).exists()
     given = {name: value for name, value in vars(arguments).items() if name not in _OWN}
     config = _run_config(arguments, given)
+    if os.environ.get("RANK", "0") == "0":
+        for name, why in without_effect(config, given, arguments.processes or launched()).items():
+            _warn(f"--{name.replace('_', '-')} has no effect: {why}")
     tokenizer = _tokenizer(arguments, config)
     if arguments.dry_run:
         if tokenizer is not None:
             config = dataclasses.replace(config, tokenizer=TokenizerConfig.of(tokenizer))
-        print_needs(config, arguments.processes or launched(), arguments.json)
+        with named_as_flags(given):
+            print_needs(config, arguments.processes or launched(), arguments.json)
         return
     with importing("accelerate and matplotlib"):
         check_installed()
     how = (arguments.resume, arguments.overwrite, _warn)
     with contextlib.ExitStack() as stack:
-        with bar("tokenising the data") as progress:
+        with bar("tokenising the data") as progress, named_as_flags(given):
             trainer = stack.enter_context(prepare(config, arguments.out, *how, tokenizer, progress.update))
         main = trainer.engine.main
         stream = sys.stderr if arguments.json else sys.stdout

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gateloop_transformer.data.writing import remove, sync
+from gateloop_transformer.data.writing import make_folder, remove, sync
 
 _PARTIAL = ".partial"
 _DAY = 24 * 3600
@@ -36,18 +36,16 @@ def cache_folder() -> Path:
         ) from error
 
 
-def make_folder(folder: Path) -> None:
+def make_cache_folder(folder: Path) -> None:
     """The folder is there.
 
     Raises:
         ValueError: it cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cannot make the cache folder {str(folder)!r}: {error.strerror or error}; set GATELOOP_CACHE to another"
-        ) from error
+        make_folder(folder)
+    except ValueError as error:
+        raise ValueError(f"the data's cache: {error}; set GATELOOP_CACHE to another") from error
 
 
 def build_once(target: Path, build: Callable[[Path], None], whole: Callable[[Path], bool]) -> None:
@@ -67,7 +65,7 @@ def build_once(target: Path, build: Callable[[Path], None], whole: Callable[[Pat
     """
     if whole(target):
         return
-    make_folder(target.parent)
+    make_cache_folder(target.parent)
     with _alone(target, wait=True) as locked:
         if whole(target):
             return
@@ -92,7 +90,7 @@ def aside(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def spool(folder: Path) -> Iterator[Path]:
     """A new folder in `folder`, gone at the end; if this process is killed, the next build there deletes it."""
-    make_folder(folder)
+    make_cache_folder(folder)
     target = folder / f"spool-{secrets.token_hex(8)}"
     try:
         with _alone(target, wait=True), aside(target) as inner:

@@ -8,6 +8,19 @@ import sys
 from pathlib import Path
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those around it, where they are not there yet.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        # The system says of any of the folders around it that it is missing, a file, or closed.
+        raise ValueError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
+
+
 def sync(path: Path) -> None:
     """A file or a folder is on disk, not only in the system's memory."""
     # Windows keeps folders itself, and wants files opened for writing.

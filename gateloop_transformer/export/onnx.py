@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from gateloop_transformer.arguments import check_release
+from gateloop_transformer.data.writing import make_folder
 from gateloop_transformer.decoding.decoder import evaluating
 from gateloop_transformer.export.onnx_runtime import DESCRIPTION, FORMAT, PROMPT, STEP, digest
 from gateloop_transformer.export.plain import PlainOperators
@@ -70,7 +71,7 @@ def export_onnx(
     path = Path(folder)
     check_free(path, overwrite, "overwrite=True")
     check_release("export_onnx", "torch", torch.__version__, "2.7")
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     reader = Reader(model)
     with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as aside, evaluating(model):
         for name, length in ((STEP, 1), (PROMPT, block)):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from gateloop_transformer.data.tokenizer import TOKENIZER
+from gateloop_transformer.data.writing import make_folder
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import GateLoopForCausalLM
 from gateloop_transformer.stored import as_text, read_json
@@ -64,8 +69,9 @@ def export(run: str | os.PathLike[str], out: str | os.PathLike[str], max_shard_s
     model = convert(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{str(target)!r} is there already and not empty: choose another folder")
-    target.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(target, max_shard_size=max_shard_size)
+    make_folder(target)
+    with _without_bars():
+        model.save_pretrained(target, max_shard_size=max_shard_size)
     for file in target.glob("*.safetensors"):
         # With checksums, which transformers does not write.
         write_tensors(file, *read_tensors(file))
@@ -73,6 +79,18 @@ def export(run: str | os.PathLike[str], out: str | os.PathLike[str], max_shard_s
     if (source / CURVE).is_file():
         shutil.copyfile(source / CURVE, target / CURVE)
     write_text(target / CARD, model_card(source, config, sum(each.numel() for each in model.parameters())))
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows no bars of its own: the command line shows what is done."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def model_card(run: Path, config: RunConfig, parameters: int) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,8 @@ class TrainingConfig:
                 self.warmup + self.decay,
             ),
             (0 <= self.weight_decay < math.inf, "weight_decay must be finite, 0 or more", self.weight_decay),
-            (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "betas must be in [0, 1)", (self.beta1, self.beta2)),
+            (0 <= self.beta1 < 1, "beta1 must be in [0, 1)", self.beta1),
+            (0 <= self.beta2 < 1, "beta2 must be in [0, 1)", self.beta2),
             (self.clip > 0, "clip must be above 0", self.clip),
             (0 <= self.seed < 2**64, "seed must be in [0, 2**64)", self.seed),
             (0 < self.valid_fraction < 1, "valid_fraction must be in (0, 1)", self.valid_fraction),
@@ -212,8 +214,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
         model = self.model
-        pattern = model.layer_pattern or ("gate" if model.use_gate_looped_attn else "attention")
-        if self.training.carry_state and "attention" in pattern.split() and model.attn_window is None:
+        if self.training.carry_state and "attention" in model.mixers() and model.attn_window is None:
             raise ValueError("carry_state with attention layers needs an attn_window: their state grows without end")
 
     def to_json(self) -> dict[str, Any]:
@@ -358,6 +359,32 @@ def of_preset(preset: str, given: dict[str, Any]) -> dict[str, Any]:
     if "gate_rank" in own:
         following["gate_rank"] = recipe_rank(given.get("dim", own["dim"]), given)
     return {**own, **following, **given}
+
+
+# Of attention layers alone.
+_ATTENTION = ("dim_head", "heads", "attn_softmax_normalize", "data_dependent_rel_pos", "rotary_emb", "attn_window")
+
+
+def without_effect(config: RunConfig, given: Collection[str], processes: int = 1) -> dict[str, str]:
+    """Which of the given settings change nothing in a run, and why.
+
+    Args:
+        config: of the run.
+        given: names of settings.
+        processes: that train.
+
+    >>> without_effect(RunConfig(), ["decay", "dim"])
+    {'decay': 'it is for --schedule wsd'}
+    """
+    model, training = config.model, config.training
+    why: dict[str, str] = {}
+    if "attention" not in model.mixers():
+        why |= dict.fromkeys(_ATTENTION, "the model has no attention layers")
+    if training.schedule != "wsd":
+        why["decay"] = "it is for --schedule wsd"
+    if training.parallel == "fsdp" and processes == 1:
+        why["parallel"] = "one process holds all weights"
+    return {name: reason for name, reason in why.items() if name in given}
 
 
 def resolve(preset: str, overrides: dict[str, Any], data: str | None) -> RunConfig:

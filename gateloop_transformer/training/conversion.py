@@ -13,7 +13,7 @@ from torch import Tensor
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
-from gateloop_transformer.data.writing import remove, sync
+from gateloop_transformer.data.writing import make_folder, remove, sync
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.stored import parse_json, read_json
 from gateloop_transformer.training.config import flat, is_flat
@@ -195,7 +195,7 @@ def _tokenizer(choice: str | None, size: int) -> Tokenizer | None:
 def _write(
     out: Path, config: TransformerConfig, size: int, tokenizer: Tokenizer | None, tensors: dict[str, Tensor]
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     # What tells that this is a conversion comes first: a kill meanwhile leaves something that can be replaced.
     dtype = str(tensors["token_emb.weight"].dtype).removeprefix("torch.")
     # transformers loads into what a configuration says, or else into what it first finds.

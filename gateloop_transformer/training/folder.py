@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -240,7 +241,8 @@ def new_model(config: TransformerConfig, source: Path | None = None, num_tokens:
         return Transformer(**config.arguments(num_tokens))
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         # torch says the same in all of these, depending on how far beyond the memory a size is.
-        detail = "" if isinstance(error, TypeError) else f": {str(error).splitlines()[0]}"
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        detail = "" if asked is None else f": one of its tensors alone takes {int(asked[1]) / 1e9:,.0f} GB"
         problem = f"a model of these sizes does not fit into memory{detail}"
         raise ValueError(problem if source is None else f"{str(source)!r}: {problem}") from error
     except ValueError as error:
@@ -371,7 +373,7 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one, else the CPU.
 
     Raises:
-        ValueError: the device is not to be had.
+        ValueError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -379,5 +381,11 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not to be had: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        # What is longer lists everything that torch could be built for.
+        why = f": {reason}" if len(reason) <= 100 else ""
+        others = [each for each in ("cuda", "xpu", "mps") if getattr(torch, each).is_available()]
+        raise ValueError(
+            f"device {name!r} cannot be used here{why}; this machine has {', '.join(['cpu', *others])}"
+        ) from error
     return device

@@ -11,6 +11,7 @@ from pathlib import Path
 from gateloop_transformer.data.corpus import Corpus, load_corpus
 from gateloop_transformer.data.sources import is_standard_input
 from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
+from gateloop_transformer.data.writing import make_folder
 from gateloop_transformer.training import folder
 from gateloop_transformer.training.config import RunConfig, TokenizerConfig
 from gateloop_transformer.training.engine import Engine, launched
@@ -88,8 +89,21 @@ def prepare(
         if resume:
             with waiting("reading the newest checkpoint"):
                 trainer.restore(warn)
+            _check_steps(trainer)
         engine.together(lambda: _describe_run(trainer), main=True)
         yield trainer
+
+
+def _check_steps(trainer: Trainer) -> None:
+    """A run that goes on has not gone further already than it is to go.
+
+    Raises:
+        ValueError: it has.
+    """
+    options, done = trainer.config.training, trainer.progress.step
+    if options.minutes is None and done > options.steps:
+        where = repr(str(trainer.folder))
+        raise ValueError(f"the run in {where} has done {done} steps already: --steps must be at least that")
 
 
 def _describe_run(trainer: Trainer) -> None:
@@ -102,10 +116,7 @@ def _describe_run(trainer: Trainer) -> None:
 def _claimed(trainer: Trainer, resume: bool, overwrite: bool) -> Iterator[None]:
     """The folder is there, locked, and emptied of a run that is to be replaced."""
     where = trainer.folder
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {str(where)!r}: {error.strerror}") from error
+    make_folder(where)
     with folder.locked(where):
         # Another process may have trained here since the first look.
         folder.check_contents(where, resume, overwrite)

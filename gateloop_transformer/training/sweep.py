@@ -19,6 +19,7 @@ import torch
 
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.sources import absolute, is_standard_input, open_source
+from gateloop_transformer.data.writing import make_folder
 from gateloop_transformer.nearest import did_you_mean
 from gateloop_transformer.stored import DamageError, parse_json, read_json
 from gateloop_transformer.training.config import TrainingConfig, resolve, value_types
@@ -42,7 +43,7 @@ def _fields() -> dict[str, tuple[dataclasses.Field[Any], tuple[type, ...]]]:
     return {item.name: (item, value_types(kind)[item.name]) for kind in kinds for item in dataclasses.fields(kind)}
 
 
-def _value(name: str, text: str) -> Any:
+def _value(name: str, text: str, flag: str) -> Any:
     item, kinds = _fields()[name]
     choices = item.metadata["choices"]
     if bool in kinds and text.lower() in ("true", "false"):
@@ -55,7 +56,7 @@ def _value(name: str, text: str) -> Any:
         return text
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
     expected = ", ".join(choices) if choices else " or ".join(names[kind] for kind in kinds if kind in names)
-    raise ValueError(f"--grid {name}: expected {expected}, not {text!r}")
+    raise ValueError(f"{flag}: expected {expected}, not {text!r}")
 
 
 def parse_grid(texts: Sequence[str], seeds: str | None = None) -> dict[str, list[Any]]:
@@ -68,19 +69,23 @@ def parse_grid(texts: Sequence[str], seeds: str | None = None) -> dict[str, list
     {'lr': [0.001, 0.003], 'gate': ['ring'], 'seed': [0, 1]}
     """
     grid: dict[str, list[Any]] = {}
-    for text in [*texts, *([] if seeds is None else [f"seed={seeds}"])]:
+    given = [(f"--grid {text}", text) for text in texts]
+    if seeds is not None:
+        given.append(("--seeds", f"seed={seeds}"))
+    for flag, text in given:
         name, _, values = text.partition("=")
         name = name.strip().replace("-", "_")
         if name not in _fields():
-            there = f"there are {', '.join(sorted(_fields()))}{did_you_mean(name, _fields())}"
-            raise ValueError(f"--grid {text}: there is no setting {name!r}; {there}")
+            near = did_you_mean(name, _fields()) or "; 'gateloop sweep --help-all' names them"
+            raise ValueError(f"{flag}: there is no setting {name!r}{near}")
         if not values:
-            raise ValueError(f"--grid {text}: no values; it takes NAME=VALUE,VALUE,...")
+            takes = "N,N,..." if flag == "--seeds" else "NAME=VALUE,VALUE,..."
+            raise ValueError(f"{flag}: no values; it takes {takes}")
         if name in grid:
-            raise ValueError(f"--grid {name} is given twice" + (" (--seeds is one)" if name == "seed" else ""))
-        grid[name] = [_value(name, value.strip()) for value in values.split(",")]
+            raise ValueError(f"{flag}: {name!r} is given twice")
+        grid[name] = [_value(name, value.strip(), flag) for value in values.split(",")]
         if len(set(grid[name])) < len(grid[name]):
-            raise ValueError(f"--grid {name}: a value is given twice in {values!r}")
+            raise ValueError(f"{flag}: a value is given twice in {values!r}")
     return grid
 
 
@@ -198,7 +203,7 @@ def run(sweep: Sweep, report: Callable[[str], object]) -> list[Row]:
     """
     with waiting("checking the settings of all runs"):
         sweep.check()
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(sweep.folder)
     with locked(sweep.folder), _terminable():
         write_text(sweep.folder / SWEEP, json.dumps(sweep._described(), indent=2) + "\n")
         results = sweep.folder / RESULTS

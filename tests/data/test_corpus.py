@@ -321,7 +321,7 @@ def test_the_cache_is_not_part_of_the_data(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_made_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_bytes(TEXT)
     monkeypatch.setenv("GATELOOP_CACHE", str(tmp_path / "a.txt"))
-    with pytest.raises(ValueError, match=r"cannot make the cache folder .*; set GATELOOP_CACHE"):
+    with pytest.raises(ValueError, match=r"the data's cache: cannot make the folder .*; set GATELOOP_CACHE"):
         load(tmp_path / "a.txt")
 
 

@@ -115,3 +115,12 @@ def test_a_missing_package_is_named(
     code, _, errors = said(capsys, "export", run, "--format", "onnx", "--out", run / "new")
     assert code == 2
     assert errors == "gateloop export: error: onnx is not installed; `pip install gateloop-transformer[export]`\n"
+
+
+@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=ONNX)])
+def test_a_folder_that_cannot_be_made_is_one_line_before_the_work(
+    run: Path, capsys: pytest.CaptureFixture[str], format: str
+) -> None:
+    out = run / "config.json" / "below"
+    code, _, errors = said(capsys, "export", run, "--format", format, "--out", out)
+    assert (code, errors) == (2, f"gateloop export: error: cannot make the folder '{out}': Not a directory\n")

@@ -180,6 +180,21 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(tmp_path: Path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+def test_flags_without_effect_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--attn-window", "8", "--heads", "2", "--decay", "0.3", "--parallel", "fsdp", "--dim", "16"]
+    assert main(["train", "--dry-run", *flags]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
+    assert warnings == [
+        "gateloop train: warning: --heads has no effect: the model has no attention layers",
+        "gateloop train: warning: --attn-window has no effect: the model has no attention layers",
+        "gateloop train: warning: --decay has no effect: it is for --schedule wsd",
+        "gateloop train: warning: --parallel has no effect: one process holds all weights",
+    ]
+    flags += ["--layer-pattern", "gate attention", "--schedule", "wsd", "--processes", "2"]
+    assert main(["train", "--dry-run", *flags]) == 0
+    assert "has no effect" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [

@@ -385,24 +385,27 @@ def test_a_run_is_not_overwritten_unasked(text: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--steps", "0"], "steps must be at least 1"),
-        (["--lr", "-1"], "lr must be finite and above 0"),
-        (["--lr", "inf"], "lr must be finite and above 0"),
-        (["--device", "meta"], "device"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--lr", "-1"], "--lr must be finite and above 0"),
+        (["--lr", "inf"], "--lr must be finite and above 0"),
+        (["--device", "meta"], "device 'meta' cannot be used here"),
         (["--lr", "fast"], "invalid float"),
         (["--gate", "square"], "invalid choice"),
         (["--preset", "huge"], "invalid choice"),
         (["--gate-loop-heads", "3"], "must divide"),
-        (["--seed", "-1"], "seed must be in [0, 2**64)"),
+        (["--seed", "-1"], "--seed must be in [0, 2**64)"),
+        (["--beta2", "1"], "--beta2 must be in [0, 1), not 1.0"),
+        (["--dim", "0"], "not --dim=0"),
+        (["--fixed-gates", "--gate", "polar"], "--fixed-gates needs gate 'ring'"),
         (["--seed", str(2**64)], "seed must be in [0, 2**64)"),
         (["--batch", "99999999999999"], "do not fit into memory"),
         (["--batch", "1" + 26 * "0"], "do not fit into memory"),
         (["--ff-mult", "1" + 26 * "0"], "does not fit into memory"),
         (["--ff-mult", "1" + 15 * "0"], "does not fit into memory"),
         (["--conv-size", "1" + 26 * "0"], "does not fit into memory"),
-        (["--layer-pattern", "gate window"], "layer_pattern"),
+        (["--layer-pattern", "gate window"], "--layer-pattern must be words"),
         (["--dropout", "1"], "dropout"),
-        (["--device", "abacus"], "device"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here; this machine has cpu"),
         (["--context", "100000"], "too short"),
         (["--resume", "--overwrite"], "not allowed with"),
         (["--resume"], "holds no run"),
@@ -435,6 +438,10 @@ def test_resume_refuses_another_configuration_or_other_data(
     assert "lr is" in error_of(capsys)
     assert main(["train", "--out", str(out), "--resume", "--preset", "small"]) == 2
     assert "dim is 16, not 816" in error_of(capsys)
+    before = (out / "config.json").read_bytes()
+    assert main(["train", "--out", str(out), "--resume", "--steps", "2"]) == 2
+    assert "has done 3 steps already: --steps must be at least that" in error_of(capsys)
+    assert (out / "config.json").read_bytes() == before
     text.write_text(TEXT + "more")
     assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 2
     assert "has changed" in error_of(capsys)
@@ -806,14 +813,14 @@ def test_a_step_may_be_cut_anew_into_micro_batches(
         (["generate", "RUN", "--prompt", ""], "must not be empty"),
         (["generate", "RUN", "--prompt", "a", "--tokens", "-1"], "--tokens must be 0 or more, not -1"),
         (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature"),
-        (["generate", "RUN", "--prompt", "a", "--stop", ""], "stop"),
-        (["generate", "RUN", "--prompt", "a", "--seed", str(2**64)], "seed must be in"),
-        (["generate", "RUN", "--prompt", "a", "--num-beams", "0"], "num_beams must be"),
+        (["generate", "RUN", "--prompt", "a", "--stop", ""], "--stop must not be empty"),
+        (["generate", "RUN", "--prompt", "a", "--seed", str(2**64)], "--seed must be in"),
+        (["generate", "RUN", "--prompt", "a", "--num-beams", "0"], "--num-beams must be"),
         (["generate", "RUN", "--prompt", "a", "--num-beams", "2", "--temperature", "1"], "leave out temperature"),
         (["generate", "RUN", "--prompt", "a", "--num-beams", "2", "--draft", "RUN"], "leave out draft"),
-        (["generate", "RUN", "--prompt", "a", "--num-beams", "2", "--length-penalty", "inf"], "length_penalty"),
+        (["generate", "RUN", "--prompt", "a", "--num-beams", "2", "--length-penalty", "inf"], "--length-penalty"),
         (["generate", "RUN", "--prompt", "a", "--draft", "absent"], "no folder"),
-        (["generate", "RUN", "--prompt", "a", "--draft", "RUN", "--draft-tokens", "0"], "draft_tokens must be"),
+        (["generate", "RUN", "--prompt", "a", "--draft", "RUN", "--draft-tokens", "0"], "--draft-tokens must be"),
         (["generate", "absent", "--prompt", "a"], "no folder"),
         (["generate", "ONE", "--prompt", "a"], "is a file, not the folder of a run"),
         (["eval", "ONE", "ONE"], "at least 2 bytes"),
@@ -968,7 +975,7 @@ def test_attention_without_a_window_carries_no_state(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(text, tmp_path / "run", "--carry-state", "--layer-pattern", "gate attention") == 2
-    assert "carry_state with attention layers needs an attn_window" in error_of(capsys)
+    assert "--carry-state with attention layers needs an attn_window" in error_of(capsys)
 
 
 def test_a_model_of_the_first_format_is_still_read(
