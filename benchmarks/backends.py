@@ -15,17 +15,17 @@ from typing import Any, cast
 
 import torch
 
-from gateloop_transformer.ops.dispatch import FUSED, LACKS, TABLE, reads_layout
+from gateloop_transformer.ops.dispatch import FUSED, TABLE, reads_layout
 from gateloop_transformer.ops.pairs import Pair
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "backends.md"
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64)
-# Recurrences by the sizes of heads and the dimensions of gates that kernels tell apart; and words of LACKS.
-LOOPS: dict[str, tuple[int, int, list[str]]] = {
-    "`gate_loop`, head size 1": (1, 3, []),
-    "`gate_loop`, gates per head": (4, 3, []),
-    "`gate_loop`, gates per key channel": (4, 4, ["gates per key channel"]),
+# Recurrences by the sizes of heads and the dimensions of gates that kernels tell apart.
+LOOPS: dict[str, tuple[int, int]] = {
+    "`gate_loop`, head size 1": (1, 3),
+    "`gate_loop`, gates per head": (4, 3),
+    "`gate_loop`, gates per key channel": (4, 4),
 }
 # What runs in one pass where the backend has the function, and else is made of another operator, or of torch alone.
 AROUND = {
@@ -87,19 +87,12 @@ def devices() -> list[str]:
     return lines
 
 
-def lacks(backend: str, *needs: str) -> bool:
-    """Whether a backend has not all that is needed, in the words of LACKS."""
-    return bool(LACKS.get(backend, {}).keys() & set(needs))
-
-
 def takes(function: Any, argument: str) -> bool:
     return argument in inspect.signature(function).parameters
 
 
-def features(backend: str, operator: str, in_kernels: bool, needs: list[str]) -> tuple[str, ...]:
+def features(backend: str, operator: str, in_kernels: bool) -> tuple[str, ...]:
     """States, direction, gradients, resets, documents, torch.compile: of one operator on one backend."""
-    if lacks(backend, *needs):
-        return ("—",) * 7
     module = cast(ModuleType, TABLE[backend])
     forward, backward = (getattr(module, f"{operator}_{way}") for way in ("forward", "backward"))
     return (
@@ -107,7 +100,7 @@ def features(backend: str, operator: str, in_kernels: bool, needs: list[str]) ->
         "yes" if "tuple" in str(inspect.signature(forward).return_annotation) else "all states",
         "yes" if takes(forward, "reverse") else "—",
         "of all" if takes(backward, "grad") else "—",
-        "—" if lacks(backend, "resets") else "yes",
+        "yes",
         "in kernels" if in_kernels else "as rows of batches",
         "whole graph" if in_kernels else "whole graph, without `cu_seqlens`",
     )
@@ -117,11 +110,11 @@ def recurrences() -> list[str]:
     """Operator × backend × feature, backends that are alike in one line."""
     titles = "operator", "backends", "initial state", "final state", "`reverse`", "gradients"
     lines = header(*titles, "`resets`", "`cu_seqlens`", "`torch.compile`")
-    operators = {"`linear_scan`": {b: features(b, "linear_scan", b in FUSED, ["linear_scan"]) for b in TABLE}}
-    for title, (size, dims, needs) in LOOPS.items():
+    operators = {"`linear_scan`": {b: features(b, "linear_scan", b in FUSED) for b in TABLE}}
+    for title, (size, dims) in LOOPS.items():
         keys = torch.empty(1, 2, 3, size, device="meta")
         gates = Pair(torch.empty((1, 2, 3, size)[:dims], device="meta"))
-        operators[title] = {b: features(b, "gate_loop", reads_layout(b, keys, keys, gates), needs) for b in TABLE}
+        operators[title] = {b: features(b, "gate_loop", reads_layout(b, keys, keys, gates)) for b in TABLE}
     for title, cells in operators.items():
         for alike in dict.fromkeys(cells.values()):
             backends = [f"`{backend}`" for backend in TABLE if cells[backend] == alike]
@@ -137,8 +130,6 @@ def surroundings() -> list[str]:
         for backend in TABLE:
             if backend in FUSED and hasattr(FUSED[backend], function):
                 cells.append("one pass")
-            elif made_of is not None and lacks(backend, made_of):
-                cells.append("—")
             else:
                 cells.append("plain torch" if made_of is None else f"around `{made_of}`")
         lines.append(row(f"`{operator}`", *cells))
@@ -164,8 +155,6 @@ def page() -> str:
         "## Recurrences",
         "",
         *recurrences(),
-        "",
-        *(f"- `{b}` has no {need}: {why}." for b, reasons in LACKS.items() for need, why in reasons.items()),
         "",
         "## What surrounds them",
         "",

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from gateloop_transformer.bench.report import about
 from gateloop_transformer.ops.channel_loop import channel_gate_loop
-from gateloop_transformer.ops.dispatch import available_backends
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.linear_scan import linear_scan
 from gateloop_transformer.training.storage import write_text
@@ -95,25 +94,34 @@ def matrices() -> Iterator[tuple[str, dict[str, Any]]]:
         z = random(B, T, H, dtype=torch.float32)
         functions: dict[str, Any] = {}
 
-        def ours(q: Tensor, k: Tensor, v: Tensor, z: Tensor, turn: float, backend: str = "triton") -> Tensor:
+        def ours(q: Tensor, k: Tensor, v: Tensor, z: Tensor, turn: float) -> Tensor:
             size = torch.sigmoid(z + 3)
             gates = (size * torch.cos(turn * z), size * torch.sin(turn * z))
-            return gate_loop(q, k, v, gates if turn else gates[0], backend=backend)[0]
+            return gate_loop(q, k, v, gates if turn else gates[0], backend="triton")[0]
 
         functions["gateloop, complex gates"] = forward_and_backward(lambda *x, f=ours: f(*x, 1.0), q, k, v, z)
         functions["gateloop, real gates"] = forward_and_backward(lambda *x, f=ours: f(*x, 0.0), q, k, v, z)
-        if "fla" in available_backends(q):
-            doubled = forward_and_backward(lambda *x, f=ours: f(*x, 1.0, "fla"), q, k, v, z)
-            functions["fla, complex gates on doubled keys"] = doubled
         if (gla := optional("fla.ops.simple_gla", "chunk_simple_gla")) is not None:
             log = torch.nn.functional.logsigmoid
             functions["fla, simple_gla"] = forward_and_backward(
                 lambda q, k, v, z, f=gla, g=log: f(q, k, v, g(z + 3), scale=1.0)[0], q, k, v, z
             )
+            functions["fla, complex gates on doubled keys"] = forward_and_backward(
+                lambda q, k, v, z, f=gla, g=log: f(doubled(q, z), doubled(k, z), v, g(z + 3), scale=1.0)[0], q, k, v, z
+            )
         attend = torch.nn.functional.scaled_dot_product_attention
         turned = [x.transpose(1, 2) for x in (q, k, v)]
         functions["attention (torch)"] = forward_and_backward(lambda *x, f=attend: f(*x, is_causal=True), *turned)
         yield f"gate loop ({B}, {T}, {H} heads of {K}) bfloat16", {**functions, "bytes": 4 * B * T * H * K * 2}
+
+
+def doubled(x: Tensor, angles: Tensor) -> Tensor:
+    """Queries or keys (B, T, H, K) as two real blocks, turned by the product of all gates up to their step.
+
+    Positive gates on these compute what gates of these angles (B, T, H) do on x.
+    """
+    turns = angles.cumsum(1).unsqueeze(-1)
+    return torch.cat([x * turns.cos(), x * turns.sin()], -1).to(x.dtype)
 
 
 def optional(module: str, name: str) -> Any:

@@ -17,11 +17,6 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from gateloop_transformer.ops.dispatch import TABLE
-
-# Backends that no table of tests runs on, and why.
-AWAY = {"fla": "its package is no dependency, and runs on GPUs alone: test_fla.py tests it around a stand-in"}
-HERE = [name for name in TABLE if name not in AWAY]
 # Backends whose kernels Python interprets here, for lack of their device: what takes a compiled kernel a blink takes
 # them seconds, so laws that evaluate often do so less often, at fewer steps.
 INTERPRETED = ("triton",)

@@ -14,9 +14,10 @@ import hypothesis
 import processes
 import pytest
 import torch
-from cases import DEAR, HERE, INTERPRETABLE, INTERPRETED
+from cases import DEAR, INTERPRETABLE, INTERPRETED
 
 from gateloop_transformer import waiting
+from gateloop_transformer.ops.dispatch import TABLE
 
 # XLA compiles each shape for seconds; most of that is optimisation, which no law depends on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -103,11 +104,9 @@ def options_of(case: Any) -> set[tuple[int, ...]]:
     return {(), *((n, *(id(case.callspec.params[name.strip()]) for name in group)) for n, group in enumerate(names))}
 
 
-@pytest.fixture(params=HERE)
+@pytest.fixture(params=TABLE)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend in the dispatch table, by name, but those `cases.AWAY` names. All run here: one that cannot is an
-    error, not a skip.
-    """
+    """Every backend in the dispatch table, by name. All run here: one that cannot is an error, not a skip."""
     name: str = request.param
     return name
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gateloop_transformer.ops.backends import chunkwise, eager, fla_gpu, jax_xla, numba_cpu, triton_gpu
+from gateloop_transformer.ops.backends import chunkwise, eager, jax_xla, numba_cpu, triton_gpu
 from gateloop_transformer.ops.channels import ChannelLoop
 from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.pairs import Pair
@@ -109,19 +109,14 @@ class FusedBackend(Backend, Protocol):
         """Gradients of projections and bias."""
 
 
-# In order of preference: "auto" takes the first that has no reason against. What stands after "eager", which runs
-# everything, is taken by name only.
+# In order of preference: "auto" takes the first that has no reason against. The last, "eager", runs everything.
 TABLE: dict[str, Backend] = {
     "numba": numba_cpu,
     "triton": triton_gpu,
     "chunkwise": chunkwise,
     "jax": jax_xla,
     "eager": eager,
-    "fla": fla_gpu,
 }
-
-# What a backend has not on any tensors, and why: operators, and what may be asked of them.
-LACKS: dict[str, dict[str, str]] = {"fla": fla_gpu.LACKS}
 
 FUSED: dict[str, FusedBackend] = {"numba": numba_cpu, "triton": triton_gpu}
 
@@ -141,30 +136,26 @@ def check_name(backend: str) -> None:
         raise ValueError(f"unknown backend {backend!r}; there are 'auto', {', '.join(map(repr, TABLE))}")
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, *needs: str) -> str:
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend that will compute.
 
     Args:
         backend: "auto" or a name.
         device: of the tensors.
         dtype: of the tensors.
-        needs: what is asked of it, in the words of `LACKS`.
 
     Raises:
         ValueError: no backend has that name.
-        NotImplementedError: the backend asked for cannot run these tensors, or lacks what is needed.
+        NotImplementedError: the backend asked for cannot run these tensors.
     """
     check_name(backend)
     if backend != "auto":
-        for need in needs:
-            if why := LACKS.get(backend, {}).get(need):
-                raise NotImplementedError(f"backend {backend!r} has no {need}: {why}")
         reason = TABLE[backend].unsupported(device, dtype)
         if reason:
             raise NotImplementedError(f"backend {backend!r} cannot run {dtype} on {device}: {reason}")
         return backend
     for name, candidate in TABLE.items():
-        if candidate.unsupported(device, dtype) is None and not LACKS.get(name, {}).keys() & set(needs):
+        if candidate.unsupported(device, dtype) is None:
             return name
     reasons = "; ".join(f"{name}: {reason}" for name, reason in reasons_against(device, dtype).items())
     raise NotImplementedError(f"no backend can run {dtype} on {device}: {reasons}")
@@ -199,7 +190,7 @@ def direct(*tensors: Tensor) -> bool:
 def available_backends(example: Tensor) -> list[str]:
     """The backends that can run on tensors of `example`'s device and dtype, the preferred one first.
 
-    One that lacks an operator, or an option of it, says so when asked for it: docs/results/backends.md.
+    Each of them runs every operator with all its options: docs/results/backends.md.
 
     >>> available_backends(torch.zeros(1))[0]
     'numba'

@@ -90,7 +90,7 @@ def gate_loop(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or no backend has that name.
-        NotImplementedError: the backend asked for cannot run these tensors, or lacks what is asked of it.
+        NotImplementedError: the backend asked for cannot run these tensors.
 
     Source: T. Katsch, GateLoop (2023), arXiv 2311.01927, equations 3 to 7.
 
@@ -103,8 +103,7 @@ def gate_loop(
     layout = checks.gate_loop("gate_loop", queries, keys, values, a, start, resets, cu_seqlens)
     if isinstance(gates, tuple) != isinstance(initial, tuple) and initial is not None:
         raise ValueError("gate_loop: gates and initial must both be tensors or both be tuples (real, imaginary)")
-    needs = {"gates per key channel": a.re.ndim == 4, "resets": resets is not None}
-    chosen = choose(backend, queries.device, queries.dtype, *(name for name, needed in needs.items() if needed))
+    chosen = choose(backend, queries.device, queries.dtype)
     inputs = queries, keys, values
     if (ranks := current()) is not None:
         y, final = _over_ranks(ranks.along(reverse), *inputs, a, start, reverse, chosen, layout)

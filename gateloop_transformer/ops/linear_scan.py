@@ -49,13 +49,13 @@ def linear_scan(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or no backend has that name.
-        NotImplementedError: the backend asked for cannot run these tensors, or lacks this operator.
+        NotImplementedError: the backend asked for cannot run these tensors.
 
     >>> linear_scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)).flatten().tolist()
     [1.0, 1.5, 1.75]
     """
     layout = checks.scan("linear_scan", gates, inputs, initial, resets, cu_seqlens)
-    chosen = choose(backend, inputs.device, inputs.dtype, "linear_scan")
+    chosen = choose(backend, inputs.device, inputs.dtype)
     part = split(gates), split(inputs), None if initial is None else split(initial), reverse, chosen, layout
     if (ranks := current()) is not None:
         return _over_ranks(ranks.along(reverse), *part)

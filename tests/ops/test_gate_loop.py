@@ -12,7 +12,6 @@ import pytest
 import torch
 from cases import (
     DIRECTIONS,
-    HERE,
     INTERPRETED,
     KINDS,
     LENGTHS,
@@ -39,7 +38,7 @@ from gateloop_transformer.ops.gate_loop import _backward, _forward
 # JAX compiles every shape for seconds: the laws run at one of its shapes, the comparisons below at all.
 EACH = [
     (name, size)
-    for name in HERE
+    for name in TABLE
     for size in SIZES
     if (name, size) != ("jax", "K1V1") and ("H9" not in size or name == "numba")
 ]
@@ -79,7 +78,7 @@ def parts(args: Loop) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_every_backend_is_compared() -> None:
-    assert set(HERE) == {"eager", *(case.values[0] for case in comparisons())}
+    assert set(TABLE) == {"eager", *(case.values[0] for case in comparisons())}
 
 
 @pytest.mark.parametrize(("backend", "T", "size", "direction", "kind"), comparisons())

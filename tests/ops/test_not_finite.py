@@ -13,13 +13,14 @@ from functools import partial
 
 import pytest
 import torch
-from cases import HERE, INTERPRETED, KINDS, make_loop, make_scan
+from cases import INTERPRETED, KINDS, make_loop, make_scan
 from torch import Tensor
 
 from gateloop_transformer import GateLoopedAttention
 from gateloop_transformer.layers.state import GateLoopState
 from gateloop_transformer.ops import gate_loop, heinsen_scan, linear_scan, surrogate_attention
 from gateloop_transformer.ops.channel_loop import channel_gate_loop, simple_gate_loop
+from gateloop_transformer.ops.dispatch import TABLE
 from gateloop_transformer.ops.gates import GATES
 from gateloop_transformer.ops.head_gates import head_gates
 
@@ -32,7 +33,7 @@ Outputs = list[Tensor]
 
 
 # Those for GPUs do not keep this law yet (docs/gpu.md).
-BACKENDS = [name for name in HERE if name not in INTERPRETED]
+BACKENDS = [name for name in TABLE if name not in INTERPRETED]
 
 
 @pytest.fixture(params=BACKENDS)
