@@ -48,9 +48,8 @@ def _said(node: Any) -> Any:
 def compiled(chip: str, dtype: str) -> list[dict[str, Any]]:
     """A row for every launch on a chip."""
     import torch
-
-    from gateloop_transformer.bench.gpu_builds import CHIPS, build
-    from gateloop_transformer.bench.gpu_launches import launches
+    from gpu_builds import CHIPS, build
+    from gpu_launches import launches
 
     rows: dict[str, dict[str, Any]] = {}
     for name, launch in launches(CHIPS[chip][0], (getattr(torch, dtype),)):
@@ -65,8 +64,7 @@ def compiled(chip: str, dtype: str) -> list[dict[str, Any]]:
 def moved() -> list[dict[str, Any]]:
     """Bytes of the elementwise kernels."""
     import torch
-
-    from gateloop_transformer.bench.gpu_traffic import measure
+    from gpu_traffic import measure
 
     found = itertools.chain(*(measure(dtype) for dtype in (torch.float32, torch.bfloat16)))
     return [{**one._asdict(), "ratio": round(one.ratio, 4)} for one in found]
@@ -135,9 +133,9 @@ def main() -> int:
         print(json.dumps(moved() if options.traffic else compiled(*options.only)))
         return 0
     import triton
+    from gpu_builds import CHIPS
+    from gpu_traffic import STEPS
 
-    from gateloop_transformer.bench.gpu_builds import CHIPS
-    from gateloop_transformer.bench.gpu_traffic import STEPS
     from gateloop_transformer.training.storage import write_text
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:

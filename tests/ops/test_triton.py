@@ -5,7 +5,6 @@ Matrix states: test_triton_matrix.py. The laws of every backend are in the opera
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -21,7 +20,6 @@ import torch
 from cases import assert_equal, make_scan, nan_filled_memory, needs, rms_ratio, values_and_gradients
 from torch import Tensor
 
-from gateloop_transformer.bench.gpu_traffic import measure
 from gateloop_transformer.ops import linear_scan
 from gateloop_transformer.ops.backends import triton_gpu, triton_tuning
 from gateloop_transformer.ops.backends.triton_launch import written_down
@@ -194,23 +192,27 @@ def test_triton_takes_the_bounds_of_documents_from_another_device() -> None:
     assert listed[0].arguments["begins"].device == x.re.device
 
 
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of scripts, whose modules can be imported."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return ROOT / "benchmarks"
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_triton_moves_few_bytes_more_than_it_must() -> None:
+    from gpu_traffic import measure
+
     # Of the dtype in which what tiles hand on, in float32, weighs most.
     for traffic in measure(torch.bfloat16, 512, ("polar",)):
         assert 1 <= traffic.ratio < 1.15, traffic
 
 
-def report() -> Any:
-    spec = importlib.util.spec_from_file_location("gpu_compile", ROOT / "benchmarks" / "gpu_compile.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
+@pytest.mark.usefixtures("benchmarks")
 def test_the_page_of_compiled_triton_kernels_is_of_these_kernels() -> None:
-    module, found = report(), json.loads((ROOT / "docs" / "results" / "gpu-compile.json").read_text())
+    import gpu_compile as module
+
+    found = json.loads((ROOT / "docs" / "results" / "gpu-compile.json").read_text())
     assert found["sources"] == module.sources(), f"run `{module.COMMAND}`"
     limits = {"sm_80": 163, "sm_90": 227, "gfx942": 64}
     assert {row["chip"] for row in found["rows"]} == set(limits)
@@ -220,10 +222,11 @@ def test_the_page_of_compiled_triton_kernels_is_of_these_kernels() -> None:
 
 
 @pytest.mark.slow
-def test_triton_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    code = """
-from gateloop_transformer.bench.gpu_builds import build
-from gateloop_transformer.bench.gpu_launches import launches
+def test_triton_kernels_compile_for_a_gpu(tmp_path: Path, benchmarks: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(benchmarks)!r})"
+    code += """
+from gpu_builds import build
+from gpu_launches import launches
 import torch
 wanted = {"loop_backward, bfloat16, polar", "scan_forward, bfloat16, complex, packed", "loop_forward, bfloat16, ring"}
 wanted |= {"attend, bfloat16, 64 x 64, complex gates per head", "carry, bfloat16, 64 x 64, complex gates per head"}
