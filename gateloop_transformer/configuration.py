@@ -14,15 +14,12 @@ if TYPE_CHECKING:
     from gateloop_transformer.model import Transformer
 
 
-def option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, since: int = 1, common: bool = False
-) -> Any:
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, common: bool = False) -> Any:
     """A dataclass field with the text that the command line shows for it.
 
-    `since`: the first format that has it; files of an earlier one mean the default. `common`: one of the few that most
-    users set: --help shows it, the others are shown by --help-all.
+    `common`: one of the few that most users set: --help shows it, the others are shown by --help-all.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "since": since, "common": common})
+    return field(default=default, metadata={"help": help, "choices": choices, "common": common})
 
 
 # What did best of all that was tried (docs/results/language.md): mixers alone, whose convolved queries, keys and values
@@ -69,23 +66,21 @@ class TransformerConfig:
     head_norm: bool = option(False, "RMS norm on the output of each gate loop head")
     qk_norm: bool = option(False, "RMS norm on queries and keys")
     conv_size: int = option(0, "taps of the causal convolution in gate loop layers; 0: none")
-    conv_silu: bool = option(False, "SiLU after that convolution, which then starts at random", since=4)
-    qkv_bias: bool = option(False, "biases in gate loop layers that start at 1 for queries and keys", since=4)
+    conv_silu: bool = option(False, "SiLU after that convolution, which then starts at random")
+    qkv_bias: bool = option(False, "biases in gate loop layers that start at 1 for queries and keys")
     max_memory: float = option(
         1024, "longest memory that gates with a spread start begin with, in steps; a preset's grows with the context"
     )
-    min_memory: float = option(1.0, "shortest memory that gates with a spread start begin with, in steps", since=4)
+    min_memory: float = option(1.0, "shortest memory that gates with a spread start begin with, in steps")
     phase_spread: float = option(
-        0.0, "standard deviation of what the data first adds to the phases of a spread start, in radians", since=4
+        0.0, "standard deviation of what the data first adds to the phases of a spread start, in radians"
     )
-    spread_start: bool | None = option(
-        None, "gates begin with memories spread up to --max-memory; none: ring gates do", since=4
-    )
+    spread_start: bool | None = option(None, "gates begin with memories spread up to --max-memory; none: ring gates do")
     gate_rank: int | None = option(
-        None, "numbers of each input that the gates of gate loop layers depend on; none: all of it", since=5
+        None, "numbers of each input that the gates of gate loop layers depend on; none: all of it"
     )
-    fixed_gates: bool = option(False, "ring gates that do not depend on the data, as in an LRU", since=4)
-    attn_window: int | None = option(None, "steps that attention layers see at most; none: all", since=2)
+    fixed_gates: bool = option(False, "ring gates that do not depend on the data, as in an LRU")
+    attn_window: int | None = option(None, "steps that attention layers see at most; none: all")
     dropout: float = option(0.0, "probability of dropping an element of what a block adds")
 
     def mixers(self) -> list[str]:

@@ -34,7 +34,7 @@ OTHERS = {
     "post_ln_norm", "sub_ln", "head_norm", "qk_norm", "conv_size", "qkv_bias", "max_memory", "min_memory",
     "phase_spread", "spread_start", "gate_rank", "fixed_gates", "dropout",
 }  # fmt: skip
-NEWEST_FORMAT = 5
+FORMAT = 5
 # What damaged files end in.
 UNREADABLE = (
     OSError,
@@ -53,12 +53,12 @@ def read_config(folder: Path) -> tuple[dict[str, Any], bool]:
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if values.get("model_type") == "gateloop" and "model" not in values:
         fields, is_bytes = values, values["vocab_size"] == 256
-    elif "model" in values and 1 <= values.get("format", 0) <= NEWEST_FORMAT:
-        fields, is_bytes = values["model"], values["tokenizer"] in ("bytes", {"kind": "bytes"})
+    elif "model" in values and values.get("format") == FORMAT:
+        fields, is_bytes = values["model"], values["tokenizer"] == {"kind": "bytes"}
         if unknown := sorted(fields.keys() - FIELDS.keys() - OTHERS):
             raise ValueError(f"config.json has fields that are not known here: {', '.join(unknown)}")
     else:
-        raise ValueError("config.json is not a GateLoop model's, or is of a newer format")
+        raise ValueError("config.json is not a GateLoop model's, or is of another format")
     if fields.get("data_dependent_rel_pos", "none") not in ("none", False):
         raise ValueError("attention with data_dependent_rel_pos is not computed here")
     return {name: fields.get(name, default) for name, default in FIELDS.items()}, is_bytes

@@ -12,16 +12,14 @@ from typing import Any
 
 from transformers.utils import logging
 
-from gateloop_transformer.data.tokenizer import TOKENIZER
 from gateloop_transformer.data.writing import make_folder
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import GateLoopForCausalLM
-from gateloop_transformer.stored import as_text, read_json
-from gateloop_transformer.training.config import RunConfig, is_flat
+from gateloop_transformer.stored import as_text
+from gateloop_transformer.training.config import RunConfig
 from gateloop_transformer.training.curves import read_records
 from gateloop_transformer.training.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
 from gateloop_transformer.training.storage import read_tensors, write_tensors, write_text
-from gateloop_transformer.training.weights import CONFIG
 
 CARD = "README.md"
 
@@ -38,9 +36,6 @@ def convert(run: str | os.PathLike[str], **options: Any) -> GateLoopForCausalLM:
     """
     whole, path = load_model(run), Path(run)
     config = GateLoopConfig.from_pretrained(path)
-    if config.eos_token_id is None and not is_flat(read_json(path / CONFIG)) and (path / TOKENIZER).exists():
-        # Earlier runs did not write it down.
-        config.eos_token_id = load_tokenizer(run).end
     for name, value in options.items():
         if not hasattr(config, name):
             raise ValueError(f"convert: GateLoopConfig has no field {name!r}")

@@ -35,7 +35,7 @@ class GateLoopConfig(PreTrainedConfig):
         kwargs: fields of TransformerConfig; and of PreTrainedConfig.
 
     Raises:
-        ValueError: an unknown field, one given two values by two names, a value of the wrong type, a newer format, or
+        ValueError: an unknown field, one given two values by two names, a value of the wrong type, another format, or
             tied embeddings.
 
     >>> GateLoopConfig(dim=64, depth=2, gate="ring").hidden_size

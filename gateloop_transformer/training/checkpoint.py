@@ -155,10 +155,6 @@ def verify(path: Path) -> None:
     Raises:
         DamageError: one has not, or is missing.
     """
-    if (path / "random.safetensors").exists():
-        raise ValueError(
-            f"{str(path)!r} is of an earlier version, whose runs this one cannot continue; their models can be used"
-        )
     checksums = read_json(path / CHECKSUMS)
     if not isinstance(checksums, dict) or not {MODEL, OPTIMIZER, PROGRESS} <= checksums.keys():
         raise DamageError(f"{str(path / CHECKSUMS)!r} is damaged: it lacks files of a checkpoint")
@@ -222,8 +218,8 @@ def read(path: Path, config: RunConfig) -> Snapshot:
 
 def _read_progress(path: Path) -> Progress:
     values, kinds = read_json(path), value_types(Progress)
-    if not isinstance(values, dict) or not values.keys() <= kinds.keys():
-        raise DamageError(f"{str(path)!r} is damaged or of another version: it says more than {', '.join(kinds)}")
+    if not isinstance(values, dict) or values.keys() != kinds.keys():
+        raise DamageError(f"{str(path)!r} is damaged: it must hold {', '.join(kinds)}, and nothing else")
     for name, value in values.items():
         if not (type(value) in kinds[name] or (float in kinds[name] and type(value) is int)):
             raise DamageError(f"{str(path)!r} is damaged: {name} cannot be {value!r}")

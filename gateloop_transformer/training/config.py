@@ -61,9 +61,8 @@ class TrainingConfig:
         "cosine",
         "after the warm-up: cosine falls to the end; wsd stays, then falls during the last part; constant stays",
         ("cosine", "wsd", "constant"),
-        since=3,
     )
-    decay: float = option(0.2, "fraction of the run in which the learning rate of wsd falls", since=3)
+    decay: float = option(0.2, "fraction of the run in which the learning rate of wsd falls")
     weight_decay: float = option(0.1, "of matrices, gates and embeddings excepted")
     beta1: float = option(0.9, "of AdamW")
     beta2: float = option(0.95, "of AdamW")
@@ -80,22 +79,17 @@ class TrainingConfig:
     checkpoint_every: int = option(100, "steps between checkpoints")
     keep: int = option(2, "how many checkpoints to keep")
     carry_state: bool = option(
-        False, "windows follow each other in the text, each from the state that the one before ended with", since=2
+        False, "windows follow each other in the text, each from the state that the one before ended with"
     )
-    ema: float = option(
-        0.0, "decay a step of an average of the weights, which is validated and published; 0: none", since=3
-    )
-    z_loss: float = option(0.0, "weight of the squared log-normaliser in the loss; 0: none", since=3)
-    skip_nonfinite: int = option(0, "batches with a loss or gradient that is not finite to pass over in all", since=3)
-    parallel: str = option(
-        "ddp", "each process has all weights (ddp), or a part of each (fsdp)", ("ddp", "fsdp"), since=3
-    )
-    context_parallel: int = option(1, "processes that share each window, a part of its time each", since=3)
+    ema: float = option(0.0, "decay a step of an average of the weights, which is validated and published; 0: none")
+    z_loss: float = option(0.0, "weight of the squared log-normaliser in the loss; 0: none")
+    skip_nonfinite: int = option(0, "batches with a loss or gradient that is not finite to pass over in all")
+    parallel: str = option("ddp", "each process has all weights (ddp), or a part of each (fsdp)", ("ddp", "fsdp"))
+    context_parallel: int = option(1, "processes that share each window, a part of its time each")
     track: str = option(
         "auto",
         "where else metrics go; auto: to TensorBoard where that is installed",
         ("auto", "none", "tensorboard", "wandb", "trackio"),
-        since=3,
     )
 
     @property
@@ -156,7 +150,7 @@ class TokenizerConfig:
     """Which tokens a model reads: bytes, or those of a BPE tokenizer.
 
     kind: "bytes" or "bpe". size: of the vocabulary. sha256: of the tokenizer.json in the run's folder; None: bytes.
-    end: the token after each document; None: there is none, or it was not written down.
+    end: the token after each document; None: there is none.
     """
 
     kind: str = "bytes"
@@ -179,12 +173,12 @@ class TokenizerConfig:
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> TokenizerConfig:
-        """The inverse of `to_json`; before format 3 there was the word "bytes".
+        """The inverse of `to_json`.
 
         Raises:
             ValueError: an unknown kind, or a value that is missing or of the wrong type.
         """
-        if values in ("bytes", {"kind": "bytes"}):
+        if values == {"kind": "bytes"}:
             return cls()
         if not isinstance(values, dict) or values.get("kind") != "bpe":
             raise ValueError(f"{where}: unknown tokenizer {values!r}; there are 'bytes' and 'bpe'")
@@ -228,42 +222,39 @@ class RunConfig:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: a newer format, an unknown or missing entry, or a value of the wrong type.
+            ValueError: another format, an unknown or missing entry, or a value of the wrong type.
         """
         if is_flat(values):
             raise ValueError(f"{where} describes a model alone, not a run of 'gateloop train'")
-        version = read_format(values, where)
+        check_format(values, where)
         tokenizer = TokenizerConfig.from_json(values.get("tokenizer"), where)
         end = values.get("eos_token_id")
         if type(end) is int:
             tokenizer = dataclasses.replace(tokenizer, end=end)
-        data = values.get("data")
-        # Earlier formats hashed other splits of the same data.
-        digest = values.get("data_sha256") if version >= 3 else None
-        name = values.get("field")
+        data, digest, name = (values.get(entry) for entry in ("data", "data_sha256", "field"))
         for entry in (data, digest, name):
             if not (entry is None or isinstance(entry, str)):
                 raise ValueError(f"{where}: data, data_sha256 and field must be texts or null, not {entry!r}")
-        model = build(TransformerConfig, values.get("model"), f"{where}, model", version)
-        training = build(TrainingConfig, values.get("training"), f"{where}, training", version)
+        model = build(TransformerConfig, values.get("model"), f"{where}, model")
+        training = build(TrainingConfig, values.get("training"), f"{where}, training")
         return cls(model, training, data, digest, name, tokenizer)
 
 
-def read_format(values: Any, where: str) -> int:
-    """The format of a config.json.
+def check_format(values: Any, where: str) -> None:
+    """A config.json is of the format that is written here.
 
     Raises:
-        ValueError: it has none, or a newer one.
+        ValueError: it has none, or is of another.
     """
     version = values.get("format") if isinstance(values, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"{where} is not the configuration of a run")
-    if version > FORMAT:
+    if version != FORMAT:
+        writer = "a newer version" if version > FORMAT else "no release"
         raise ValueError(
-            f"{where} is of format {version}, newer than this version of gateloop-transformer reads "
-            f"({FORMAT}); install a newer one"
+            f"{where} is of format {version}, which {writer} of gateloop-transformer has written; this version reads "
+            f"format {FORMAT} alone"
         )
-    return version
 
 
 def is_flat(values: Any) -> bool:
@@ -280,14 +271,15 @@ def read_flat(values: dict[str, Any], where: str) -> tuple[TransformerConfig, in
     """A model and the size of its vocabulary.
 
     Raises:
-        ValueError: a newer format, an unknown entry, or a value of the wrong type.
+        ValueError: another format, an unknown entry, or a value of the wrong type.
     """
-    version, size = read_format(values, where), values.get("vocab_size")
+    check_format(values, where)
+    size = values.get("vocab_size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"{where}: vocab_size must be an integer of 1 or more, not {size!r}")
     own = {name: value for name, value in values.items() if name not in FOREIGN | {"format", "vocab_size"}}
     # What transformers' users leave out means the default.
-    return build(TransformerConfig, {**dataclasses.asdict(TransformerConfig()), **own}, where, version), size
+    return build(TransformerConfig, {**dataclasses.asdict(TransformerConfig()), **own}, where), size
 
 
 Config = typing.TypeVar("Config", TransformerConfig, TrainingConfig)
@@ -302,21 +294,14 @@ def value_types(kind: type) -> dict[str, tuple[type, ...]]:
     }
 
 
-def with_later_fields(kind: type, values: dict[str, Any], version: int) -> dict[str, Any]:
-    """Values of a file of format `version` with the defaults of fields that came later."""
-    later = {item.name: item.default for item in dataclasses.fields(kind) if item.metadata["since"] > version}
-    return {**later, **values}
-
-
-def build(kind: type[Config], values: Any, where: str, version: int = FORMAT) -> Config:
-    """A dataclass from plain values of a file of format `version`, every field present and of its type.
+def build(kind: type[Config], values: Any, where: str) -> Config:
+    """A dataclass from plain values, every field present and of its type.
 
     Raises:
         ValueError: an entry is unknown, missing, of the wrong type or outside the choices.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected an object with the fields of {kind.__name__}")
-    values = with_later_fields(kind, values, version)
     accepted = value_types(kind)
     unknown, missing = sorted(set(values) - set(accepted)), sorted(set(accepted) - set(values))
     if unknown or missing:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gateloop_transformer.stored import DamageError, parse_json, read_json
+from gateloop_transformer.stored import DamageError, parse_json
 
 AGAINST = ("tokens", "time", "steps")
 # What a record may say that is read here.
@@ -32,13 +32,9 @@ class Points:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run's metrics.jsonl says: its name, losses in training and validations.
-
-    bytewise: both are in bits per byte; losses of BPE runs of earlier versions are in bits per token.
-    """
+    """What a run's metrics.jsonl says: its name, losses in training and validations, both in bits per byte."""
 
     name: str
-    bytewise: bool = True
     train: Points = field(default_factory=Points)
     valid: Points = field(default_factory=Points)
 
@@ -86,7 +82,7 @@ def read_curve(folder: Path, name: str | None = None) -> Curve:
     if not metrics.is_file():
         raise ValueError(f"{str(folder)!r} has no metrics.jsonl: it holds no run that has begun")
     name = folder.resolve().name if name is None else name
-    curve = curve_of(read_records(metrics), name, is_bytewise(folder))
+    curve = curve_of(read_records(metrics), name)
     if not curve.train.steps and not curve.valid.steps:
         raise ValueError(f"{str(metrics)!r} holds no losses yet")
     return curve
@@ -114,29 +110,21 @@ def summary(curve: Curve) -> dict[str, Any]:
         "steps": ends["steps"],
         "tokens": ends["tokens"],
         "seconds": ends["time"],
-        "train_bits_per_byte": train.bits[-1] if train.bits and curve.bytewise else None,
+        "train_bits_per_byte": train.bits[-1] if train.bits else None,
         "bits_per_byte": valid.bits[-1] if valid.bits else None,
         "best_bits_per_byte": min(valid.bits, default=None),
     }
 
 
-def is_bytewise(folder: Path) -> bool:
-    """Whether config.json says so; where there is none, there is nothing that says otherwise."""
-    try:
-        config = read_json(folder / "config.json")
-    except DamageError:
-        return True
-    return not isinstance(config, dict) or config.get("tokenizer", "bytes") in ("bytes", {"kind": "bytes"})
-
-
-def curve_of(records: Sequence[dict[str, Any]], name: str, bytewise: bool = True) -> Curve:
+def curve_of(records: Sequence[dict[str, Any]], name: str) -> Curve:
     """Training and validation points; tokens and seconds of a validation are those of the training at its step."""
-    curve = Curve(name, bytewise or any("train_bits_per_byte" in record for record in records))
+    curve = Curve(name)
     places: dict[int, tuple[float, float]] = {}
     for record in records:
         step = record["step"]
         tokens, seconds = places.get(step, (math.nan, math.nan))
         places[step] = float(record.get("tokens", tokens)), float(record.get("seconds", seconds))
+        # With bytes as tokens the loss says the same in nats, and nothing else is written.
         loss = ("train_bits_per_byte", 1.0) if "train_bits_per_byte" in record else ("loss", math.log(2))
         for (key, unit), points in ((loss, curve.train), (("bits_per_byte", 1.0), curve.valid)):
             if key in record:

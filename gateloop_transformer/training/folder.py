@@ -159,7 +159,7 @@ def read_config(folder: Path) -> RunConfig:
     """Read the config.json of a run.
 
     Raises:
-        ValueError: the folder holds no run, or the file is damaged or of a newer format.
+        ValueError: the folder holds no run, or the file is damaged or of another format.
     """
     return RunConfig.from_json(_config(folder), repr(str(folder / CONFIG)))
 
@@ -178,7 +178,7 @@ def read_model_config(folder: Path) -> tuple[TransformerConfig, int]:
     """The model of a run, or that of a folder that transformers wrote, and the size of its vocabulary.
 
     Raises:
-        ValueError: the folder holds neither, or a file is damaged or of a newer format.
+        ValueError: the folder holds neither, or a file is damaged or of another format.
     """
     values, where = _config(folder), repr(str(folder / CONFIG))
     if is_flat(values):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateloop_transformer.pictures import empty_figure, name_lines, save_png
-from gateloop_transformer.training.curves import AGAINST, Curve, curve_of, is_bytewise, read_records, values_of
+from gateloop_transformer.training.curves import AGAINST, Curve, curve_of, read_records, values_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,16 +45,14 @@ def draw_curve(metrics: Path, target: Path) -> None:
     """
     figure = empty_figure(7, 4.5)
     axes = figure.subplots()
-    curve = curve_of(read_records(metrics), "", is_bytewise(metrics.parent))
+    curve = curve_of(read_records(metrics), "")
     train, valid = curve.train, curve.valid
     if train.bits:
-        label = "training (smoothed)" if curve.bytewise else "training (smoothed), bits per token"
         axes.plot(train.steps, train.bits, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(train.steps, _smooth(train.bits), color="tab:blue", label=label)
+        axes.plot(train.steps, _smooth(train.bits), color="tab:blue", label="training (smoothed)")
     if valid.bits:
-        label = "validation" if curve.bytewise else "validation, bits per byte"
-        axes.plot(valid.steps, valid.bits, "o-", color="tab:orange", label=label)
-    axes.set(xlabel="steps", ylabel=_SEEN if curve.bytewise else "bits")
+        axes.plot(valid.steps, valid.bits, "o-", color="tab:orange", label="validation")
+    axes.set(xlabel="steps", ylabel=_SEEN)
     axes.grid(alpha=0.3)
     if train.steps or valid.steps:
         axes.legend()
@@ -166,18 +164,14 @@ def _colors(count: int) -> list[Any]:
 
 
 def _draw(axes: Axes, curve: Curve, what: str, unit: float, color: Any) -> None:
-    """One run: faint losses, their average, validation points. Bits per token have no place beside bits per byte.
-
-    One of the lines is labelled, for the legend to name.
-    """
+    """One run: faint losses, their average, validation points. One of them is labelled, for the legend to name."""
     train, valid = curve.train, curve.valid
-    shown = bool(train.bits) and curve.bytewise
-    if shown:
+    if train.bits:
         places = [value / unit for value in train.against(what)]
         axes.plot(places, train.bits, color=color, alpha=0.12, linewidth=0.8)
         axes.plot(places, _smooth(train.bits), color=color, label="run")
     places = [value / unit for value in valid.against(what)]
-    style, label = ("o", None) if shown else ("o-", "run")
+    style, label = ("o", None) if train.bits else ("o-", "run")
     axes.plot(places, valid.bits, style, color=color, label=label, markeredgecolor="white", zorder=3)
 
 
@@ -201,7 +195,7 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float] | tuple[None, None]:
     """The heights to show: from the least to where the smoothed losses are after the first tenth, or all of it."""
     shown = []
     for curve in curves:
-        losses = [bits for bits in _smooth(curve.train.bits) if math.isfinite(bits)] if curve.bytewise else []
+        losses = [bits for bits in _smooth(curve.train.bits) if math.isfinite(bits)]
         shown += losses[len(losses) // 20 :] + [bits for bits in curve.valid.bits if math.isfinite(bits)]
     if not shown or max(shown) == min(shown):
         return None, None

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.stored import DamageError, parse_json, read_json
-from gateloop_transformer.training.config import with_later_fields
 from gateloop_transformer.training.storage import opened_tensors
 
 CONFIG, MODEL, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -78,7 +77,7 @@ def describe(config: TransformerConfig) -> str:
 
 
 def check_written_for(path: Path, metadata: Mapping[str, str], config: TransformerConfig) -> None:
-    """A file of weights that says whose they are is of this model, written in this format or in an earlier one.
+    """A file of weights that says whose they are is of this model.
 
     Raises:
         ValueError: it is another's.
@@ -86,8 +85,8 @@ def check_written_for(path: Path, metadata: Mapping[str, str], config: Transform
     if (text := metadata.get("model")) is None:
         return
     described = None
-    with contextlib.suppress(DamageError, TypeError):
-        described = with_later_fields(TransformerConfig, parse_json(text, repr(str(path))), 1)
+    with contextlib.suppress(DamageError):
+        described = parse_json(text, repr(str(path)))
     if described != vars(config):
         raise ValueError(f"{str(path)!r} does not fit {CONFIG}: it was written for {text}")
 

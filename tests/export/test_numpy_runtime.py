@@ -18,7 +18,7 @@ from options import ATTENTION, GATES, build, config
 from safetensors.torch import save_file
 
 from gateloop_transformer import Transformer, TransformerConfig, numpy_runtime
-from gateloop_transformer.numpy_runtime import FIELDS, NEWEST_FORMAT, OTHERS, Model
+from gateloop_transformer.numpy_runtime import FIELDS, OTHERS, Model
 from gateloop_transformer.training.config import FORMAT, RunConfig, TokenizerConfig
 from gateloop_transformer.training.folder import publish, write_config
 
@@ -84,7 +84,7 @@ def test_every_field_of_a_config_is_known() -> None:
     fields = {item.name: item.default for item in dataclasses.fields(TransformerConfig)}
     assert fields.keys() == FIELDS.keys() | OTHERS
     assert {name: fields[name] for name in FIELDS} == FIELDS
-    assert NEWEST_FORMAT == FORMAT
+    assert numpy_runtime.FORMAT == FORMAT
 
 
 def test_the_file_alone_writes_the_text(tmp_path: Path) -> None:
@@ -141,7 +141,8 @@ def _change(folder: Path, **changes: Any) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "Expecting"),
         (lambda folder: (folder / "config.json").write_text("[]"), "list"),
         (lambda folder: (folder / "config.json").write_text("{}"), r"config\.json is not a GateLoop model's"),
-        (lambda folder: _change(folder, format=NEWEST_FORMAT + 1), "is of a newer format"),
+        (lambda folder: _change(folder, format=FORMAT + 1), "is of another format"),
+        (lambda folder: _change(folder, format=FORMAT - 1), "is of another format"),
         (lambda folder: _change(folder, model={"later": 1}), "fields that are not known here: later"),
         (lambda folder: _change(folder, model={"data_dependent_rel_pos": "gate_loop"}), "is not computed here"),
         (lambda folder: _change(folder, model={"layer_pattern": "gate other"}), "'other'"),

@@ -25,6 +25,7 @@ from transformers import (
 from gateloop_transformer import load_model
 from gateloop_transformer.huggingface import GateLoopConfig, GateLoopForCausalLM, GateLoopModel
 from gateloop_transformer.huggingface.cache import CACHE_NAME
+from gateloop_transformer.training.config import FORMAT, IDENTITY
 
 
 def tokens(B: int = 3, T: int = 20) -> Tensor:
@@ -312,7 +313,8 @@ def test_wrong_input_is_refused() -> None:
         ({"foo": 1}, "unknown: foo"),
         ({"dim": "wide"}, "dim must be one of int"),
         ({"gate": "new"}, "gate must be one of polar, paper, ring"),
-        ({"format": 99}, "format 99, newer than this version"),
+        ({"format": 99}, "format 99, which a newer version"),
+        ({"format": 1}, "format 1, which no release"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"vocab_size": 0}, "vocab_size must be"),
     ],
@@ -320,7 +322,7 @@ def test_wrong_input_is_refused() -> None:
 def test_wrong_configurations_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         GateLoopConfig(**values)
-    file = {"model_type": "gateloop", "architectures": ["GateLoopForCausalLM"], "format": 4, "vocab_size": 9, **values}
+    file = {**IDENTITY, "format": FORMAT, "vocab_size": 9, **values}
     (tmp_path / "config.json").write_text(json.dumps(file))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from gateloop_transformer.training.plot import draw_curve, draw_rates
 PNG = b"\x89PNG"
 
 
-def make_run(folder: Path, steps: int = 20, tail: str = "", **config: Any) -> Path:
+def make_run(folder: Path, steps: int = 20, tail: str = "") -> Path:
     folder.mkdir(parents=True)
     lines: list[dict[str, Any]] = []
     for n in range(1, steps + 1):
@@ -27,8 +27,6 @@ def make_run(folder: Path, steps: int = 20, tail: str = "", **config: Any) -> Pa
         if n % 10 == 0:
             lines.append({"step": n, "bits_per_byte": 2.5 - n / 100, "sample": "text"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
-    if config:
-        (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -40,11 +38,16 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_points_of_a_run_and_half_a_last_line(tmp_path: Path) -> None:
     curve = read_curve(make_run(tmp_path / "run", tail='{"step": 21, "lo'))
-    assert (curve.name, curve.bytewise) == ("run", True)
+    assert curve.name == "run"
     assert curve.train.steps == list(range(1, 21))
     assert curve.train.bits == pytest.approx([2 + 4 / n for n in range(1, 21)])
     # Tokens and time of a validation are those of the step before it.
     assert curve.valid == Points([1000.0, 2000.0], [5.0, 10.0], [10, 20], [2.4, 2.3])
+
+
+def test_losses_of_other_tokens_than_bytes_are_read_in_bits_per_byte(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0, "train_bits_per_byte": 2.5}\n')
+    assert read_curve(tmp_path).train.bits == [2.5]
 
 
 def test_several_runs_are_drawn_and_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,32 +78,6 @@ def test_runs_that_have_only_begun_are_drawn(tmp_path: Path, capsys: pytest.Capt
     assert "run: no validation yet after 2 steps" in capsys.readouterr().out
     draw_curve(run / "metrics.jsonl", run / "loss.png")
     assert (run / "loss.png").read_bytes().startswith(PNG)
-
-
-def test_bits_per_token_are_not_drawn_beside_bits_per_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gateloop_transformer.training import plot
-
-    markers: list[list[str]] = []
-    names: list[list[str]] = []
-    real = plot.save_png
-
-    def save(figure: Any, target: Path) -> None:
-        (legend,) = figure.legends or [figure.axes[0].get_legend()]
-        markers.append([line.get_marker() for line in figure.axes[0].lines])
-        names.append([text.get_text() for text in legend.get_texts()])
-        real(figure, target)
-
-    monkeypatch.setattr(plot, "save_png", save)
-    curves = [
-        read_curve(make_run(tmp_path / "bpe", tokenizer={"kind": "bpe", "size": 512})),
-        read_curve(make_run(tmp_path / "own", tokenizer={"kind": "bytes"})),
-    ]
-    plot.draw_curves(curves, tmp_path / "x.png", ["steps"])
-    # Validations alone of the first; faint and smoothed losses, and validations, of the second.
-    assert markers == [["o", "None", "None", "o"]]
-    assert names == [["bpe", "own"]]
-    draw_curve(tmp_path / "bpe" / "metrics.jsonl", tmp_path / "loss.png")
-    assert names[1] == ["training (smoothed), bits per token", "validation, bits per byte"]
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
