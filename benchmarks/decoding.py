@@ -20,9 +20,10 @@ from gateloop_transformer import Transformer, quantize
 from gateloop_transformer.bench.report import about, about_line
 from gateloop_transformer.bench.timing import Times, interleaved
 from gateloop_transformer.data.corpus import load_corpus
+from gateloop_transformer.data.tokenizer import ByteTokenizer
 from gateloop_transformer.generation import DraftReport
 from gateloop_transformer.layers.quantized import KINDS, SmallLinear
-from gateloop_transformer.training.evaluation import bits_per_byte
+from gateloop_transformer.training.evaluation import score
 from gateloop_transformer.training.folder import METRICS, load_model, load_tokenizer, read_config
 
 PROMPT, NEW, LONG, BLOCKS = 256, 128, 4096, (2, 4)
@@ -79,7 +80,7 @@ def read_long(model: Transformer, ids: torch.Tensor) -> Callable[[], object]:
 def precision(folder: Path, text: Any, data: Any, budget: float) -> list[str]:
     """Bits per byte and speeds of each kind of weights."""
     models = {kind: quantize(load_model(folder), kind).eval() for kind in KINDS}
-    bits = {kind: bits_per_byte(model, data) for kind, model in models.items()}
+    bits = {kind: score(model, [data], ByteTokenizer()).bits_per_byte for kind, model in models.items()}
     prompt, long = text[:, :PROMPT], text[:, :LONG]
     state = {kind: model(prompt, return_state=True)[1] for kind, model in models.items()}
     last = prompt[:, -1:]
@@ -128,7 +129,8 @@ def drafts(folder: Path, small: list[Path], text: Any, data: Any, budget: float)
             for temperature in (0.0, 0.8):
                 rows += compare(model, candidates, kind, temperature, text, budget)
     lines = [
-        f"- {path.name}: {describe(path)}, {bits_per_byte(load_model(path), data):.3f} bits per byte"
+        f"- {path.name}: {describe(path)}, "
+        f"{score(load_model(path), [data], ByteTokenizer()).bits_per_byte:.3f} bits per byte"
         for path in [folder, *small]
     ]
     head = ["weights", "temperature", "draft", "drafted at once", "accepted", "bytes/s"]

@@ -43,7 +43,7 @@ class Writer:
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], limit: int = SHARD) -> None:
-        self._folder, self.name, self._dtype = folder, name, dtype
+        self._folder, self.name = folder, name
         self._room = max(1, limit // dtype.itemsize)
         self._file: BinaryIO | None = None
         self._starts = (folder / f"{name}-starts.bin").open("wb")

@@ -130,11 +130,6 @@ class GateLoopConfig(PreTrainedConfig):
         return types if attention in types else ["hybrid", *types[1:]]
 
     @classmethod
-    def from_transformer_config(cls, config: TransformerConfig, vocab_size: int, **kwargs: Any) -> GateLoopConfig:
-        """The same model in transformers' terms; kwargs: further fields."""
-        return cls(vocab_size=vocab_size, **dataclasses.asdict(config), **kwargs)
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """From the contents of a config.json, of a run or flat.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,6 @@ from gateloop_transformer.jax.parts import (
     rms_norm,
 )
 from gateloop_transformer.jax.states import GateLoopState, SimpleGateLoopState, check_state
-
-
-class Layer(Protocol):
-    """A description."""
-
-    def init(self, key: Array) -> Params:
-        """Parameters to start from."""
-
-    def apply(self, params: Params, x: Array, **options: Any) -> Any:
-        """What the layer makes of x."""
 
 
 def check_input(layer: str, x: Any, dim: int) -> Array:

@@ -16,12 +16,9 @@ from gateloop_transformer.data.writing import remove, sync
 from gateloop_transformer.layers.state import TransformerState, load_state, save_state
 from gateloop_transformer.stored import DamageError, read_json
 from gateloop_transformer.training.config import RunConfig, value_types
-from gateloop_transformer.training.folder import CHECKPOINTS, load_model, publish, published_in, read_weights, steps
+from gateloop_transformer.training.folder import CHECKPOINTS, publish, published_in, read_weights, steps
 from gateloop_transformer.training.storage import digest, read_tensors, write_tensors, write_text
 from gateloop_transformer.training.weights import MODEL, describe
-
-# Where users found it before there was `gateloop_transformer.load_model`.
-__all__ = ["load_model"]
 
 OPTIMIZER, AVERAGE, CARRIED, PROGRESS, CHECKSUMS = (
     "optimizer.safetensors",

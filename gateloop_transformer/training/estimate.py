@@ -165,19 +165,12 @@ def _communication(model: Transformer, spread: Spread, rows: int, length: int, m
     return Communication(round(2 * part * weights), 0, states)
 
 
-def estimate(
-    config: RunConfig,
-    spread: Spread | None = None,
-    *,
-    vocabulary: int | None = None,
-    device: str = "cpu",
-) -> Estimate:
+def estimate(config: RunConfig, spread: Spread | None = None, *, device: str = "cpu") -> Estimate:
     """What a run needs. Nothing of the model's size is allocated or computed.
 
     Args:
         config: of the run.
         spread: how it is spread; None: one process.
-        vocabulary: size of the vocabulary; None: the configuration's.
         device: "cpu" or "cuda": what layers keep depends on the kernels there. "cuda" needs a GPU.
 
     Raises:
@@ -187,7 +180,7 @@ def estimate(
     options = config.training
     if options.context < spread.context_parallel:
         raise ValueError(f"a context of {options.context} cannot be shared by {spread.context_parallel} processes")
-    size = config.tokenizer.size if vocabulary is None else vocabulary
+    size = config.tokenizer.size
     rows, micro = spread.windows(options)
     length = math.ceil(options.context / spread.context_parallel)
     kept = _trace(config, size, rows, length, device)

@@ -159,28 +159,3 @@ def in_blocks(arrays: Iterable[npt.NDArray[Any]], size: int) -> Iterator[npt.NDA
                 held, missing = [], size
     if held:
         yield np.concatenate(held)
-
-
-def bits_per_byte(
-    model: Transformer,
-    data: npt.NDArray[Any],
-    block: int = 1024,
-    report: Callable[[int], object] | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> float:
-    """Bits per byte of a whole text, as `score` reads it.
-
-    Args:
-        model: is put in evaluation mode meanwhile.
-        data: the text's tokens, at least 2.
-        block: as of `score`.
-        report: as of `score`.
-        tokenizer: of the tokens; None: they are bytes.
-
-    Raises:
-        ValueError: fewer than 2 tokens.
-        RuntimeError: the loss is not finite.
-    """
-    if len(data) < 2:
-        raise ValueError(f"evaluation needs at least 2 bytes of text, got {len(data)}")
-    return score(model, [data], tokenizer or ByteTokenizer(), block, report).bits_per_byte

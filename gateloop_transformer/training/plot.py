@@ -203,11 +203,11 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float] | tuple[None, None]:
     return min(shown) - margin, max(shown) + margin
 
 
-def _smooth(values: list[float], longest: float = 0.95) -> list[float]:
-    """Exponential moving average whose memory grows to `longest`: short at the start, where losses fall fast."""
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential moving average whose memory grows to 0.95: short at the start, where losses fall fast."""
     average, smoothed = 0.0, []
     for n, value in enumerate(values):
-        memory = min(longest, n / (n + 8))
+        memory = min(0.95, n / (n + 8))
         average = memory * average + (1 - memory) * value
         smoothed.append(average)
     return smoothed

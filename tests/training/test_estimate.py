@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gateloop_transformer import Transformer
 from gateloop_transformer.cli import main
 from gateloop_transformer.configuration import TransformerConfig
-from gateloop_transformer.training.config import RunConfig, TrainingConfig, resolve
+from gateloop_transformer.training.config import RunConfig, TokenizerConfig, TrainingConfig, resolve
 from gateloop_transformer.training.estimate import estimate
 from gateloop_transformer.training.needs import Spread
 from gateloop_transformer.training.presets import PRESETS
@@ -32,6 +32,10 @@ ODD: list[dict[str, Any]] = [
     {"gate": "ring", "ff_mult": 0, "conv_size": 4, "conv_silu": True, "qkv_bias": True},
     {"ablate_complex": True, "gate_loop_heads": 2, "gate": "paper"},
 ]
+
+
+def with_tokens(run: RunConfig, count: int) -> RunConfig:
+    return dataclasses.replace(run, tokenizer=TokenizerConfig("bpe", count, ""))
 
 
 def run_of(options: dict[str, Any], **training: Any) -> RunConfig:
@@ -61,7 +65,7 @@ def bytes_kept(model: Transformer, ids: Tensor, narrow: bool) -> int:
 def test_parameters_and_what_is_kept_are_those_of_the_model(options: dict[str, Any], precision: str) -> None:
     run = run_of(options, precision=precision)
     random = torch.get_rng_state()
-    found = estimate(run, vocabulary=40)
+    found = estimate(with_tokens(run, 40))
     assert torch.equal(torch.get_rng_state(), random)
     model = Transformer(**{**run.model.arguments(), "num_tokens": 40})
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -107,7 +111,7 @@ def test_attention_counts_the_keys_that_a_step_sees() -> None:
 @pytest.mark.parametrize("vocabulary", [256, 32768])
 def test_presets_are_of_their_size(preset: str, vocabulary: int) -> None:
     run = resolve(preset, {"context": 8, "max_memory": 8}, None)
-    found = estimate(run, vocabulary=vocabulary).parameters
+    found = estimate(with_tokens(run, vocabulary)).parameters
     with torch.device("meta"):
         model = Transformer(**{**run.model.arguments(), "num_tokens": vocabulary})
     assert found == sum(parameter.numel() for parameter in model.parameters())
@@ -230,7 +234,7 @@ def test_a_start_says_its_needs_and_warns_where_memory_is_short(
 
 def test_memory_has_room_for_the_gradients_of_wide_mixers() -> None:
     run = run_of({"ff_mult": 0, "dim_gate_looped_attn": 640, "gate_loop_heads": 640}, batch=8, context=64)
-    memory = estimate(run, vocabulary=2).memory
+    memory = estimate(with_tokens(run, 2)).memory
     # q, k and v together, and their gradients come before those of the weights.
     both = 2 * 4 * 8 * 64 * 3 * 640
     assert memory.total == 3 * memory.weights + memory.activations + both

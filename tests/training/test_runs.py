@@ -27,7 +27,7 @@ from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.data.tokenizer import ByteTokenizer
 from gateloop_transformer.training import checkpoint, folder, storage
 from gateloop_transformer.training.config import FORMAT, PRESETS, RunConfig, TrainingConfig, resolve
-from gateloop_transformer.training.evaluation import bits_per_byte, validate
+from gateloop_transformer.training.evaluation import score, validate
 from gateloop_transformer.training.folder import load_model
 from gateloop_transformer.training.optimizer import parameter_groups
 from gateloop_transformer.training.schedule import learning_rate
@@ -869,7 +869,7 @@ def test_evaluation_carries_state_whatever_the_block() -> None:
     ids = torch.from_numpy(data.astype(np.int64))[None]
     expected = model(ids, return_loss=True).item() / np.log(2)
     for block in (1, 7, 100, 499, 500, 5000):
-        assert bits_per_byte(model, data, block) == pytest.approx(expected, rel=1e-10)
+        assert score(model, [data], ByteTokenizer(), block).bits_per_byte == pytest.approx(expected, rel=1e-10)
     assert validate(model, Tokens.of(data), 499, 10**6, 4) == pytest.approx(expected, rel=1e-6)
 
 
