@@ -347,7 +347,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 SAID = {
     "train": [
-        *("importing torch ...", "importing accelerate and matplotlib ...", "reading the data ..."),
+        *("importing torch ...", "importing matplotlib ...", "reading the data ..."),
         *("tokenising the data: ", "setting up the model ...", "estimating what the run needs ..."),
         *("taking the first step ...", "training: 1 of 2 steps, loss ", "training: 2 of 2 steps, loss "),
         *("validating after step 2 ...", "saving step 2 ..."),

@@ -43,7 +43,6 @@ def check_installed() -> None:
     """
     load_matplotlib()
     try:
-        import accelerate  # noqa: F401
         import tqdm  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed; `pip install gateloop-transformer[train]`") from error

@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace) -> None:
         with named_as_flags(given):
             print_needs(config, arguments.processes or launched(), arguments.json)
         return
-    with importing("accelerate and matplotlib"):
+    with importing("matplotlib"):
         check_installed()
     how = (arguments.resume, arguments.overwrite, _warn)
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """The processes of a run: how many there are, which part each has, and how they agree.
 
-Accelerate starts them, names their devices and keeps their trackers; torch.distributed does the rest.
+A launcher starts them and says in the environment who they are, as torchrun does; torch.distributed does the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -22,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from gateloop_transformer.arguments import check_release
 from gateloop_transformer.training.config import TrainingConfig
 from gateloop_transformer.training.folder import pick_device
-from gateloop_transformer.training.watching import trackers
 
 Value = TypeVar("Value")
 
@@ -63,11 +62,10 @@ def _check_launcher(options: TrainingConfig) -> None:
     micro = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
     if micro not in (1, options.accumulate):
         raise ValueError(f"accelerate launch accumulates {micro} gradients, gateloop train {options.accumulate}")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        if options.parallel != "fsdp":
-            raise ValueError("accelerate launch asks for FSDP: give gateloop train --parallel fsdp too")
-        # Sharding is done here, by torch's fully_shard.
-        os.environ["ACCELERATE_USE_FSDP"] = "false"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and options.parallel != "fsdp":
+        raise ValueError("accelerate launch asks for FSDP: give gateloop train --parallel fsdp too")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ValueError("accelerate launch asks for torch.compile, which gateloop train has no use for")
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise ValueError(
@@ -76,33 +74,46 @@ def _check_launcher(options: TrainingConfig) -> None:
             )
 
 
-def _device(name: str) -> torch.device | None:
-    """The device of a process that is alone; None: each has one of its own.
+def _device(name: str) -> torch.device:
+    """The device of this process: the one of that name, or where there are several processes one of that kind for each.
 
     Raises:
-        ValueError: the device is not to be had, or is one for all processes.
+        ValueError: this machine has no such device, or too few for all processes, or the launcher asks for CPUs.
     """
+    device = pick_device(name)
+    if device.type != "cpu" and os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        raise ValueError("accelerate launch asks for CPUs: give gateloop train --device cpu too")
     if launched() == 1:
-        return pick_device(name)
-    if name == "auto":
-        return None
-    device, own = pick_device(name), torch.accelerator.current_accelerator()
+        return device
+    own = torch.accelerator.current_accelerator()
     if device.index is not None or device.type not in ("cpu", own and own.type):
         raise ValueError(f"{launched()} processes cannot share the device {name!r}: leave out --device, or give cpu")
-    return None
+    if device.type == "cpu":
+        return device
+    local, there = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+    if here > there:
+        raise ValueError(
+            f"{here} processes of this machine cannot share {there} of its devices ({device.type}): start fewer, or "
+            "give --device cpu"
+        )
+    torch.accelerator.set_device_index(local)
+    return torch.device(device.type, local)
 
 
-# How often this process has met others, and the backends they last spoke through.
-_met: list[str] = []
+# Numbers the runs of this process.
+_runs = itertools.count()
 
 
-def _meet_again() -> None:
-    """Where this process has met others for an earlier run, have them leave new addresses, not read the old ones."""
-    if not _met or launched() == 1 or dist.is_initialized():
-        return
+def _meet(device: torch.device) -> None:
+    """Find the other processes, and wait for them.
+
+    Each run of a process has addresses of its own: those that others have left for an earlier one are not read.
+    """
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-    apart = PrefixStore(f"run-{len(_met)}", store)
-    dist.init_process_group(_met[-1], store=apart, rank=rank, world_size=size, timeout=TIMEOUT)
+    apart = PrefixStore(f"run-{next(_runs)}", store)
+    backend = dist.Backend.default_device_backend_map[device.type]
+    dist.init_process_group(backend, store=apart, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 class Engine:
@@ -112,31 +123,19 @@ class Engine:
     processes that share each sequence; context_group: them, None where there is but this one.
     """
 
-    def __init__(self, options: TrainingConfig, where: Path) -> None:
-        """Find the other processes, and wait for them. `where`: the run's folder, for the trackers.
+    def __init__(self, options: TrainingConfig) -> None:
+        """Find the other processes, and wait for them.
 
         Raises:
             ValueError: the launcher's wishes contradict the configuration, or the processes cannot be shared out.
         """
-        from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
-
         _check_launcher(options)
-        device = _device(options.device)
-        _meet_again()
-        on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
-        self.accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="no",
-            log_with=trackers(options, where) or None,
-            project_dir=where,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
-        )
-        self.device = self.accelerator.device if device is None else device
-        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
-        self.main = self.rank == 0
+        self.device = _device(options.device)
+        self.rank, self.size = 0, launched()
         if self.size > 1:
-            _met.append(self.accelerator.state.backend)
+            _meet(self.device)
+            self.rank = dist.get_rank()
+        self.main = self.rank == 0
         self.context_size = options.context_parallel
         self.data_rank, self.context_rank = divmod(self.rank, self.context_size)
         self.data_size = self.size // self.context_size
@@ -184,15 +183,12 @@ class Engine:
         return f"{self.size} x {self.device.type} ({how}{shared})"
 
     def close(self) -> None:
-        """Let go of the other processes and of what Accelerate keeps between runs of one process."""
-        from accelerate.state import AcceleratorState, GradientState
-
+        """Let go of the other processes."""
         self.context_group = None
-        # Where something still refers to a process group at exit, its threads end the process with an abort.
-        gc.collect()
-        self.accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        if self.size > 1:
+            # Where something still refers to a process group at exit, its threads end the process with an abort.
+            gc.collect()
+            dist.destroy_process_group()
 
     def __enter__(self) -> Engine:
         return self
@@ -248,15 +244,10 @@ class Engine:
         """
         if self.size == 1 or self.fsdp:
             return model
-        from accelerate.utils import DistributedDataParallelKwargs
-
-        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
-            find_unused_parameters=unused, gradient_as_bucket_view=True
-        )
-        wrapped: nn.Module = self.accelerator.prepare_model(model)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=unused, gradient_as_bucket_view=True)
         # A lambda, as torch looks at annotations, and takes them for something else where they are texts.
         hook = lambda _state, bucket: self._exchange(bucket)  # noqa: E731
-        wrapped.register_comm_hook(None, hook)  # type: ignore[operator]
+        wrapped.register_comm_hook(None, hook)
         return wrapped
 
     def _exchange(self, bucket: Any) -> torch.futures.Future[Tensor]:

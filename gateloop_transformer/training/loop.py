@@ -156,7 +156,7 @@ class Trainer:
         """metrics.jsonl and trackers are open meanwhile, on the main process."""
         engine = self.engine
         self.log = engine.together(
-            lambda: Log(self.folder / folder.METRICS, engine.accelerator, self.config, self.progress.step), main=True
+            lambda: Log(self.folder / folder.METRICS, self.config, self.progress.step), main=True
         )
         try:
             yield

@@ -17,6 +17,7 @@ from gateloop_transformer.training.config import RunConfig, TokenizerConfig
 from gateloop_transformer.training.engine import Engine, launched
 from gateloop_transformer.training.loop import Trainer
 from gateloop_transformer.training.step import draw
+from gateloop_transformer.training.watching import tracker_of
 from gateloop_transformer.training.weights import CONFIG
 from gateloop_transformer.waiting import waiting
 
@@ -55,6 +56,7 @@ def prepare(
         raise ValueError("several processes cannot share standard input: train on files, or start with one process")
     if config.data is not None and os.path.isdir(config.data) and Path(config.data).resolve() == where.resolve():
         raise ValueError(f"--out: {str(where)!r} is the folder of the data; choose another for the run")
+    tracker_of(options, where)
     if resume:
         folder.check_sizes_in(where, config)
     # Before the processes meet: preparing the data may take longer than one waits for another.
@@ -79,7 +81,7 @@ def prepare(
     source = where / CONFIG if resume else None
     with contextlib.ExitStack() as stack:
         with waiting("setting up the model" if launched() == 1 else "meeting the other processes"):
-            engine = stack.enter_context(Engine(options, where))
+            engine = stack.enter_context(Engine(options))
             engine.together(lambda: engine.check(options))
             engine.together(lambda: _check_same(engine.gather(corpus.sha256)))
             engine.make_groups()

@@ -1,8 +1,9 @@
-"""What is seen of a run while it goes on: where its time goes, its memory, its metrics in files and trackers."""
+"""What is seen of a run while it goes on: where its time goes, its memory, its metrics in files and a tracker."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 
@@ -74,57 +75,91 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def trackers(options: TrainingConfig, folder: Path) -> list[str]:
-    """The trackers of Accelerate to use for a run in a folder.
+def tracker_of(options: TrainingConfig, folder: Path) -> str | None:
+    """The name of the tracker to use for a run in a folder; None where there is none.
 
     Raises:
         ValueError: the one asked for is not installed, or cannot write there.
     """
     name = "tensorboard" if options.track == "auto" else options.track
     if name == "none":
-        return []
+        return None
     if importlib.util.find_spec(name) is None:
         if options.track == "auto":
-            return []
+            return None
         raise ValueError(f"--track {name}: {name} is not installed; `pip install {name}`")
     if name == "tensorboard" and as_text(str(folder)) != str(folder):
         raise ValueError(
             f"TensorBoard takes no folder whose name is no text, as {str(folder)!r}: --track none, or another --out"
         )
-    return [name]
+    return name
+
+
+class Tracker(Protocol):
+    """Where else metrics go."""
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Numbers by name, of a step."""
+
+    def finish(self) -> None:
+        """Nothing more comes."""
+
+
+class TensorBoard:
+    """Event files in the folder of a run, on disk after each step.
+
+    Args:
+        folder: of the run.
+        step: from which the run goes on: what the files hold of later ones is void.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        _hush_threads()
+        self._writer = SummaryWriter(str(folder / EVENTS), purge_step=step + 1)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Numbers by name, of a step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def finish(self) -> None:
+        """Nothing more comes."""
+        self._writer.close()
+
+
+def _start(name: str, folder: Path, config: RunConfig, step: int) -> Tracker:
+    if name == "tensorboard":
+        return TensorBoard(folder, step)
+    # Weights & Biases, and trackio, which has the same functions: what they give has `log` and `finish`.
+    settings = {**vars(config.model), **vars(config.training), "data": config.data}
+    where = {"dir": str(folder)} if name == "wandb" else {}
+    run: Tracker = importlib.import_module(name).init(project="gateloop", name=folder.name, config=settings, **where)
+    return run
 
 
 class Log:
-    """metrics.jsonl, one object a line, and the trackers.
+    """metrics.jsonl, one object a line, and the tracker.
 
     Args:
         path: of the file, which is appended to.
-        accelerator: Accelerate's, which holds the trackers.
-        config: of the run, for the trackers.
-        step: from which the run goes on: what a tracker has seen of later ones is void.
+        config: of the run, for the tracker.
+        step: from which the run goes on.
     """
 
-    def __init__(self, path: Path, accelerator: Any, config: RunConfig, step: int) -> None:
-        self.accelerator = accelerator
+    def __init__(self, path: Path, config: RunConfig, step: int) -> None:
+        self._name = tracker_of(config.training, path.parent)
+        self._tracker: Tracker | None = None
         self.file: TextIO = path.open("a", encoding="utf-8")
         try:
             with self._tracking():
-                self._start(path.parent, config, step)
+                if self._name is not None:
+                    self._tracker = _start(self._name, path.parent, config, step)
         except OSError:
-            # What was not started cannot be ended.
-            self.accelerator.trackers = []
             self.close()
             raise
-
-    def _start(self, folder: Path, config: RunConfig, step: int) -> None:
-        accelerator = self.accelerator
-        if "tensorboard" in map(str, accelerator.log_with):
-            _hush_threads()
-            accelerator.init_trackers(EVENTS, None, {"tensorboard": {"purge_step": step + 1}})
-        elif accelerator.log_with:
-            flat = {**vars(config.model), **vars(config.training), "data": config.data}
-            named = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
-            accelerator.init_trackers("gateloop", flat, named)
 
     @contextlib.contextmanager
     def _tracking(self) -> Iterator[None]:
@@ -139,8 +174,7 @@ class Log:
             raise
         except Exception as error:
             # Each tracker has errors of its own, which are not to cost a run what it has not saved.
-            name = ", ".join(map(str, self.accelerator.log_with))
-            raise OSError(f"the tracker {name} failed: {str(error) or type(error).__name__}") from error
+            raise OSError(f"the tracker {self._name} failed: {str(error) or type(error).__name__}") from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record.
@@ -150,9 +184,10 @@ class Log:
         """
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        flat = dict(_numbers(record))
-        with self._tracking():
-            self.accelerator.log(flat, step=flat.pop("step"))
+        if self._tracker is not None:
+            flat = dict(_numbers(record))
+            with self._tracking():
+                self._tracker.log(flat, step=flat.pop("step"))
 
     def flush(self) -> None:
         """All that was written is on disk, as far as this process decides it.
@@ -162,17 +197,12 @@ class Log:
         """
         self.file.flush()
         os.fsync(self.file.fileno())
-        with self._tracking():
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    tracker.writer.flush()
 
     def close(self) -> None:
         """Nothing more will be written. What mattered was flushed before: there are no errors here."""
-        trackers, self.accelerator.trackers = self.accelerator.trackers, []
-        for tracker in trackers:
-            with contextlib.suppress(OSError), self._tracking():
-                tracker.finish()
+        with contextlib.suppress(OSError), self._tracking():
+            if self._tracker is not None:
+                self._tracker.finish()
         with contextlib.suppress(OSError):
             self.file.close()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -33,17 +35,21 @@ TINY = [
     *("--steps", "20", "--track", "none"),
 ]
 FSDP = needs("torch", "2.7", "FSDP2 runs on GPUs alone before")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+# Whatever configuration whoever runs the tests has for it.
+ACCELERATE += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+ACCELERATE += ["--num_processes"]
 
 
-def start(number: int, *flags: str) -> Any:
-    command = [*TORCHRUN, "--nproc-per-node", str(number), "-m", "gateloop_transformer", "train", *flags]
+def start(number: int, *flags: str, launcher: list[str] = TORCHRUN) -> Any:
+    command = [*launcher, str(number), "-m", "gateloop_transformer", "train", *flags]
     return processes.start(command, stdout=PIPE, stderr=STDOUT)
 
 
-def run(number: int, *flags: str) -> str:
+def run(number: int, *flags: str, launcher: list[str] = TORCHRUN) -> str:
     """What a run of several processes said; it ended well."""
-    done = processes.finish(start(number, *flags))
+    done = processes.finish(start(number, *flags, launcher=launcher))
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -98,7 +104,8 @@ def test_any_number_of_processes_trains_the_same_model(
     text: Path, tmp_path: Path, alone: Path, parallel: str, others: list[tuple[int, str]]
 ) -> None:
     out = tmp_path / "run"
-    said = run(2, str(text), "--out", str(out), *TINY, "--parallel", parallel)
+    launcher = ACCELERATE if parallel == "ddp" else TORCHRUN
+    said = run(2, str(text), "--out", str(out), *TINY, "--parallel", parallel, launcher=launcher)
     assert f"on 2 x cpu ({parallel})" in said
     assert said.count("validation:") == 1
     assert distance(alone, out) < 1e-10
@@ -146,16 +153,66 @@ def test_a_second_run_of_a_process_reads_no_addresses_of_the_first(monkeypatch: 
     def init(backend: str, **options: Any) -> None:
         assert (backend, options["rank"], options["world_size"]) == ("gloo", 1, 3)
         options["store"].set("address", str(len(keys)))
-        keys.append(store.get(f"run-{len(keys) + 1}/address").decode())
+        keys.append(store.get(f"run-{len(keys)}/address").decode())
 
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(engine, "rendezvous", lambda *_rest, **_options: iter([(store, 1, 3)]))
     monkeypatch.setattr("torch.distributed.init_process_group", init)
-    for met in ([], ["gloo"], ["gloo", "gloo"]):
-        monkeypatch.setattr(engine, "_met", met)
-        engine._meet_again()
-    assert keys == ["0", "1"]
+    monkeypatch.setattr(engine, "_runs", itertools.count())
+    for _ in range(3):
+        engine._meet(torch.device("cpu"))
+    assert keys == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MIXED_PRECISION", "bf16", "asks for the precision bf16, gateloop train for float32"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "accumulates 4 gradients, gateloop train 1"),
+        ("USE_FSDP", "true", "--parallel fsdp too"),
+        ("USE_DEEPSPEED", "true", "asks for deepspeed"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "asks for torch.compile"),
+    ],
+)
+def test_what_accelerate_launch_is_asked_for_is_never_ignored(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with engine.Engine(TrainingConfig()) as alone:
+        assert (alone.size, alone.device) == (1, torch.device("cpu"))
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(ValueError, match=f"^accelerate launch .*{re.escape(said)}"):
+        engine.Engine(TrainingConfig())
+
+
+class TwoGpus:
+    """What torch says on a machine with two."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.chosen: list[int] = []
+        patch.setattr(engine, "pick_device", lambda name: torch.device("cuda" if name == "auto" else name))
+        patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        patch.setattr(torch.accelerator, "device_count", lambda: 2)
+        patch.setattr(torch.accelerator, "set_device_index", self.chosen.append)
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = TwoGpus(monkeypatch)
+    assert engine._device("auto") == torch.device("cuda")
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert engine._device("auto") == torch.device("cuda:1")
+    assert engine._device("cpu") == torch.device("cpu")
+    assert gpus.chosen == [1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"^3 processes of this machine cannot share 2 of its devices \(cuda\)"):
+        engine._device("auto")
+    with pytest.raises(ValueError, match=r"^4 processes cannot share the device 'cuda:0'"):
+        engine._device("cuda:0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match=r"^accelerate launch asks for CPUs: give gateloop train --device cpu too"):
+        engine._device("auto")
 
 
 @pytest.mark.slow

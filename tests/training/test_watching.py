@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import processes
@@ -109,6 +111,29 @@ def test_a_tracker_that_is_not_installed_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_service_is_told_of_the_run_and_of_each_step(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    def log(values: dict[str, float], step: int) -> None:
+        told.append((step, values))
+
+    def init(project: str, name: str, config: dict[str, Any], dir: str) -> Any:
+        told.append((project, name, config["dim"], config["steps"], dir))
+        return SimpleNamespace(log=log, finish=lambda: told.append("finished"))
+
+    module = ModuleType("wandb")
+    module.__spec__, module.init = ModuleSpec("wandb", None), init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    out = tmp_path / "run"
+    assert train(text, out, "--steps", "2", "--track", "wandb") == 0
+    assert told[0] == ("gateloop", "run", 16, 2, str(out))
+    losses = [(step, values["loss"]) for step, values in told[1:-1] if "loss" in values]
+    assert losses == [(record["step"], record["loss"]) for record in records(out) if "loss" in record]
+    assert told[-1] == "finished"
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """The loss of these steps is not a number."""
     draw = step.draw
@@ -145,7 +170,7 @@ def test_batches_that_are_not_finite_are_passed_over_and_counted(
     assert "the checkpoint of step 4 is kept" in said
 
 
-@pytest.mark.parametrize(("method", "step"), [("start", None), ("log", 2)])
+@pytest.mark.parametrize(("method", "step"), [("__init__", None), ("log", 2)])
 def test_a_tracker_that_fails_costs_no_checkpoint(
     text: Path,
     tmp_path: Path,
@@ -154,16 +179,14 @@ def test_a_tracker_that_fails_costs_no_checkpoint(
     method: str,
     step: int | None,
 ) -> None:
-    from accelerate.tracking import TensorBoardTracker
-
-    original = getattr(TensorBoardTracker, method)
+    original = getattr(watching.TensorBoard, method)
 
     def fail(self: Any, *rest: Any, **options: Any) -> None:
         if options.get("step") in (None, 3):
             raise LookupError("no such project")
         original(self, *rest, **options)
 
-    monkeypatch.setattr(TensorBoardTracker, method, fail)
+    monkeypatch.setattr(watching.TensorBoard, method, fail)
     assert train(text, tmp_path / "run", "--steps", "6") == 1
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1
