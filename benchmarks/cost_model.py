@@ -25,6 +25,7 @@ from gateloop_transformer import Transformer
 from gateloop_transformer.bench.report import about, about_line
 from gateloop_transformer.ops.backends import chunkwise, eager, numba_cpu
 from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import GateLoop
 from gateloop_transformer.training.config import RunConfig, resolve
 from gateloop_transformer.training.estimate import estimate
 from gateloop_transformer.training.needs import Estimate, Spread
@@ -153,8 +154,8 @@ def recurrence(size: int) -> dict[str, float]:
     final = Pair(*(torch.zeros(1, 1, size, size) for _ in range(2)))
     found = {}
     for way, run in (
-        ("forward", lambda backend: backend.gate_loop_forward(q, k, v, gates, None, False)),
-        ("backward", lambda backend: backend.gate_loop_backward(dy, final, q, k, v, gates, None, False)),
+        ("forward", lambda backend: backend.gate_loop_forward(GateLoop(q, k, v, gates))),
+        ("backward", lambda backend: backend.gate_loop_backward(GateLoop(q, k, v, gates), dy, final)),
     ):
         with Operations() as counter:
             run(eager)

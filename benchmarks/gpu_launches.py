@@ -11,9 +11,10 @@ from torch import Tensor
 from gateloop_transformer.ops.backends import triton_gpu, triton_matrix
 from gateloop_transformer.ops.backends.triton_launch import Launch, written_down
 from gateloop_transformer.ops.backends.triton_tuning import forced
-from gateloop_transformer.ops.channels import ChannelLoop
+from gateloop_transformer.ops.channels import ChannelLoop, elementwise_backward, packed_gradients
 from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import GateLoop, LinearScan
 
 DTYPES = (torch.bfloat16, torch.float32)
 # Of keys and values.
@@ -55,8 +56,9 @@ def _scans(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
         layout = _layout(packed)
         start = Pair(*(_empty(layout.states(shape[0]), 512) for _ in range(parts)))
         with written_down() as listed:
-            triton_gpu.linear_scan_forward(x, x, start, False, layout)
-            triton_gpu.linear_scan_backward(h, x, x, h, start, False, layout)
+            scan = LinearScan(x, x, start, layout=layout)
+            triton_gpu.linear_scan_forward(scan)
+            triton_gpu.linear_scan_backward(scan, h, h)
         what = ("real", "complex")[parts - 1] + (", packed" if packed else "")
         yield from ((what, launch) for launch in listed)
 
@@ -91,9 +93,10 @@ def _loops(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
                 if gate == "given":
                     final, apart = state.map(_as_heads), gates.map(lambda x: x.unsqueeze(-1))
                     dy, q, k, v = (x.unsqueeze(-1) for x in (y, q, k, v))
-                    triton_gpu.gate_loop_backward(dy, final, q, k, v, apart, final, False, layout)
+                    heads = GateLoop(q, k, v, apart, final, layout=layout)
+                    elementwise_backward(triton_gpu, heads, dy, final)
                 else:
-                    triton_gpu.loop_backward(loop, y, state, kept, qkv)
+                    packed_gradients(triton_gpu, loop, y, state, kept, qkv)
             what = gate + (", packed" if packed else "") + (", one step" if T == 1 else "")
             yield from ((what, launch) for launch in listed)
 
@@ -130,9 +133,10 @@ def _matrices(dtype: torch.dtype, target: str) -> Iterator[tuple[str, Launch]]:
             state = Pair(*(_empty(1, 8, size, size) for _ in range(parts)))
             reverse = not layout.plain()
             with written_down(target) as listed:
-                triton_matrix.forward(x, x, x, gates, state, reverse, layout)
+                loop = GateLoop(x, x, x, gates, state, reverse, layout=layout)
+                triton_matrix.forward(loop)
                 if T > 1:
-                    triton_matrix.backward(x, state, x, x, x, gates, state, reverse, layout)
+                    triton_matrix.backward(loop, x, state)
             kinds = ("real", "complex")[parts - 1], "per channel" if per_channel else "per head"
             what = f"{size} x {size}, {kinds[0]} gates {kinds[1]}{case}"
             for launch in listed:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gateloop_transformer.ops.backends import triton_gpu
 from gateloop_transformer.ops.channels import ChannelLoop
 from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import LinearScan
 
 # Long enough for all kinds of tiles: first and last of a group, first and last of all.
 STEPS = 2048
@@ -96,10 +97,10 @@ def _scan(dtype: torch.dtype, steps: int, parts: int) -> Iterator[Traffic]:
     a = Pair(*(0.5 * _random(dtype, 1, steps, CHANNELS) for _ in range(parts)))
     x = Pair(*(_random(dtype, 1, steps, CHANNELS) for _ in range(parts)))
     with counted() as counts:
-        h = triton_gpu.linear_scan_forward(a, x, None, False)
+        h = triton_gpu.linear_scan_forward(LinearScan(a, x))
     yield Traffic(f"{name}, forward", kind, sum(counts), _bytes(a, x, h))
     with counted() as counts:
-        results = triton_gpu.linear_scan_backward(h, a, x, h, None, False)
+        results = triton_gpu.linear_scan_backward(LinearScan(a, x), h, h)
     yield Traffic(f"{name}, backward", kind, sum(counts), _bytes(h, a, h, *results))
 
 
@@ -124,5 +125,5 @@ def _loop(dtype: torch.dtype, steps: int, gate: str) -> Iterator[Traffic]:
     results = [x.new_empty(x.shape) if x is not None else None for x in (q, keys, v)]
     given = [*results, d_gates.re, d_gates.im, None if swish is None else torch.empty_like(swish)]
     with counted() as counts:
-        states = triton_gpu._loop_backward(loop, y, final, kept, given)
+        states = triton_gpu.loop_backward(loop, y, final, kept, given)
     yield Traffic(f"gate loop, {gate}, backward", kind, sum(counts), _bytes(*inputs, y, *given, *states))

@@ -17,6 +17,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from gateloop_transformer.ops.operator import OPERATORS
+
 # Backends whose kernels Python interprets here, for lack of their device: what takes a compiled kernel a blink takes
 # them seconds, so laws that evaluate often do so less often, at fewer steps.
 INTERPRETED = ("triton",)
@@ -242,3 +244,15 @@ def lines(texts: list[Any], field: str = "text") -> bytes:
 def give(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     """Bytes on standard input."""
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
+
+
+def check_operator(name: str, record: Any) -> None:
+    """Torch's own checks of a custom operator and of its backward pass, on a record."""
+    operator = OPERATORS[name]
+    results = operator.forward(record)
+    kept, shown = results[operator.saved], results[: len(results) - operator.hidden]
+    grad = [torch.randn_like(x) for x in shown]
+    torch.library.opcheck(operator.registered_backward, (grad, kept, *operator.packed(record)))
+    for x in operator.slopes(record):
+        x.requires_grad_()
+    torch.library.opcheck(operator.registered, tuple(operator.packed(record)))

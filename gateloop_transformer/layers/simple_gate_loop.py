@@ -18,8 +18,8 @@ from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.heinsen import heinsen_scan
 from gateloop_transformer.ops.layout import Layout, read_layout
-from gateloop_transformer.ops.linear_scan import last_states
 from gateloop_transformer.ops.pairs import compute_dtype
+from gateloop_transformer.ops.recurrences import last_states
 
 
 class SimpleGateLoopLayer(nn.Module):

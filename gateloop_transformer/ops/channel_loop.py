@@ -1,14 +1,13 @@
 """The gate loop at head size 1 from projections to output: contract of the fused operator, its checks, its gradient."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.carry import Recurrence, over_ranks, product_over_time
-from gateloop_transformer.ops.channels import ChannelLoop
+from gateloop_transformer.ops.channels import ChannelLoop, packed_gradients
 from gateloop_transformer.ops.context_parallel import Ranks, context_parallel, current
 from gateloop_transformer.ops.dispatch import FUSED, choose
 from gateloop_transformer.ops.gate_loop import gate_loop
@@ -17,15 +16,43 @@ from gateloop_transformer.ops.gates import check_gate, gates_of
 from gateloop_transformer.ops.head_gates import head_gates
 from gateloop_transformer.ops.layout import Layout, read_layout
 from gateloop_transformer.ops.linear_scan import gradient_before as scan_before
-from gateloop_transformer.ops.linear_scan import last_states, linear_scan
-from gateloop_transformer.ops.operator import operator
+from gateloop_transformer.ops.linear_scan import linear_scan
+from gateloop_transformer.ops.operator import Gradient, Operator
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
+from gateloop_transformer.ops.plain import plain_channel_loop
+from gateloop_transformer.ops.recurrences import last_states
 
 RealPair = tuple[Tensor, Tensor]
-# What the custom operator takes before and after the initial state: packed inputs, projections, SiLU gate and bias;
-# gate, fraction, reverse, backend and layout.
-_Arguments = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
-_Options = tuple[Any, ...]
+
+
+class PackedLoop(NamedTuple):
+    """What the fused operator computes from.
+
+    packed: queries, keys and values side by side (B, T, 3·D); with "sigmoid" queries, inputs and logits.
+    projections: what the gates are made of (B, T, 2·D); None: "sigmoid".
+    swish: what the SiLU gate on the output is made of (B, T, D).
+    bias: (D,), added to the projections of "ring".
+    initial: the state before the first step (B, D), or of each document (N, D).
+    """
+
+    packed: Tensor
+    projections: Tensor | None
+    swish: Tensor | None
+    bias: Pair | None
+    initial: Pair | None
+    gate: str
+    fraction: float
+    reverse: bool
+    backend: str
+    layout: Layout
+
+    def loop(self) -> ChannelLoop:
+        """What the kernels compute."""
+        first, second, third = self.packed.chunk(3, -1)
+        options = self.swish, self.bias, self.gate, self.fraction, self.reverse, self.layout
+        if self.projections is None:
+            return ChannelLoop(first, None, second, Pair(third), *options)
+        return ChannelLoop(first, second, third, Pair(self.projections), *options)
 
 
 def channel_gate_loop(
@@ -75,14 +102,13 @@ def channel_gate_loop(
     """
     layout = _check(qkv, projections, initial, gate, bias, swish, resets, cu_seqlens)
     chosen = choose(backend, qkv.device, qkv.dtype)
-    start, b, s = list(initial or ()), list(bias or ()), [] if swish is None else [swish]
     if chosen in FUSED:
-        arguments = qkv, [projections], s, b
-        options = gate, float(fraction), reverse, chosen, layout.resets, layout.cu_seqlens
+        start, b = (None if pair is None else Pair(*pair) for pair in (initial, bias))
+        loop = PackedLoop(qkv, projections, swish, b, start, gate, float(fraction), reverse, chosen, layout)
         if (ranks := current()) is not None:
-            y, final = _over_ranks(ranks.along(reverse), arguments, start, options)
+            y, final = _over_ranks(ranks.along(reverse), loop)
         else:
-            y, final = _run(arguments, start, options)
+            y, final = _run(loop)
         return y, (final[0], final[1])
     # Wide before anything is multiplied: what is rounded between would not get to the state.
     wide = compute_dtype(qkv.dtype)
@@ -143,10 +169,8 @@ def simple_gate_loop(
 
 def _simple(qkva: Tensor, initial: Tensor | None, reverse: bool, backend: str, layout: Layout) -> tuple[Tensor, Tensor]:
     if backend in FUSED:
-        start = [] if initial is None else [initial]
-        y, (final,) = _run(
-            (qkva, [], [], []), start, ("sigmoid", 1.0, reverse, backend, layout.resets, layout.cu_seqlens)
-        )
+        start = None if initial is None else Pair(initial)
+        y, (final,) = _run(PackedLoop(qkva, None, None, None, start, "sigmoid", 1.0, reverse, backend, layout))
         return y, final
     q, kv, a = qkva.chunk(3, -1)
     wide = compute_dtype(qkva.dtype)
@@ -180,42 +204,40 @@ def _simple_over_ranks(
     return y, final.re
 
 
-def _run(arguments: _Arguments, start: list[Tensor], options: _Options) -> tuple[Tensor, list[Tensor]]:
+def _run(loop: PackedLoop) -> tuple[Tensor, list[Tensor]]:
     """y and the parts of the last state."""
-    y, *final, _ = _forward(*arguments, start, *options)
+    y, *final, _ = _loop(loop)
     return y, final
 
 
-def _over_ranks(
-    ranks: Ranks, arguments: _Arguments, start: list[Tensor], options: _Options
-) -> tuple[Tensor, list[Tensor]]:
+def _over_ranks(ranks: Ranks, loop: PackedLoop) -> tuple[Tensor, list[Tensor]]:
     """A part of `channel_gate_loop`."""
-    gate, _, reverse, backend, resets, _ = options
-    packed, (projections,), swish, bias = arguments
+    packed, projections, swish, bias, initial, gate, _, reverse, backend, layout = loop
+    assert projections is not None
 
     def run(state: Pair | None) -> tuple[Tensor, Pair]:
-        y, final = _run(arguments, [] if state is None else state.parts(), options)
+        y, final = _run(loop._replace(initial=state))
         return y, Pair(*final)
 
     def product() -> Pair:
         # What becomes of a state of 1 when nothing is added.
         nothing = packed.new_zeros(packed.shape[-1]).expand(packed.shape)
         one = packed.new_ones(packed.shape[0], packed.shape[-1] // 3, dtype=compute_dtype(packed.dtype))
-        _, final = _run((nothing, [projections], [], bias), [one, torch.zeros_like(one)], options)
+        _, final = _run(loop._replace(packed=nothing, swish=None, initial=Pair(one).as_complex()))
         return Pair(*final)
 
-    counts = len(swish), len(bias)
+    saved = [] if swish is None else [swish], [] if bias is None else bias.parts()
 
     def before(grad: Tensor, packed: Tensor, projections: Tensor, *rest: Tensor) -> Pair:
-        swish, bias = take(rest, counts)
+        swish, bias = take(rest, [len(tensors) for tensors in saved])
         read = grad * torch.nn.functional.silu(swish[0]) if swish else grad
         re, im, _ = head_gates(projections, gate=gate, bias=(bias[0], bias[1]) if bias else None, backend=backend)
         queries = packed.chunk(3, -1)[0]
-        state = loop_before(read.unsqueeze(-1), queries.unsqueeze(-1), Pair(re, im), reverse, backend, resets)
+        state = loop_before(read.unsqueeze(-1), queries.unsqueeze(-1), Pair(re, im), reverse, backend, layout.resets)
         return state.map(lambda x: x.flatten(1))
 
-    part = Recurrence(run, product, before, [packed, projections, *swish, *bias], 2, resets)
-    y, final = over_ranks(ranks, "channel_gate_loop", part, Pair(*start) if start else None)
+    part = Recurrence(run, product, before, [packed, projections, *saved[0], *saved[1]], 2, layout.resets)
+    y, final = over_ranks(ranks, "channel_gate_loop", part, initial)
     return y, final.parts()
 
 
@@ -268,144 +290,56 @@ def _check(
     return layout
 
 
-def _loop(
-    packed: Tensor,
-    projections: Sequence[Tensor],
-    swish: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    gate: str,
-    fraction: float,
-    reverse: bool,
-    layout: Layout,
-) -> ChannelLoop:
-    first, second, third = packed.chunk(3, -1)
-    s, b = swish[0] if swish else None, Pair(*bias) if bias else None
-    if gate == "sigmoid":
-        return ChannelLoop(first, None, second, Pair(third), s, b, gate, fraction, reverse, layout)
-    return ChannelLoop(first, second, third, Pair(projections[0]), s, b, gate, fraction, reverse, layout)
+def _empty_final(loop: PackedLoop) -> list[Tensor]:
+    packed, projections = loop.packed, loop.projections
+    real = projections is None
+    dtype = compute_dtype(packed.dtype, packed.dtype if projections is None else projections.dtype)
+    shape = loop.layout.states(packed.shape[0]), packed.shape[-1] // 3
+    return [packed.new_empty(shape, dtype=dtype) for _ in range(1 if real else 2)]
 
 
-def _final(packed: Tensor, projections: Sequence[Tensor], layout: Layout) -> list[Tensor]:
-    dtype = compute_dtype(packed.dtype, *(x.dtype for x in projections))
-    D = packed.shape[-1] // 3
-    return [packed.new_empty((layout.states(packed.shape[0]), D), dtype=dtype) for _ in range(2 if projections else 1)]
+def _results(loop: PackedLoop) -> list[Tensor]:
+    """Empty y and last state, and room for what the backward pass is given."""
+    inner = loop.loop()
+    return [loop.packed.new_empty(inner.queries.shape), *_empty_final(loop), FUSED[loop.backend].loop_kept(inner)]
 
 
-@operator("channel_loop")
-@checks.full_precision
-def _forward(
-    packed: Tensor,
-    projections: Sequence[Tensor],
-    swish: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    gate: str,
-    fraction: float,
-    reverse: bool,
-    backend: str,
-    resets: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse, Layout(resets, cu_seqlens))
-    start = Pair(*initial) if initial else None
-    if packed.numel() == 0:
-        final = [x.zero_() for x in _final(packed, projections, loop.layout)]
-        state = Pair(*final) if start is None else start
-        unchanged = [part.clone() for part in checks.fit(state, final)]
-        return [torch.empty_like(loop.queries), *unchanged, FUSED[backend].loop_kept(loop)]
-    y, state, kept = FUSED[backend].loop_forward(loop, start)
+def _unchanged(loop: PackedLoop) -> list[Tensor]:
+    """The results where there are no steps or no channels."""
+    y, *final, kept = _results(loop)
+    state = Pair(torch.zeros_like(final[0])) if loop.initial is None else loop.initial
+    return [y, *(part.clone() for part in checks.fit(state, final)), kept]
+
+
+def _forward(loop: PackedLoop) -> list[Tensor]:
+    if not loop.packed.numel():
+        return _unchanged(loop)
+    y, state, kept = FUSED[loop.backend].loop_forward(loop.loop(), loop.initial)
     return [y, *state.parts(), kept]
 
 
-@_forward.register_fake
-def _(
-    packed: Tensor,
-    projections: Sequence[Tensor],
-    swish: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    gate: str,
-    fraction: float,
-    reverse: bool,
-    backend: str,
-    resets: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse, Layout(resets, cu_seqlens))
-    y = packed.new_empty(loop.queries.shape)
-    return [y, *_final(packed, projections, loop.layout), FUSED[backend].loop_kept(loop)]
+def _backward(loop: PackedLoop, kept: list[Tensor], grad: list[Tensor]) -> tuple[Gradient, ...]:
+    final = Pair(*grad[1:])
+    if not loop.packed.numel():
+        return None, None, None, None, final.map(torch.clone)
+    return packed_gradients(FUSED[loop.backend], loop.loop(), grad[0], final, kept[0], loop.packed)
 
 
-@operator("channel_loop_backward")
-@checks.full_precision
-def _backward(
-    grad: Sequence[Tensor],
-    packed: Tensor,
-    projections: Sequence[Tensor],
-    swish: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    kept: Tensor,
-    gate: str,
-    fraction: float,
-    reverse: bool,
-    backend: str,
-    resets: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    if packed.numel() == 0:
-        through = checks.fit(Pair(*grad[1:]), list(initial)) if initial else []
-        return [*checks.no_gradient(packed, *projections, *swish, *bias), *(part.clone() for part in through)]
-    loop = _loop(packed, projections, swish, bias, gate, fraction, reverse, Layout(resets, cu_seqlens))
-    results, d_bias, d_initial = FUSED[backend].loop_backward(loop, grad[0], Pair(*grad[1:]), kept, packed)
-    d_start = checks.fit(d_initial, list(initial)) if initial else []
-    d_packed, d_projections, d_swish = results
-    d_lists = [d_projections] if projections else []
-    if d_swish is not None:
-        d_lists.append(d_swish)
-    if d_bias is not None:
-        d_lists += checks.fit(d_bias, list(bias))
-    return [d_packed, *d_lists, *d_start]
+def _plain(loop: PackedLoop) -> list[Tensor]:
+    if not loop.packed.numel():
+        return _unchanged(loop)
+    y, final = plain_channel_loop(loop.loop(), loop.initial)
+    # No backward pass is given what is kept.
+    return [y, *checks.fit(final, _empty_final(loop)), loop.packed.new_zeros(0)]
 
 
-@_backward.register_fake
-def _(
-    grad: Sequence[Tensor],
-    packed: Tensor,
-    projections: Sequence[Tensor],
-    swish: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    kept: Tensor,
-    gate: str,
-    fraction: float,
-    reverse: bool,
-    backend: str,
-    resets: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    return checks.no_gradient(packed, *projections, *swish, *bias, *initial)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    packed, projections, swish, bias, initial, *ctx.rest, resets, cu_seqlens = inputs
-    ctx.lengths = 1, len(projections), len(swish), len(bias), len(initial)
-    ctx.mark_non_differentiable(output[-1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(packed, *projections, *swish, *bias, *initial, output[-1], resets, cu_seqlens)
-    ctx.likes = [(x.shape, x.dtype) for x in output[:-1]]
-
-
-def _gradient(ctx: Any, grad: list[Tensor | None]) -> tuple[Any, ...]:
-    *saved, kept, resets, cu_seqlens = ctx.saved_tensors
-    inputs = take(saved, ctx.lengths)
-    given = [
-        kept.new_zeros(shape, dtype=dtype) if g is None else g
-        for g, (shape, dtype) in zip(grad, ctx.likes, strict=False)
-    ]
-    gradients = _backward(given, inputs[0][0], *inputs[1:], kept, *ctx.rest, resets, cu_seqlens)
-    (d_packed,), *others = take(gradients, ctx.lengths)
-    return (d_packed, *others, *[None] * (len(ctx.rest) + 2))
-
-
-_forward.register_autograd(_gradient, _setup)
+_loop = Operator(
+    "channel_loop",
+    PackedLoop,
+    results=_results,
+    forward=_forward,
+    backward=_backward,
+    plain=_plain,
+    saved=slice(-1, None),
+    hidden=1,
+)

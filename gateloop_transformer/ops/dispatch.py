@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gateloop_transformer.ops.backends import chunkwise, eager, jax_xla, numba_cpu, triton_gpu
-from gateloop_transformer.ops.channels import ChannelLoop
-from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.channels import ChannelBackend, ChannelLoop, elementwise_backward, elementwise_forward
 from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import GateLoop, LinearScan
 
 
 class Backend(Protocol):
@@ -27,66 +27,32 @@ class Backend(Protocol):
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot run on such tensors; None when it can."""
 
-    def linear_scan_forward(
-        self, gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout
-    ) -> Pair:
+    def linear_scan_forward(self, scan: LinearScan) -> Pair:
         """All states."""
 
-    def linear_scan_backward(
-        self,
-        grad: Pair,
-        gates: Pair,
-        inputs: Pair,
-        states: Pair,
-        initial: Pair | None,
-        reverse: bool,
-        layout: Layout,
-    ) -> tuple[Pair, Pair, Pair]:
+    def linear_scan_backward(self, scan: LinearScan, states: Pair, grad: Pair) -> tuple[Pair, Pair, Pair]:
         """Gradients of gates, inputs and the initial state."""
 
-    def gate_loop_forward(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        gates: Pair,
-        initial: Pair | None,
-        reverse: bool,
-        layout: Layout,
-    ) -> tuple[Tensor, Pair]:
+    def gate_loop_forward(self, loop: GateLoop) -> tuple[Tensor, Pair]:
         """Outputs and the final state."""
 
     def gate_loop_backward(
-        self,
-        grad: Tensor,
-        grad_final: Pair,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        gates: Pair,
-        initial: Pair | None,
-        reverse: bool,
-        layout: Layout,
+        self, loop: GateLoop, grad: Tensor, grad_final: Pair
     ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
         """Gradients of queries, keys, values, gates and the initial state."""
 
 
-class FusedBackend(Backend, Protocol):
-    """A backend whose kernels read documents too, and run in one pass what surrounds the recurrences."""
+class FusedBackend(Backend, ChannelBackend, Protocol):
+    """A backend whose kernels read documents too, and run in one pass what surrounds the recurrences.
 
-    def reads_layout(self, keys: Tensor, values: Tensor, gates: Pair) -> bool:
+    Its gate loops are those of matrix states; heads of size 1 are channels.
+    """
+
+    def reads_layout(self, loop: GateLoop) -> bool:
         """Whether the kernels of such a gate loop know documents."""
 
     def loop_kept(self, loop: ChannelLoop) -> Tensor:
         """An empty tensor for what the forward pass keeps for the backward pass."""
-
-    def loop_forward(self, loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair, Tensor]:
-        """y (B, T, D), the last state (B, D), and what is kept."""
-
-    def loop_backward(
-        self, loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, packed: Tensor
-    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
-        """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of bias and initial state."""
 
     def norm_forward(self, x: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
         """The RMS norm of x (..., D) times gamma (D,) or (G, D), in a floating-point type."""
@@ -161,9 +127,23 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     raise NotImplementedError(f"no backend can run {dtype} on {device}: {reasons}")
 
 
-def reads_layout(backend: str, keys: Tensor, values: Tensor, gates: Pair) -> bool:
-    """Whether a gate loop's kernels there know documents."""
-    return backend in FUSED and FUSED[backend].reads_layout(keys, values, gates)
+def reads_layout(loop: GateLoop) -> bool:
+    """Whether the kernels of a gate loop's backend know documents."""
+    return loop.backend in FUSED and FUSED[loop.backend].reads_layout(loop)
+
+
+def gate_loop_forward(loop: GateLoop) -> tuple[Tensor, Pair]:
+    """Outputs and the final state, from the backend that the loop names."""
+    if loop.backend in FUSED and loop.elementwise():
+        return elementwise_forward(FUSED[loop.backend], loop)
+    return TABLE[loop.backend].gate_loop_forward(loop)
+
+
+def gate_loop_backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    """Gradients of queries, keys, values, gates and the initial state."""
+    if loop.backend in FUSED and loop.elementwise():
+        return elementwise_backward(FUSED[loop.backend], loop, grad, grad_final)
+    return TABLE[loop.backend].gate_loop_backward(loop, grad, grad_final)
 
 
 def unwatched(*tensors: Tensor) -> bool:

@@ -1,19 +1,19 @@
 """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t]): contract, checks, gradient."""
 
-from collections.abc import Sequence
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from gateloop_transformer.ops import checks
+from gateloop_transformer.ops import checks, dispatch
 from gateloop_transformer.ops.carry import Recurrence, Shift, over_ranks, product_over_time
 from gateloop_transformer.ops.context_parallel import Ranks, current
-from gateloop_transformer.ops.dispatch import TABLE, choose, reads_layout
-from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.operator import operator
-from gateloop_transformer.ops.packing import by_documents, loop_inputs
-from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
+from gateloop_transformer.ops.dispatch import choose, reads_layout
+from gateloop_transformer.ops.operator import Gradient, Operator
+from gateloop_transformer.ops.packing import as_rows
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, split
+from gateloop_transformer.ops.plain import plain_gate_loop
+from gateloop_transformer.ops.recurrences import GateLoop
 
 RealPair = tuple[Tensor, Tensor]
 
@@ -104,59 +104,34 @@ def gate_loop(
     if isinstance(gates, tuple) != isinstance(initial, tuple) and initial is not None:
         raise ValueError("gate_loop: gates and initial must both be tensors or both be tuples (real, imaginary)")
     chosen = choose(backend, queries.device, queries.dtype)
-    inputs = queries, keys, values
+    loop = GateLoop(queries, keys, values, a, start, reverse, chosen, layout)
     if (ranks := current()) is not None:
-        y, final = _over_ranks(ranks.along(reverse), *inputs, a, start, reverse, chosen, layout)
-    elif cu_seqlens is None or reads_layout(chosen, keys, values, a):
-        y, final = _run(*inputs, a, start, reverse, chosen, layout)
+        y, final = _over_ranks(ranks.along(reverse), loop)
+    elif cu_seqlens is None or reads_layout(loop):
+        y, *final = _loop(loop)
     else:
-        y, final = _as_rows(*inputs, a, start, reverse, chosen, layout)
+        y, *final = as_rows(loop, _loop, 1)
     if isinstance(gates, tuple):
         return y, (final[0], final[1])
     return y, Pair(*final).complex()
 
 
-def _run(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    backend: str,
-    layout: Layout,
-) -> tuple[Tensor, list[Tensor]]:
-    a, start = gates.parts(), [] if initial is None else initial.parts()
-    y, *final = _forward(queries, keys, values, a, start, reverse, backend, *layout)
-    return y, final
-
-
-def _over_ranks(
-    ranks: Ranks,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    backend: str,
-    layout: Layout,
-) -> tuple[Tensor, list[Tensor]]:
+def _over_ranks(ranks: Ranks, loop: GateLoop) -> tuple[Tensor, list[Tensor]]:
     """Outputs of a part of a sequence, and the state after the whole of it."""
+    gates, reverse, resets = loop.gates, loop.reverse, loop.layout.resets
 
     def run(start: Pair | None) -> tuple[Tensor, Pair]:
-        y, final = _run(queries, keys, values, gates, start, reverse, backend, layout)
+        y, *final = _loop(loop._replace(initial=start))
         return y, Pair(*final)
 
     def product() -> Pair:
         return product_over_time(gates).map(beside_state)
 
     def before(grad: Tensor, queries: Tensor, *gates: Tensor) -> Pair:
-        return gradient_before(grad, queries, Pair(*gates), reverse, backend, layout.resets)
+        return gradient_before(grad, queries, Pair(*gates), reverse, loop.backend, resets)
 
-    parts = 1 if gates.im is None and (initial is None or initial.im is None) else 2
-    part = Recurrence(run, product, before, [queries, *gates.parts()], parts, layout.resets)
-    y, state = over_ranks(ranks, "gate_loop", part, initial)
+    part = Recurrence(run, product, before, [loop.queries, *gates.parts()], loop.parts(), resets)
+    y, state = over_ranks(ranks, "gate_loop", part, loop.initial)
     return y, state.parts()
 
 
@@ -176,134 +151,60 @@ def gradient_before(
     shift = Shift.of(reverse)
     q, dy, a = queries[:, shift.inputs], grad[:, shift.inputs], gates.map(lambda x: x[:, shift.gates])
     last = queries[:, shift.last, :, :, None].to(dtype) * grad[:, shift.last, :, None].to(dtype)
-    _, state = _run(q, q, dy, a, Pair(last), not reverse, backend, shift.layout(resets))
+    _, *state = _loop(GateLoop(q, q, dy, a, Pair(last), not reverse, backend, shift.layout(resets)))
     return shift.forgotten(gates.select(1, shift.first).map(beside_state).times(Pair(*state)).conj(), resets)
 
 
-def _as_rows(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    backend: str,
-    layout: Layout,
-) -> tuple[Tensor, list[Tensor]]:
-    """Documents as rows of batches."""
-    lengths = 1, 1, 1, len(gates.parts()), layout.resets is not None
-
-    def loop(rows: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        (q,), (k,), (v,), a, resets = take(rows, lengths)
-        y, final = _run(q, k, v, Pair(*a), Pair(*start) if start else None, reverse, backend, Layout(*resets))
-        return [y], final
-
-    inputs = loop_inputs(queries, keys, values, gates=gates, resets=layout.resets)
-    start = [] if initial is None else initial.parts()
-    (y,), final = by_documents(loop, inputs, start, layout.bounds(queries.shape[1]))
-    return y, final
+def _empty_final(loop: GateLoop) -> list[Tensor]:
+    B, _, H, K = loop.queries.shape
+    shape = (loop.layout.states(B), H, K, loop.values.shape[-1])
+    return [loop.queries.new_empty(shape, dtype=loop.wide()) for _ in range(loop.parts())]
 
 
-def _empty_final(
-    queries: Tensor, values: Tensor, gates: Sequence[Tensor], initial: Sequence[Tensor], layout: Layout
-) -> list[Tensor]:
-    B, _, H, K = queries.shape
-    dtype = compute_dtype(queries.dtype, gates[0].dtype)
-    shape = (layout.states(B), H, K, values.shape[-1])
-    return [queries.new_empty(shape, dtype=dtype) for _ in range(max(len(gates), len(initial)))]
+def _results(loop: GateLoop) -> list[Tensor]:
+    """An empty y, and an empty last state."""
+    return [loop.queries.new_empty(loop.values.shape), *_empty_final(loop)]
 
 
-@operator("gate_loop")
-@checks.full_precision
-def _forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    reverse: bool,
-    backend: str,
-    resets: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    layout = Layout(resets, cu_seqlens)
-    final = _empty_final(queries, values, gates, initial, layout)
-    start = Pair(*initial) if initial else None
-    if queries.numel() == 0 or values.numel() == 0:
-        state = Pair(torch.zeros_like(final[0])) if start is None else start
-        return [queries.new_zeros(values.shape), *(part.clone() for part in checks.fit(state, final))]
-    outputs, state = TABLE[backend].gate_loop_forward(queries, keys, values, Pair(*gates), start, reverse, layout)
-    return [outputs, *checks.fit(state, final)]
+def _nothing(loop: GateLoop) -> bool:
+    """Whether no number is multiplied with another."""
+    return loop.queries.numel() == 0 or loop.values.numel() == 0
 
 
-@_forward.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    reverse: bool,
-    backend: str,
-    resets: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    return [queries.new_empty(values.shape), *_empty_final(queries, values, gates, initial, Layout(resets, cu_seqlens))]
+def _unchanged(loop: GateLoop) -> list[Tensor]:
+    """The results where nothing is added to the state."""
+    final = _empty_final(loop)
+    state = Pair(torch.zeros_like(final[0])) if loop.initial is None else loop.initial
+    return [loop.queries.new_zeros(loop.values.shape), *(part.clone() for part in checks.fit(state, final))]
 
 
-@operator("gate_loop_backward")
-@checks.full_precision
-def _backward(
-    grad: Sequence[Tensor],
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    reverse: bool,
-    backend: str,
-    resets: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    if queries.numel() == 0 or values.numel() == 0:
-        through = checks.fit(Pair(*grad[1:]), list(initial)) if initial else []
-        return [*checks.no_gradient(queries, keys, values, *gates), *(part.clone() for part in through)]
-    start = Pair(*initial) if initial else None
-    arguments = grad[0], Pair(*grad[1:]), queries, keys, values, Pair(*gates), start, reverse
-    dq, dk, dv, d_gates, d_initial = TABLE[backend].gate_loop_backward(*arguments, Layout(resets, cu_seqlens))
-    d_inputs = [x.to(queries.dtype).contiguous() for x in (dq, dk, dv)]
-    d_start = checks.fit(d_initial, list(initial)) if initial else []
-    return [*d_inputs, *checks.fit(d_gates, list(gates)), *d_start]
+def _forward(loop: GateLoop) -> list[Tensor]:
+    if _nothing(loop):
+        return _unchanged(loop)
+    outputs, state = dispatch.gate_loop_forward(loop)
+    return [outputs, *checks.fit(state, _empty_final(loop))]
 
 
-@_backward.register_fake
-def _(
-    grad: Sequence[Tensor],
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    reverse: bool,
-    backend: str,
-    resets: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[Tensor]:
-    return checks.no_gradient(queries, keys, values, *gates, *initial)
+def _backward(loop: GateLoop, _: list[Tensor], grad: list[Tensor]) -> tuple[Gradient, ...]:
+    final = Pair(*grad[1:])
+    if _nothing(loop):
+        return None, None, None, None, final.map(torch.clone)
+    return dispatch.gate_loop_backward(loop, grad[0], final)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    queries, keys, values, gates, initial, *ctx.rest, resets, cu_seqlens = inputs
-    ctx.lengths = 3, len(gates), len(initial)
-    ctx.save_for_backward(queries, keys, values, *gates, *initial, resets, cu_seqlens)
+def _plain(loop: GateLoop) -> list[Tensor]:
+    if _nothing(loop):
+        return _unchanged(loop)
+    y, final = plain_gate_loop(loop)
+    return [y.to(loop.queries.dtype), *checks.fit(final, _empty_final(loop))]
 
 
-def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
-    *saved, resets, cu_seqlens = ctx.saved_tensors
-    inputs, gates, initial = take(saved, ctx.lengths)
-    gradients = _backward(grad, *inputs, gates, initial, *ctx.rest, resets, cu_seqlens)
-    d_inputs, d_gates, d_initial = take(gradients, ctx.lengths)
-    return (*d_inputs, d_gates, d_initial, None, None, None, None)
-
-
-_forward.register_autograd(_gradient, _setup)
+_loop = Operator(
+    "gate_loop",
+    GateLoop,
+    results=_results,
+    forward=_forward,
+    backward=_backward,
+    plain=_plain,
+    rows=lambda loop: loop.layout.cu_seqlens is None,
+)

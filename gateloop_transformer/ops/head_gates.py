@@ -1,17 +1,27 @@
 """Gates of several heads from their projections, in one pass: contract, checks, gradient."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import FUSED, choose
 from gateloop_transformer.ops.gates import check_gate, gates_of
-from gateloop_transformer.ops.operator import operator
-from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
+from gateloop_transformer.ops.operator import Gradient, Operator
+from gateloop_transformer.ops.pairs import Pair, compute_dtype
 
 RealPair = tuple[Tensor, Tensor]
+
+
+class HeadGates(NamedTuple):
+    """What the operator computes from: the arguments of `head_gates`."""
+
+    projections: Tensor
+    bias: Pair | None
+    gate: str
+    real: bool
+    fraction: float
+    backend: str
 
 
 def head_gates(
@@ -61,72 +71,32 @@ def head_gates(
     chosen = choose(backend, projections.device, projections.dtype)
     if chosen not in FUSED:
         return gates_of(projections, gate, bias, fraction, real)
-    results = _forward(projections, list(bias or ()), gate, real, float(fraction), chosen)
-    return results[0], None if real else results[1], results[-1] if gate == "ring" else None
+    gates = _gates(HeadGates(projections, None if bias is None else Pair(*bias), gate, real, float(fraction), chosen))
+    return gates[0], None if real else gates[1], gates[-1] if gate == "ring" else None
 
 
-def _empty(projections: Tensor, gate: str, real: bool) -> list[Tensor]:
-    shape = *projections.shape[:-1], projections.shape[-1] // 2
-    dtype = compute_dtype(projections.dtype)
-    return [projections.new_empty(shape, dtype=dtype) for _ in range((1 if real else 2) + (gate == "ring"))]
+def _results(given: HeadGates) -> list[Tensor]:
+    """Empty gates and scales."""
+    z = given.projections
+    shape, dtype = (*z.shape[:-1], z.shape[-1] // 2), compute_dtype(z.dtype)
+    return [z.new_empty(shape, dtype=dtype) for _ in range((1 if given.real else 2) + (given.gate == "ring"))]
 
 
-@operator("head_gates")
-def _forward(
-    projections: Tensor, bias: Sequence[Tensor], gate: str, real: bool, fraction: float, backend: str
-) -> list[Tensor]:
-    if not projections.numel():
-        return _empty(projections, gate, real)
-    return FUSED[backend].gates_forward(projections, gate, Pair(*bias) if bias else None, real)
+def _forward(given: HeadGates) -> list[Tensor]:
+    if not given.projections.numel():
+        return _results(given)
+    return FUSED[given.backend].gates_forward(given.projections, given.gate, given.bias, given.real)
 
 
-@_forward.register_fake
-def _(
-    projections: Tensor, bias: Sequence[Tensor], gate: str, real: bool, fraction: float, backend: str
-) -> list[Tensor]:
-    return _empty(projections, gate, real)
+def _backward(given: HeadGates, _: list[Tensor], grad: list[Tensor]) -> tuple[Gradient, ...]:
+    z, bias, gate, real, fraction, backend = given
+    return FUSED[backend].gates_backward(grad, z, gate, bias, real, fraction) if z.numel() else (None, None)
 
 
-@operator("head_gates_backward")
-def _backward(
-    grad: Sequence[Tensor],
-    projections: Tensor,
-    bias: Sequence[Tensor],
-    gate: str,
-    real: bool,
-    fraction: float,
-    backend: str,
-) -> list[Tensor]:
-    if not projections.numel():
-        return checks.no_gradient(projections, *bias)
-    start = Pair(*bias) if bias else None
-    dz, d_bias = FUSED[backend].gates_backward(list(grad), projections, gate, start, real, fraction)
-    return [dz, *([] if d_bias is None else checks.fit(d_bias, list(bias)))]
+def _plain(given: HeadGates) -> list[Tensor]:
+    bias = None if given.bias is None else given.bias.both()
+    gates = gates_of(given.projections, given.gate, bias, given.fraction, given.real)
+    return [part for part in gates if part is not None]
 
 
-@_backward.register_fake
-def _(
-    grad: Sequence[Tensor],
-    projections: Tensor,
-    bias: Sequence[Tensor],
-    gate: str,
-    real: bool,
-    fraction: float,
-    backend: str,
-) -> list[Tensor]:
-    return checks.no_gradient(projections, *bias)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    projections, bias, *ctx.rest = inputs
-    ctx.save_for_backward(projections, *bias)
-
-
-def _gradient(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
-    projections, *bias = ctx.saved_tensors
-    gradients = _backward(grad, projections, bias, *ctx.rest)
-    (d_projections,), d_bias = take(gradients, (1, len(bias)))
-    return d_projections, d_bias, None, None, None, None
-
-
-_forward.register_autograd(_gradient, _setup)
+_gates = Operator("head_gates", HeadGates, results=_results, forward=_forward, backward=_backward, plain=_plain)

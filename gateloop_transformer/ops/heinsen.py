@@ -1,8 +1,5 @@
 """h[t] = a[t] h[t-1] + x[t] for real gates in [0, 1], forward in log space after Heinsen (2023)."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -10,10 +7,11 @@ from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.associative_scan import Elements, associative_scan
 from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import TABLE, choose
-from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.operator import operator
-from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
-from gateloop_transformer.ops.pairs import Pair, compute_dtype, take
+from gateloop_transformer.ops.operator import Gradient, Operator
+from gateloop_transformer.ops.packing import as_rows, cleared
+from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.plain import plain_scan
+from gateloop_transformer.ops.recurrences import LinearScan
 
 
 def heinsen_scan(
@@ -56,17 +54,8 @@ def heinsen_scan(
     refuse("heinsen_scan", "linear_scan gives the same states")
     layout = checks.scan("heinsen_scan", gates, inputs, initial, resets, cu_seqlens)
     checks.floating("heinsen_scan", ("gates", "inputs", "initial"), gates=gates, inputs=inputs, initial=initial)
-    start = [] if initial is None else [initial]
-    if cu_seqlens is None:
-        result: Tensor = _forward(gates, inputs, start, resets)
-        return result
-
-    def scan(rows: list[Tensor], first: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        x, a, *marks = rows
-        return [_forward(a, x, first, marks[0] if marks else None)], []
-
-    rows = loop_inputs(inputs, gates=Pair(gates), resets=resets)
-    (states,), _ = by_documents(scan, rows, start, layout.bounds(inputs.shape[1]))
+    scan = LinearScan(Pair(gates), Pair(inputs), None if initial is None else Pair(initial), layout=layout)
+    (states,) = _scan(scan) if cu_seqlens is None else as_rows(scan, _scan)
     return states
 
 
@@ -85,67 +74,44 @@ def _combine_marked(left: Elements, right: Elements) -> Elements:
     return (*kept, left[-1] | anew)
 
 
-@operator("heinsen_scan")
-@checks.full_precision
-def _forward(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor], resets: Tensor | None) -> Tensor:
-    dtype = compute_dtype(gates.dtype, inputs.dtype)
-    out_dtype = torch.promote_types(gates.dtype, inputs.dtype)
-    if inputs.numel() == 0:
-        return inputs.new_empty(inputs.shape, dtype=out_dtype)
-    a, x = gates.to(dtype), inputs.to(dtype)
-    if initial:
-        first = cleared(Pair(a[:, 0] * initial[0].to(dtype)), None if resets is None else resets[:, 0]).re
+def _results(scan: LinearScan) -> list[Tensor]:
+    """Empty states."""
+    x = scan.inputs.re
+    return [x.new_empty(x.shape, dtype=torch.promote_types(scan.gates.re.dtype, x.dtype))]
+
+
+def _forward(scan: LinearScan) -> list[Tensor]:
+    empty = _results(scan)
+    if not empty[0].numel():
+        return empty
+    (a, _), (x, _), initial, *_, (resets, _) = scan
+    dtype = compute_dtype(a.dtype, x.dtype)
+    a, x = a.to(dtype), x.to(dtype)
+    if initial is not None:
+        first = cleared(Pair(a[:, 0] * initial.re.to(dtype)), None if resets is None else resets[:, 0]).re
         x = torch.cat([x[:, :1] + first.unsqueeze(1), x[:, 1:]], 1)
     elements = a.log(), x.clamp(min=0).log(), (-x).clamp(min=0).log()
     if resets is None:
         _, positive, negative = associative_scan(_combine, elements)
     else:
         _, positive, negative, _ = associative_scan(_combine_marked, (*elements, resets.unsqueeze(-1)))
-    return (positive.exp() - negative.exp()).to(out_dtype)
+    return [(positive.exp() - negative.exp()).to(empty[0].dtype)]
 
 
-@_forward.register_fake
-def _(gates: Tensor, inputs: Tensor, initial: Sequence[Tensor], resets: Tensor | None) -> Tensor:
-    return inputs.new_empty(inputs.shape, dtype=torch.promote_types(gates.dtype, inputs.dtype))
+def _backward(scan: LinearScan, states: list[Tensor], grad: list[Tensor]) -> tuple[Gradient, ...]:
+    x = scan.inputs.re
+    if not x.numel():
+        return None, None, None
+    return TABLE[choose("auto", x.device, x.dtype)].linear_scan_backward(scan, Pair(*states), Pair(*grad))
 
 
-@operator("heinsen_scan_backward")
-@checks.full_precision
-def _backward(
-    grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor], resets: Tensor | None
-) -> list[Tensor]:
-    if inputs.numel() == 0:
-        return checks.no_gradient(gates, inputs, *initial)
-    start = Pair(initial[0]) if initial else None
-    gradients = TABLE[choose("auto", inputs.device, inputs.dtype)].linear_scan_backward(
-        Pair(grad), Pair(gates), Pair(inputs), Pair(states), start, False, Layout(resets)
-    )
-    arguments = [gates, inputs, *initial]
-    return [
-        part
-        for gradient, argument in zip(gradients, arguments, strict=False)
-        for part in checks.fit(gradient, [argument])
-    ]
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor, gates: Tensor, inputs: Tensor, states: Tensor, initial: Sequence[Tensor], resets: Tensor | None
-) -> list[Tensor]:
-    return checks.no_gradient(gates, inputs, *initial)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gates, xs, initial, resets = inputs
-    ctx.lengths = 1, 1, 1, len(initial)
-    ctx.save_for_backward(gates, xs, output, *initial, resets)
-
-
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *saved, resets = ctx.saved_tensors
-    (gates,), (inputs,), (states,), initial = take(saved, ctx.lengths)
-    d_gates, d_inputs, *d_initial = _backward(grad, gates, inputs, states, initial, resets)
-    return d_gates, d_inputs, d_initial, None
-
-
-_forward.register_autograd(_gradient, _setup)
+_scan = Operator(
+    "heinsen_scan",
+    LinearScan,
+    results=_results,
+    forward=_forward,
+    backward=_backward,
+    plain=lambda scan: checks.fit(plain_scan(scan), _results(scan)),
+    saved=slice(None),
+    rows=lambda scan: True,
+)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import GateLoop, LinearScan
 
 # From rows (n, L, ...) and initial states (n, ...) to results (n, L, ...) and final states (n, ...).
 Batched = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
@@ -83,6 +85,42 @@ def loop_inputs(*inputs: Tensor, gates: Pair, resets: Tensor | None) -> list[tup
     """A recurrence's inputs for `by_documents`, with what fills them: nothing added, a gate of 1, no reset."""
     marks = [] if resets is None else [(resets, 0.0)]
     return [(x, 0.0) for x in inputs] + list(zip(gates.parts(), (1.0, 0.0), strict=False)) + marks
+
+
+Recurrence = TypeVar("Recurrence", LinearScan, GateLoop)
+
+
+def as_rows(record: Recurrence, run: Callable[[Recurrence], list[Tensor]], steps: int | None = None) -> list[Tensor]:
+    """`run` of a recurrence over documents, which it need not know: they become rows of batches.
+
+    Args:
+        record: of documents.
+        run: from rows to results.
+        steps: how many of the results are of every step, the others being final states; None: all.
+    """
+    inputs: list[tuple[Tensor, float]] = []
+    fields = record._fields[: record._fields.index("initial")]
+    for field in fields:
+        value = getattr(record, field)
+        # Behind the end of a row nothing is added, and gates of 1 keep the state.
+        fills = (1.0 if field == "gates" else 0.0), 0.0
+        inputs += zip(value.parts() if isinstance(value, Pair) else [value], fills, strict=False)
+    if record.layout.resets is not None:
+        inputs.append((record.layout.resets, 0.0))
+
+    def of_rows(rows: list[Tensor], start: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        rest = iter(rows)
+        changes: dict[str, Any] = {}
+        for field in fields:
+            value = getattr(record, field)
+            changes[field] = value.map(lambda _: next(rest)) if isinstance(value, Pair) else next(rest)
+        changes["initial"] = Pair(*start) if start else None
+        found = run(record._replace(**changes, layout=Layout(next(rest, None))))
+        return found[:steps], found[len(found) if steps is None else steps :]
+
+    start = [] if record.initial is None else record.initial.parts()
+    of_steps, final = by_documents(of_rows, inputs, start, record.layout.bounds(inputs[0][0].shape[1]))
+    return of_steps + final
 
 
 def cleared(x: Pair, resets: Tensor | None) -> Pair:

@@ -28,6 +28,11 @@ class Pair(NamedTuple):
         """[re] or [re, im]: how a pair crosses the boundary of a custom operator."""
         return [self.re] if self.im is None else [self.re, self.im]
 
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Both parts of a number that has two."""
+        assert self.im is not None
+        return self.re, self.im
+
     def as_complex(self) -> Pair:
         """The same number with an imaginary part, zero where there was none."""
         return self if self.im is not None else Pair(self.re, torch.zeros_like(self.re))

@@ -1,6 +1,6 @@
 """√D · x / max(‖x‖₂, 1e-12) · gamma over the last dimension: the original's norm, in one pass."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,17 @@ from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import FUSED, choose
-from gateloop_transformer.ops.operator import operator
+from gateloop_transformer.ops.operator import Gradient, Operator
 from gateloop_transformer.ops.pairs import compute_dtype
+
+
+class RmsNorm(NamedTuple):
+    """What the operator computes from: x (..., D), gamma (D,) or (G, D), the dtype of the result."""
+
+    x: Tensor
+    gamma: Tensor
+    dtype: torch.dtype
+    backend: str
 
 
 def rms_norm(x: Tensor, gamma: Tensor, backend: str = "auto", *, dtype: torch.dtype | None = None) -> Tensor:
@@ -46,45 +55,31 @@ def rms_norm(x: Tensor, gamma: Tensor, backend: str = "auto", *, dtype: torch.dt
     if not own.is_floating_point:
         raise ValueError(f"rms_norm: dtype must be a floating-point type, not {own}")
     chosen = choose(backend, x.device, x.dtype)
-    if chosen in FUSED:
-        result: Tensor = _forward(x, gamma, own, chosen)
-        return result
+    given = RmsNorm(x, gamma, own, chosen)
+    (y,) = _norm(given) if chosen in FUSED else _plain(given)
+    return y
+
+
+def _results(given: RmsNorm) -> list[Tensor]:
+    """The empty result."""
+    return [given.x.new_empty(given.x.shape, dtype=given.dtype)]
+
+
+def _forward(given: RmsNorm) -> list[Tensor]:
+    if not given.x.numel():
+        return _results(given)
+    return [FUSED[given.backend].norm_forward(given.x, given.gamma, given.dtype)]
+
+
+def _backward(given: RmsNorm, _: list[Tensor], grad: list[Tensor]) -> tuple[Gradient, ...]:
+    return FUSED[given.backend].norm_backward(grad[0], given.x, given.gamma) if given.x.numel() else (None, None)
+
+
+def _plain(given: RmsNorm) -> list[Tensor]:
+    x, gamma, dtype, _ = given
     wide = x.to(compute_dtype(x.dtype, gamma.dtype))
     unit = F.normalize(wide, dim=-1) * x.shape[-1] ** 0.5
-    scaled: Tensor = unit.to(x.dtype) * gamma
-    return scaled.to(own)
+    return [(unit.to(x.dtype) * gamma).to(dtype)]
 
 
-@operator("rms_norm")
-def _forward(x: Tensor, gamma: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    return FUSED[backend].norm_forward(x, gamma, dtype) if x.numel() else x.new_empty(x.shape, dtype=dtype)
-
-
-@_forward.register_fake
-def _(x: Tensor, gamma: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-@operator("rms_norm_backward")
-def _backward(grad: Tensor, x: Tensor, gamma: Tensor, backend: str) -> list[Tensor]:
-    if not x.numel():
-        return checks.no_gradient(x, gamma)
-    return list(FUSED[backend].norm_backward(grad, x, gamma))
-
-
-@_backward.register_fake
-def _(grad: Tensor, x: Tensor, gamma: Tensor, backend: str) -> list[Tensor]:
-    return checks.no_gradient(x, gamma)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, gamma, _, ctx.backend = inputs
-    ctx.save_for_backward(x, gamma)
-
-
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, gamma = ctx.saved_tensors
-    return (*_backward(grad, x, gamma, ctx.backend), None, None)
-
-
-_forward.register_autograd(_gradient, _setup)
+_norm = Operator("rms_norm", RmsNorm, results=_results, forward=_forward, backward=_backward, plain=_plain)

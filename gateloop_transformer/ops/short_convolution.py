@@ -1,6 +1,6 @@
 """y[t] = Σ_i weight[:, i] · inputs[t + i], each channel on its own, with a SiLU on request: in one pass."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,16 @@ from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.dispatch import FUSED, choose
-from gateloop_transformer.ops.operator import operator
+from gateloop_transformer.ops.operator import Gradient, Operator
+
+
+class ShortConvolution(NamedTuple):
+    """What the operator computes from: the arguments of `short_convolution`."""
+
+    inputs: Tensor
+    weight: Tensor
+    silu: bool
+    backend: str
 
 
 def short_convolution(inputs: Tensor, weight: Tensor, silu: bool = False, backend: str = "auto") -> Tensor:
@@ -43,52 +52,39 @@ def short_convolution(inputs: Tensor, weight: Tensor, silu: bool = False, backen
     checks.floating("short_convolution", ("inputs", "weight"), inputs=inputs, weight=weight)
     checks.same_device("short_convolution", inputs=inputs, weight=weight)
     chosen = choose(backend, inputs.device, inputs.dtype)
-    if chosen in FUSED:
-        result: Tensor = _forward(inputs, weight, silu, chosen)
-        return result
+    given = ShortConvolution(inputs, weight, silu, chosen)
+    (y,) = _convolution(given) if chosen in FUSED else _plain(given)
+    return y
+
+
+def _results(given: ShortConvolution) -> list[Tensor]:
+    """The empty result."""
+    (B, L, D), taps = given.inputs.shape, given.weight.shape[1]
+    dtype = torch.promote_types(given.inputs.dtype, given.weight.dtype)
+    return [given.inputs.new_empty(B, L - taps + 1, D, dtype=dtype)]
+
+
+def _forward(given: ShortConvolution) -> list[Tensor]:
+    empty = _results(given)
+    if not empty[0].numel():
+        return empty
+    return [FUSED[given.backend].conv_forward(given.inputs, given.weight, given.silu)]
+
+
+def _backward(given: ShortConvolution, _: list[Tensor], grad: list[Tensor]) -> tuple[Gradient, ...]:
+    inputs, weight, silu, backend = given
+    return FUSED[backend].conv_backward(grad[0], inputs, weight, silu) if grad[0].numel() else (None, None)
+
+
+def _plain(given: ShortConvolution) -> list[Tensor]:
+    inputs, weight, silu, _ = given
     steps = inputs.shape[1] - weight.shape[1] + 1
     y = inputs[:, :steps] * weight[:, 0]
     for tap in range(1, weight.shape[1]):
         y = y + inputs[:, tap : tap + steps] * weight[:, tap]
-    return F.silu(y) if silu else y
+    return [F.silu(y) if silu else y]
 
 
-def _empty(inputs: Tensor, weight: Tensor) -> Tensor:
-    B, L, D = inputs.shape
-    return inputs.new_empty(B, L - weight.shape[1] + 1, D, dtype=torch.promote_types(inputs.dtype, weight.dtype))
-
-
-@operator("short_convolution")
-def _forward(inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> Tensor:
-    empty = _empty(inputs, weight)
-    return FUSED[backend].conv_forward(inputs, weight, silu) if empty.numel() else empty
-
-
-@_forward.register_fake
-def _(inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> Tensor:
-    return _empty(inputs, weight)
-
-
-@operator("short_convolution_backward")
-def _backward(grad: Tensor, inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> list[Tensor]:
-    if not grad.numel():
-        return checks.no_gradient(inputs, weight)
-    return list(FUSED[backend].conv_backward(grad, inputs, weight, silu))
-
-
-@_backward.register_fake
-def _(grad: Tensor, inputs: Tensor, weight: Tensor, silu: bool, backend: str) -> list[Tensor]:
-    return checks.no_gradient(inputs, weight)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.silu, ctx.backend = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight = ctx.saved_tensors
-    return (*_backward(grad, x, weight, ctx.silu, ctx.backend), None, None)
-
-
-_forward.register_autograd(_gradient, _setup)
+_convolution = Operator(
+    "short_convolution", ShortConvolution, results=_results, forward=_forward, backward=_backward, plain=_plain
+)

@@ -1,19 +1,17 @@
 """The gate loop as attention: y = [(Q Kᵀ) ∘ Re Π a] V, quadratic in time, decay computed in log space."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from gateloop_transformer.ops import checks
 from gateloop_transformer.ops.backends import stepwise
 from gateloop_transformer.ops.context_parallel import refuse
-from gateloop_transformer.ops.dispatch import TABLE, choose
-from gateloop_transformer.ops.layout import Layout
-from gateloop_transformer.ops.operator import operator
-from gateloop_transformer.ops.packing import by_documents, cleared, loop_inputs
-from gateloop_transformer.ops.pairs import Pair, compute_dtype, split, take
+from gateloop_transformer.ops.dispatch import choose, gate_loop_backward
+from gateloop_transformer.ops.operator import Gradient, Operator
+from gateloop_transformer.ops.packing import as_rows, cleared
+from gateloop_transformer.ops.pairs import Pair, compute_dtype, split
+from gateloop_transformer.ops.plain import plain_gate_loop
+from gateloop_transformer.ops.recurrences import GateLoop
 
 
 def surrogate_attention(
@@ -54,17 +52,8 @@ def surrogate_attention(
     refuse("surrogate_attention", "gate_loop gives the same outputs")
     a = split(gates)
     layout = checks.gate_loop("surrogate_attention", queries, keys, values, a, None, resets, cu_seqlens)
-    if cu_seqlens is None:
-        result: Tensor = _forward(queries, keys, values, a.parts(), resets)
-        return result
-    lengths = 3, len(a.parts()), resets is not None
-
-    def attend(rows: list[Tensor], _: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        inputs, gates, marks = take(rows, lengths)
-        return [_forward(*inputs, gates, marks[0] if marks else None)], []
-
-    inputs = loop_inputs(queries, keys, values, gates=a, resets=resets)
-    (y,), _ = by_documents(attend, inputs, [], layout.bounds(queries.shape[1]))
+    loop = GateLoop(queries, keys, values, a, layout=layout)
+    (y,) = _attention(loop) if cu_seqlens is None else as_rows(loop, _attention)
     return y
 
 
@@ -87,16 +76,15 @@ def _decay(gates: Tensor, imaginary: Tensor | None) -> Tensor:
     return (exponent.exp() * turned).to(gates.dtype)
 
 
-@operator("surrogate_attention")
-@checks.full_precision
-def _forward(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor], resets: Tensor | None) -> Tensor:
+def _forward(loop: GateLoop) -> list[Tensor]:
+    queries, keys, values, gates, *_ = loop
     if queries.numel() == 0 or values.numel() == 0:
-        return torch.zeros_like(values, memory_format=torch.contiguous_format)
-    y = _attend(queries, keys, values, cleared(Pair(*gates), resets))
+        return [torch.zeros_like(values, memory_format=torch.contiguous_format)]
+    y = _attend(queries, keys, values, cleared(gates, loop.layout.resets))
     if not stepwise.all_finite(y):
         # What a step must not see was multiplied by 0.
-        return stepwise.gate_loop_forward(queries, keys, values, Pair(*gates), None, False, Layout(resets))[0]
-    return y.to(queries.dtype).contiguous()
+        return [stepwise.gate_loop_forward(loop)[0]]
+    return [y.to(queries.dtype).contiguous()]
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, gates: Pair) -> Tensor:
@@ -114,47 +102,28 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, gates: Pair) -> Tenso
     return (scores @ v).transpose(1, 2)
 
 
-@_forward.register_fake
-def _(queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor], resets: Tensor | None) -> Tensor:
-    return queries.new_empty(values.shape)
-
-
-@operator("surrogate_attention_backward")
-@checks.full_precision
-def _backward(
-    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor], resets: Tensor | None
-) -> list[Tensor]:
+def _backward(loop: GateLoop, _: list[Tensor], grad: list[Tensor]) -> tuple[Gradient, ...]:
+    queries, values = loop.queries, loop.values
     if queries.numel() == 0 or values.numel() == 0:
-        return checks.no_gradient(queries, keys, values, *gates)
-    state = queries.new_zeros(
-        (queries.shape[0], *queries.shape[2:], values.shape[-1]), dtype=compute_dtype(queries.dtype, gates[0].dtype)
-    )
-    backend = TABLE[choose("auto", queries.device, queries.dtype)]
-    final = Pair(state) if len(gates) == 1 else Pair(state, state)
-    arguments = grad, final, queries, keys, values, Pair(*gates), None, False, Layout(resets)
-    *d_inputs, d_gates, _ = backend.gate_loop_backward(*arguments)
-    fitted = [x.to(queries.dtype).contiguous() for x in d_inputs if isinstance(x, Tensor)]
-    return [*fitted, *checks.fit(d_gates, list(gates))]
+        return None, None, None, None
+    shape = queries.shape[0], *queries.shape[2:], values.shape[-1]
+    state = Pair(queries.new_zeros(shape, dtype=loop.wide()))
+    loop = loop._replace(backend=choose("auto", queries.device, queries.dtype))
+    return gate_loop_backward(loop, grad[0], state if loop.parts() == 1 else state.as_complex())
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, gates: Sequence[Tensor], resets: Tensor | None
-) -> list[Tensor]:
-    return checks.no_gradient(queries, keys, values, *gates)
+def _plain(loop: GateLoop) -> list[Tensor]:
+    if loop.queries.numel() == 0 or loop.values.numel() == 0:
+        return [torch.zeros_like(loop.values)]
+    return [plain_gate_loop(loop)[0].to(loop.queries.dtype)]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    queries, keys, values, gates, resets = inputs
-    ctx.lengths = 3, len(gates)
-    ctx.save_for_backward(queries, keys, values, *gates, resets)
-
-
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *saved, resets = ctx.saved_tensors
-    inputs, gates = take(saved, ctx.lengths)
-    d_inputs, d_gates = take(_backward(grad, *inputs, gates, resets), ctx.lengths)
-    return (*d_inputs, d_gates, None)
-
-
-_forward.register_autograd(_gradient, _setup)
+_attention = Operator(
+    "surrogate_attention",
+    GateLoop,
+    results=lambda loop: [loop.queries.new_empty(loop.values.shape)],
+    forward=_forward,
+    backward=_backward,
+    plain=_plain,
+    rows=lambda loop: True,
+)

@@ -10,9 +10,11 @@ from cases import assert_equal, make_loop
 from options import EVERY, VOCABULARY, build
 from torch import Tensor
 
-from gateloop_transformer.export.plain import PlainOperators, plain_gate_loop
+from gateloop_transformer.export.plain import PlainOperators
 from gateloop_transformer.ops.backends import eager
 from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.plain import any_length, plain_gate_loop
+from gateloop_transformer.ops.recurrences import GateLoop
 
 
 class Watched(PlainOperators):
@@ -57,9 +59,11 @@ def test_extreme_gates_are_exact(T: int, per_channel: bool) -> None:
     loop = make_loop(2, T, 3, 3, 5, per_channel=per_channel)
     gates, start = (Pair(x.real.clone(), x.imag.clone()) for x in (loop.gates, loop.initial))
     for a, initial in ((gates, start), (gates, None), (Pair(gates.re), None)):
-        expected, last = eager.gate_loop_forward(*loop[:3], a, initial, False)
+        record = GateLoop(*loop[:3], a, initial)
+        expected, last = eager.gate_loop_forward(record)
         for longest in (None, 200):
-            y, final = plain_gate_loop(*loop[:3], a, initial, longest)
+            with any_length(longest):
+                y, final = plain_gate_loop(record)
             assert_equal([y, *final.parts()], [expected, *last.parts()])
 
 
@@ -70,8 +74,10 @@ def test_what_is_not_finite_reaches_no_earlier_step(place: int, per_channel: boo
     inputs = [x.clone() for x in loop[:4]]
     inputs[place][:, 21] = torch.nan
     a = Pair(inputs[3].real.clone(), inputs[3].imag.clone())
-    expected, _ = eager.gate_loop_forward(*inputs[:3], a, None, False)
+    record = GateLoop(*inputs[:3], a)
+    expected, _ = eager.gate_loop_forward(record)
     for longest in (None, 80):
-        y, _ = plain_gate_loop(*inputs[:3], a, None, longest)
+        with any_length(longest):
+            y, _ = plain_gate_loop(record)
         assert torch.equal(y.isfinite(), expected.isfinite())
         assert y[:, :21].isfinite().all()

@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from cases import INTERPRETED, assert_equal, compiled, nan_filled_memory, rms_ratio, values_and_gradients
+from cases import (
+    INTERPRETED,
+    assert_equal,
+    check_operator,
+    compiled,
+    nan_filled_memory,
+    rms_ratio,
+    values_and_gradients,
+)
 from torch import Tensor
 
-from gateloop_transformer.ops.channel_loop import _backward, _forward, channel_gate_loop, simple_gate_loop
+from gateloop_transformer.ops.channel_loop import PackedLoop, channel_gate_loop, simple_gate_loop
 from gateloop_transformer.ops.dispatch import FUSED
 from gateloop_transformer.ops.gates import GATES
+from gateloop_transformer.ops.layout import PLAIN
+from gateloop_transformer.ops.pairs import Pair
 
 # JAX compiles every shape for seconds, and runs no kernel of its own here.
 BACKENDS = ["numba", "triton", "chunkwise", "eager"]
@@ -127,15 +137,8 @@ def test_long_phases_keep_their_digits() -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_opcheck(gate: str) -> None:
     qkv, z, re, im, s, *bias = arguments(T=9, gate=gate)
-    args = [qkv, [z], [s], bias, [re, im]]
-    y, d_re, d_im, kept = _forward(*args, gate, 0.5, False, "numba", None, None)
-    torch.library.opcheck(
-        _backward.registered,
-        ([torch.randn_like(x) for x in (y, d_re, d_im)], *args, kept, gate, 0.5, True, "numba", None, None),
-    )
-    for x in (qkv, z, re, im, s, *bias):
-        x.requires_grad_()
-    torch.library.opcheck(_forward.registered, (*args, gate, 0.5, False, "numba", None, None))
+    ring = Pair(*bias) if bias else None
+    check_operator("channel_loop", PackedLoop(qkv, z, s, ring, Pair(re, im), gate, 0.5, False, "numba", PLAIN))
 
 
 def test_compiles_into_one_graph() -> None:

@@ -19,6 +19,7 @@ from cases import (
     Loop,
     assert_equal,
     cast,
+    check_operator,
     compiled,
     make_loop,
     naive_gate_loop,
@@ -33,7 +34,8 @@ from torch import Tensor
 
 from gateloop_transformer.ops import gate_loop
 from gateloop_transformer.ops.dispatch import TABLE
-from gateloop_transformer.ops.gate_loop import _backward, _forward
+from gateloop_transformer.ops.pairs import split
+from gateloop_transformer.ops.recurrences import GateLoop
 
 # JAX compiles every shape for seconds: the laws run at one of its shapes, the comparisons below at all.
 EACH = [
@@ -173,14 +175,6 @@ def test_each_gradient_alone_is_that_of_all(leaf: int, result: int) -> None:
     assert_equal([gradient([leaf])], [gradient([0, 1, 2, 3, 4])], 0)
 
 
-def test_a_second_derivative_is_refused_not_wrong() -> None:
-    args = [x.requires_grad_() for x in make_loop(T=5)]
-    y, _ = gate_loop(*args)
-    (first,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.sum(), args[1])
-
-
 # Each with real and with complex gates, per head and per channel in turn.
 CHECKED = [
     (backend, size, kind)
@@ -193,17 +187,8 @@ CHECKED = [
 
 @pytest.mark.parametrize(("backend", "size", "kind"), CHECKED)
 def test_opcheck(backend: str, size: str, kind: str) -> None:
-    def split(x: Tensor) -> list[Tensor]:
-        return [x.real.clone(), x.imag.clone()] if x.is_complex() else [x]
-
     q, k, v, a, s = make_loop(2, 9, **SIZES[size], **KINDS[kind])
-    args = [q, k, v, split(a), split(s), False, backend]
-    tensors = [*args[:3], *args[3], *args[4]]
-    grad = [torch.randn_like(v), *(torch.randn_like(x) for x in args[4])]
-    torch.library.opcheck(_backward.registered, (grad, *args, None, None))
-    for x in tensors:
-        x.requires_grad_()
-    torch.library.opcheck(_forward.registered, (*args, None, None))
+    check_operator("gate_loop", GateLoop(q, k, v, split(a), split(s), False, backend))
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_equal, compiled, nan_filled_memory, rms_ratio, values_and_gradients
+from cases import assert_equal, check_operator, compiled, nan_filled_memory, rms_ratio, values_and_gradients
 from torch import Tensor
 
 from gateloop_transformer.ops.gates import GATES, ring_input_scale
-from gateloop_transformer.ops.head_gates import _backward, _forward, head_gates
+from gateloop_transformer.ops.head_gates import HeadGates, head_gates
+from gateloop_transformer.ops.pairs import Pair
 
 BACKENDS = ["numba", "chunkwise"]
 
@@ -127,9 +128,8 @@ def test_gradcheck(backend: str, gate: str) -> None:
 @pytest.mark.parametrize("real", [False, True])
 def test_opcheck_compile_and_memory(gate: str, real: bool) -> None:
     z, *bias = arguments(2, 5, 6, gate=gate)
-    grad = [torch.randn_like(x) for x in _forward(z, bias, gate, real, 0.5, "numba")]
-    torch.library.opcheck(_backward.registered, (grad, z, bias, gate, real, 0.5, "numba"))
-    torch.library.opcheck(_forward.registered, (z.requires_grad_(), bias, gate, real, 0.5, "numba"))
+    record = HeadGates(z.clone(), Pair(*(x.clone() for x in bias)) if bias else None, gate, real, 0.5, "numba")
+    check_operator("head_gates", record)
     function, args = run("numba", gate, real), [z.detach(), *bias]
     with nan_filled_memory():
         expected = values_and_gradients(function, args)

@@ -7,6 +7,7 @@ import torch
 from cases import (
     LENGTHS,
     assert_equal,
+    check_operator,
     compiled,
     make_scan,
     naive_linear_scan,
@@ -17,7 +18,8 @@ from cases import (
 from torch import Tensor
 
 from gateloop_transformer.ops import heinsen_scan, linear_scan
-from gateloop_transformer.ops.heinsen import _backward, _forward
+from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import LinearScan
 
 
 def arguments(T: int = 21) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,9 +56,7 @@ def test_gradcheck() -> None:
 
 def test_opcheck() -> None:
     a, x, h = arguments(9)
-    states = heinsen_scan(a, x, h)
-    torch.library.opcheck(_backward.registered, (torch.randn_like(x), a, x, states, [h], None))
-    torch.library.opcheck(_forward.registered, (a.requires_grad_(), x.requires_grad_(), [h.requires_grad_()], None))
+    check_operator("heinsen_scan", LinearScan(Pair(a), Pair(x), Pair(h)))
 
 
 def test_survives_products_below_the_smallest_float() -> None:

@@ -14,6 +14,7 @@ from cases import (
     LENGTHS,
     assert_equal,
     cast,
+    check_operator,
     compiled,
     make_scan,
     naive_linear_scan,
@@ -28,7 +29,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gateloop_transformer.ops import linear_scan
-from gateloop_transformer.ops.linear_scan import _backward, _forward
+from gateloop_transformer.ops.pairs import split
+from gateloop_transformer.ops.recurrences import LinearScan
 
 # Real (r) or complex (c): gates, inputs, initial state.
 
@@ -81,16 +83,8 @@ def test_no_initial_state_is_zero(backend: str) -> None:
 
 @pytest.mark.parametrize("kinds", ["rrr", "crc", "rcr"])
 def test_opcheck(kinds: str) -> None:
-    def split(x: Tensor) -> list[Tensor]:
-        return [x.real.clone(), x.imag.clone()] if x.is_complex() else [x]
-
-    args = [split(x) for x in make_scan(T=9, kinds=kinds)]
-    states = _forward(*args, False, "chunkwise", None, None)
-    grad = [torch.randn_like(x) for x in states]
     for backend in ("eager", "chunkwise", "numba"):
-        torch.library.opcheck(_backward.registered, (grad, *args[:2], states, args[2], True, backend, None, None))
-    leaves = [[x.requires_grad_() for x in pair] for pair in args]
-    torch.library.opcheck(_forward.registered, (*leaves, False, "eager", None, None))
+        check_operator("linear_scan", LinearScan(*(split(x) for x in make_scan(T=9, kinds=kinds)), True, backend))
 
 
 @pytest.mark.parametrize(("B", "T", "D"), [(2, 0, 3), (0, 5, 3), (2, 5, 0)])

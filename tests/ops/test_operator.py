@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_equal
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gateloop_transformer.ops.channel_loop import channel_gate_loop
+from gateloop_transformer.ops.channel_loop import channel_gate_loop, simple_gate_loop
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.head_gates import head_gates
+from gateloop_transformer.ops.heinsen import heinsen_scan
 from gateloop_transformer.ops.linear_scan import linear_scan
 from gateloop_transformer.ops.rms_norm import rms_norm
 from gateloop_transformer.ops.short_convolution import short_convolution
+from gateloop_transformer.ops.surrogate_attention import surrogate_attention
 
 
 class Watched(TorchDispatchMode):
@@ -100,22 +102,131 @@ def test_leaves_without_gradient_get_none() -> None:
     assert not rms_norm(x, gamma.detach()).requires_grad
 
 
-def test_a_second_derivative_is_refused() -> None:
-    x = torch.randn(3, 8, requires_grad=True)
-    (first,) = torch.autograd.grad(rms_norm(x, torch.ones(8)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="rms_norm_backward"):
-        first.sum().backward()
+def scanned(a: Tensor, x: Tensor, h: Tensor) -> Tensor:
+    return linear_scan(a.sigmoid(), x, h)
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning", "ignore:.*jit.script.*:FutureWarning")
-@pytest.mark.parametrize("enabled", [True, False])
-def test_tangents_are_refused_and_not_dropped(enabled: bool) -> None:
-    x = torch.randn(3, 8)
-    with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
-        dual = forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(NotImplementedError, match="rms_norm has no forward-mode derivative, only gradients"):
-            rms_norm(dual, torch.ones(8))
-        rms_norm(x, torch.ones(8))
+def again(a: Tensor, x: Tensor, h: Tensor) -> Tensor:
+    resets = torch.arange(a.shape[1])[None].expand(a.shape[0], -1) % 3 == 2
+    return linear_scan(a.sigmoid(), x, h, reverse=True, resets=resets)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, re: Tensor) -> Any:
+    return gate_loop(q, k, v, re.sigmoid(), cu_seqlens=torch.tensor([0, 2, 2, 5]))
+
+
+def heads(gate: str, reverse: bool) -> Callable[..., Any]:
+    def run(qkv: Tensor, z: Tensor, s: Tensor, logit: Tensor, phase: Tensor) -> Any:
+        bias = (logit, phase) if gate == "ring" else None
+        y, final = channel_gate_loop(qkv, z, (phase[None], logit[None]), gate=gate, bias=bias, swish=s, reverse=reverse)
+        return y, *final
+
+    return run
+
+
+def weighed(*inputs: Tensor) -> Tensor:
+    q, k, v, gates = (x if x.ndim == 4 else x.sigmoid() for x in inputs)
+    return surrogate_attention(q, k, v, gates)
+
+
+CHANNELS = [(1, 5, 9), (1, 5, 6), (1, 5, 3), (3,), (3,)]
+# Functions of real tensors whose rows are computed alone, where they have a batch.
+DIFFERENTIABLE: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
+    "linear_scan": (scanned, [(2, 5, 3), (2, 5, 3), (2, 3)]),
+    "linear_scan, resets": (again, [(2, 5, 3), (2, 5, 3), (2, 3)]),
+    "gate_loop": (matrices, [(2, 5, 2, 3), (2, 5, 2, 3), (2, 5, 2, 4), (2, 5, 2), (2, 5, 2)]),
+    "gate_loop, head size 1": (matrices, [(2, 5, 3, 1)] * 3 + [(2, 5, 3)] * 2),
+    "gate_loop, documents": (packed, [(1, 5, 1, 2)] * 3 + [(1, 5, 1)]),
+    "channels, polar": (heads("polar", False), CHANNELS),
+    "channels, ring": (heads("ring", True), CHANNELS),
+    "simple_gate_loop": (lambda x, h: simple_gate_loop(x, h), [(2, 5, 9), (2, 3)]),
+    "head_gates, ring": (lambda *x: list(gates(*x)), [(2, 5, 4), (2,), (2,)]),
+    "head_gates, paper": (lambda z: head_gates(z, gate="paper", fraction=1.0)[:2], [(2, 5, 4)]),
+    "rms_norm": (rms_norm, [(2, 5, 3), (3,)]),
+    "short_convolution": (lambda x, w: short_convolution(x, w, True), [(2, 7, 3), (3, 3)]),
+    "heinsen_scan": (lambda a, x: heinsen_scan(a.sigmoid(), x), [(2, 5, 3)] * 2),
+    "surrogate_attention": (weighed, [(2, 5, 2, 3)] * 3 + [(2, 5, 2)]),
+}
+
+
+@pytest.fixture(params=DIFFERENTIABLE)
+def differentiable(request: pytest.FixtureRequest) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """A function of tensors with a tuple of tensors as its result, and arguments for it."""
+    function, shapes = DIFFERENTIABLE[request.param]
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        result = function(*tensors)
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    return run, given
+
+
+# Of torch's own derivatives.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*jit.script.*:DeprecationWarning", "ignore:.*jit.script.*:FutureWarning"
+)
+
+
+def test_derivatives_of_both_orders_and_modes(differentiable: Any) -> None:
+    function, given = differentiable
+    leaves = [x.clone().requires_grad_() for x in given]
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_transformations_agree_with_loops(differentiable: Any) -> None:
+    function, given = differentiable
+    stacked = [torch.stack([x, 0.5 * x, -x]) for x in given]
+    rows = [[x[n] for x in stacked] for n in range(3)]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return sum((y.sin().sum() for y in function(*tensors)), torch.zeros(()))
+
+    def gradient(row: list[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in row]
+        return torch.autograd.grad(loss(*leaves), leaves)
+
+    every = tuple(range(len(given)))
+    expected = [torch.stack(parts) for parts in zip(*(function(*row) for row in rows), strict=True)]
+    assert_equal(torch.vmap(function)(*stacked), expected, 1e-12)
+    slopes = [torch.stack(parts) for parts in zip(*(gradient(row) for row in rows), strict=True)]
+    found = torch.vmap(torch.func.grad(loss, every))(*stacked)
+    assert_equal(found, slopes, 1e-10)
+    if len(given) > 1:
+        # The last is the same for all rows: its gradients are still each row's own.
+        shared = torch.vmap(torch.func.grad(loss, every), in_dims=(0,) * (len(given) - 1) + (None,))
+        same = [gradient([*row[:-1], given[-1]]) for row in rows]
+        assert_equal(shared(*stacked[:-1], given[-1]), [torch.stack(parts) for parts in zip(*same, strict=True)], 1e-10)
+    # And a gradient through the rows that torch.vmap has made.
+    leaves = [x.clone().requires_grad_() for x in stacked]
+    through = torch.autograd.grad(torch.vmap(loss)(*leaves).sum(), leaves)
+    assert_equal(through, slopes, 1e-10)
+
+
+def test_jacobians_and_hessians_agree(differentiable: Any) -> None:
+    function, given = differentiable
+
+    def first(x: Tensor) -> Tensor:
+        return function(x, *given[1:])[0]
+
+    expected = torch.autograd.functional.jacobian(first, given[0])
+    for found in (
+        torch.autograd.functional.jacobian(first, given[0], vectorize=True),
+        torch.func.jacrev(first)(given[0]),
+        torch.func.jacfwd(first)(given[0]),
+    ):
+        assert_equal([found], [expected], 1e-10)
+    curved = torch.func.hessian(lambda x: first(x).sin().sum())(given[0])
+    assert_equal([curved], [torch.autograd.functional.hessian(lambda x: first(x).sin().sum(), given[0])], 1e-10)
+
+
+def test_a_mapped_dimension_is_a_part_of_the_batch() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    with Watched() as watched:
+        torch.vmap(linear_scan)(x[None].sigmoid(), x[None])
+    assert "gateloop.linear_scan.default" in watched.names
 
 
 def test_profiles_name_the_operator() -> None:

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import assert_equal, compiled, rms_ratio, values_and_gradients
+from cases import assert_equal, check_operator, compiled, rms_ratio, values_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gateloop_transformer.ops import gate_loop, heinsen_scan, linear_scan, surrogate_attention
 from gateloop_transformer.ops.channel_loop import channel_gate_loop, simple_gate_loop
-from gateloop_transformer.ops.gate_loop import _backward, _forward
+from gateloop_transformer.ops.layout import Layout
+from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import GateLoop
 
 Call = Callable[..., Any]
 
@@ -323,13 +325,8 @@ def test_opcheck() -> None:
     re, im, *inputs = make(OPERATORS["gate_loop, heads"], 1, 14, 3)
     q, k, v, s, z = inputs
     bounds, resets = torch.tensor([0, 5, 5, 14]), torch.arange(14)[None] % 4 == 3
-    args = [q, k, v, [re, im], [s, z], False, "numba", resets, bounds]
-    torch.library.opcheck(
-        _backward.registered, ([torch.randn_like(v), torch.randn_like(s), torch.randn_like(z)], *args)
-    )
-    for x in (re, im, *inputs):
-        x.requires_grad_()
-    torch.library.opcheck(_forward.registered, args)
+    record = GateLoop(q, k, v, Pair(re, im), Pair(s, z), False, "numba", Layout(resets, bounds))
+    check_operator("gate_loop", record)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_equal, compiled, nan_filled_memory, rms_ratio, values_and_gradients
+from cases import assert_equal, check_operator, compiled, nan_filled_memory, rms_ratio, values_and_gradients
 
-from gateloop_transformer.ops.short_convolution import _backward, _forward, short_convolution
+from gateloop_transformer.ops.short_convolution import ShortConvolution, short_convolution
 
 BACKENDS = ["numba", "chunkwise"]
 
@@ -54,8 +54,7 @@ def test_narrow_types(dtype: torch.dtype, gain: torch.dtype) -> None:
 
 def test_opcheck_compile_and_memory() -> None:
     inputs, weight = arguments(2, 70, 19, 4)
-    torch.library.opcheck(_backward.registered, (torch.randn(2, 70, 19).double(), inputs, weight, True, "numba"))
-    torch.library.opcheck(_forward.registered, (inputs.requires_grad_(), weight.requires_grad_(), True, "numba"))
+    check_operator("short_convolution", ShortConvolution(inputs, weight, True, "numba"))
     function = partial(short_convolution, silu=True, backend="numba")
     with nan_filled_memory():
         expected = values_and_gradients(function, [inputs, weight])

@@ -6,11 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LENGTHS, assert_equal, cast, compiled, make_loop, nan_filled_memory, rms_ratio, values_and_gradients
+from cases import (
+    LENGTHS,
+    assert_equal,
+    cast,
+    check_operator,
+    compiled,
+    make_loop,
+    nan_filled_memory,
+    rms_ratio,
+    values_and_gradients,
+)
 from torch import Tensor
 
 from gateloop_transformer.ops import gate_loop, surrogate_attention
-from gateloop_transformer.ops.surrogate_attention import _backward, _forward
+from gateloop_transformer.ops.pairs import split
+from gateloop_transformer.ops.recurrences import GateLoop
 
 KINDS = [(is_complex, per_channel) for is_complex in (False, True) for per_channel in (False, True)]
 
@@ -38,10 +49,7 @@ def test_head_size_one() -> None:
 
 def test_gradcheck_and_opcheck() -> None:
     args = make_loop(1, 7, 1, 2, 1)[:4]
-    gates = [args[3].real.clone(), args[3].imag.clone()]
-    torch.library.opcheck(_backward.registered, (torch.randn_like(args[2]), *args[:3], gates, None))
-    leaves = [x.clone().requires_grad_() for x in (*args[:3], *gates)]
-    torch.library.opcheck(_forward.registered, (*leaves[:3], leaves[3:], None))
+    check_operator("surrogate_attention", GateLoop(*(x.clone() for x in args[:3]), split(args[3])))
     assert torch.autograd.gradcheck(surrogate_attention, [x.requires_grad_() for x in args])
 
 

@@ -30,6 +30,7 @@ from gateloop_transformer.ops.gates import GATES
 from gateloop_transformer.ops.head_gates import head_gates
 from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import LinearScan
 from gateloop_transformer.ops.rms_norm import rms_norm
 from gateloop_transformer.ops.short_convolution import short_convolution
 
@@ -188,7 +189,7 @@ def test_a_triton_decoding_step_is_one_launch() -> None:
 def test_triton_takes_the_bounds_of_documents_from_another_device() -> None:
     x = Pair(torch.empty(1, 75, 8, device="meta"))
     with written_down() as listed:
-        triton_gpu.linear_scan_forward(x, x, None, False, Layout(cu_seqlens=BOUNDS))
+        triton_gpu.linear_scan_forward(LinearScan(x, x, layout=Layout(cu_seqlens=BOUNDS)))
     assert listed[0].arguments["begins"].device == x.re.device
 
 

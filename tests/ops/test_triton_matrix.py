@@ -23,20 +23,20 @@ from gateloop_transformer.ops import gate_loop
 from gateloop_transformer.ops.backends import eager, triton_matrix
 from gateloop_transformer.ops.backends.triton_launch import written_down
 from gateloop_transformer.ops.layout import PLAIN, Layout
-from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, split
+from gateloop_transformer.ops.recurrences import GateLoop
 
 
 def triton_loop(loop: Loop, reverse: bool = False, layout: Layout = PLAIN, start: bool = True) -> list[Tensor]:
     """y, the last state, and the gradients of everything through both, in the order of `eager_loop`."""
     q, k, v, a, initial = loop
-    gates, state = split(a), split(initial) if start else None
+    record = GateLoop(q, k, v, split(a), split(initial) if start else None, reverse, layout=layout)
     with nan_filled_memory():
-        y, final = triton_matrix.forward(q, k, v, gates, state, reverse, layout)
+        y, final = triton_matrix.forward(record)
         cotangent = weights(real_parts(final.complex())).to(final.re.dtype)
         grad_final = Pair(*cotangent.unbind(-1)) if final.im is not None else Pair(cotangent)
         dy = weights(y).to(y.dtype)
-        *inputs, da, d_initial = triton_matrix.backward(dy, grad_final, q, k, v, gates, state, reverse, layout)
+        *inputs, da, d_initial = triton_matrix.backward(record, dy, grad_final)
     results = [y, real_parts(final.complex()), *inputs, real_parts(da.complex())]
     return [*results, real_parts(d_initial.complex())] if start else results
 
@@ -159,7 +159,7 @@ def test_triton_states_may_exceed_the_range_of_float16() -> None:
     loop = make_loop(1, 20, 1, is_complex=True)
     large = [torch.full_like(x, 200).half() for x in loop[:3]]
     ones = torch.ones_like(loop.gates).to(torch.complex64)
-    y, final = triton_matrix.forward(large[0] / 1e6, *large[1:], split(ones), None, False, PLAIN)
+    y, final = triton_matrix.forward(GateLoop(large[0] / 1e6, *large[1:], split(ones)))
     assert final.re.max() == 20 * 200 * 200
     assert y.isfinite().all()
 
@@ -171,13 +171,14 @@ def test_triton_one_step_equals_eager(kinds: str, per_channel: bool) -> None:
     start = make_loop(3, 1, 2, 5, 7, is_complex=kinds[1] == "c", seed=1).initial
     for initial in (split(start), None):
         for resets in (None, torch.tensor([[True], [False], [True]])):
-            results = triton_matrix.forward(q, k, v, split(a), initial, False, Layout(resets))
-            expected = eager.gate_loop_forward(q, k, v, cleared(split(a), resets), initial, False)
+            loop = GateLoop(q, k, v, split(a), initial, layout=Layout(resets))
+            results = triton_matrix.forward(loop)
+            expected = eager.gate_loop_forward(loop)
             assert_equal([results[0], *results[1].parts()], [expected[0], *expected[1].parts()], 1e-14)
 
 
 def test_a_triton_decoding_step_is_one_launch_for_matrix_states() -> None:
     x, a, state = (torch.empty(shape, device="meta") for shape in ((2, 1, 3, 8), (2, 1, 3), (2, 3, 8, 8)))
     with written_down() as listed:
-        triton_matrix.forward(x, x, x, Pair(a, a), Pair(state, state), False, PLAIN)
+        triton_matrix.forward(GateLoop(x, x, x, Pair(a, a), Pair(state, state)))
     assert [launch.kernel.__name__ for launch in listed] == ["step"]

@@ -23,6 +23,7 @@ from gateloop_transformer.ops.backends import eager, stepwise
 from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.recurrences import GateLoop, LinearScan
 
 # Elements of the largest temporary: chunks are worked through in groups of at most this size.
 _GROUP_ELEMENTS = 1 << 22
@@ -56,7 +57,7 @@ def _scan(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout
     scanned, borders = _scan_chunks(cleared(gates, layout.resets), inputs, initial, reverse)
     if layout.resets is None or stepwise.all_finite(*borders.parts()):
         return scanned
-    return eager.linear_scan_forward(gates, inputs, initial, reverse, layout)
+    return eager.linear_scan_forward(LinearScan(gates, inputs, initial, reverse, layout=layout))
 
 
 def _scan_chunks(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool) -> tuple[Pair, Pair]:
@@ -131,23 +132,17 @@ def _first_step(x: Pair, reverse: bool) -> Pair:
     return x.select(1, -1 if reverse else 0)
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
+def linear_scan_forward(scan: LinearScan) -> Pair:
     """h[t] = a[t] h[t-1] + x[t]."""
+    gates, inputs, initial, reverse, _, layout = scan
     dtype = compute_dtype(gates.re.dtype, inputs.re.dtype)
     start = None if initial is None else initial.to(dtype)
     return _scan(gates.to(dtype), inputs.to(dtype), start, reverse, layout).map(torch.Tensor.contiguous)
 
 
-def linear_scan_backward(
-    grad: Pair,
-    gates: Pair,
-    inputs: Pair,
-    states: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Pair, Pair, Pair]:
+def linear_scan_backward(scan: LinearScan, states: Pair, grad: Pair) -> tuple[Pair, Pair, Pair]:
     """Gradients by one scan in the opposite direction."""
+    gates, _, initial, reverse, _, layout = scan
     dtype = compute_dtype(gates.re.dtype, states.re.dtype)
     dh, a, h = grad.to(dtype), gates.to(dtype), states.to(dtype)
     g = _adjoint(dh, None, a, reverse, layout)
@@ -310,28 +305,20 @@ def _read(state: Pair, weights: Pair, q: Tensor) -> Tensor:
     return y
 
 
-def gate_loop_forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Pair]:
+def gate_loop_forward(loop: GateLoop) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
-    if keys.shape[-1] == values.shape[-1] == 1:
-        return _elementwise_forward(queries, keys, values, gates, initial, reverse, layout)
-    y, final = _matrix_forward(queries, keys, values, cleared(gates, layout.resets), initial, reverse)
+    if loop.elementwise():
+        return _elementwise_forward(loop)
+    y, final = _matrix_forward(loop)
     if not stepwise.all_finite(y, *final.parts()):
-        return stepwise.gate_loop_forward(queries, keys, values, gates, initial, reverse, layout)
-    return y.to(queries.dtype).contiguous(), final
+        return stepwise.gate_loop_forward(loop)
+    return y.to(loop.queries.dtype).contiguous(), final
 
 
-def _matrix_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool
-) -> tuple[Tensor, Pair]:
+def _matrix_forward(loop: GateLoop) -> tuple[Tensor, Pair]:
     """y in the precision of the arithmetic, and the last state."""
+    queries, keys, values, gates, initial, reverse, _, layout = loop
+    gates = cleared(gates, layout.resets)
     cuts = _Cuts(queries, values, gates, reverse)
     v = cuts.cut(values)
     chunks = _Chunks(cuts.cut(queries), cuts.cut(keys), v, cuts.cut_gates(gates), v)
@@ -346,38 +333,19 @@ def _matrix_forward(
     return cuts.mend(y), state.map(lambda x: x.clone())
 
 
-def gate_loop_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+def gate_loop_backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """States at chunk borders are computed again, then chunks are worked through from the last to the first."""
-    if keys.shape[-1] == values.shape[-1] == 1:
-        return _elementwise_backward(grad, grad_final, queries, keys, values, gates, initial, reverse, layout)
-    a = cleared(gates, layout.resets)
-    dq, dk, dv, d_gates, d_initial = _matrix_backward(grad, grad_final, queries, keys, values, a, initial, reverse)
+    if loop.elementwise():
+        return _elementwise_backward(loop, grad, grad_final)
+    dq, dk, dv, d_gates, d_initial = _matrix_backward(loop, grad, grad_final)
     if not stepwise.all_finite(dq, dk, dv, *d_gates.parts(), *d_initial.parts()):
-        arguments = grad, grad_final, queries, keys, values, gates, initial, reverse, layout
-        return stepwise.gate_loop_backward(*arguments)
-    return dq, dk, dv, cleared(d_gates, layout.resets), d_initial
+        return stepwise.gate_loop_backward(loop, grad, grad_final)
+    return dq, dk, dv, cleared(d_gates, loop.layout.resets), d_initial
 
 
-def _matrix_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+def _matrix_backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    queries, keys, values, gates, initial, reverse, _, layout = loop
+    gates = cleared(gates, layout.resets)
     cuts = _Cuts(queries, values, gates, reverse)
     chunks = _Chunks(cuts.cut(queries), cuts.cut(keys), cuts.cut(values), cuts.cut_gates(gates), cuts.cut(grad))
     borders = _border_states(cuts, chunks, _start_state(cuts, queries, gates, initial))
@@ -504,16 +472,9 @@ def _flat_state(state: Pair, dtype: torch.dtype) -> Pair:
     return state.map(lambda x: x.reshape(x.shape[:2]).to(dtype))
 
 
-def _elementwise_forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout,
-) -> tuple[Tensor, Pair]:
-    dtype = compute_dtype(queries.dtype, gates.re.dtype)
+def _elementwise_forward(loop: GateLoop) -> tuple[Tensor, Pair]:
+    queries, keys, values, gates, initial, reverse, _, layout = loop
+    dtype = loop.wide()
     q, k, v = (_flat(x, dtype) for x in (queries, keys, values))
     start = None if initial is None else _flat_state(initial, dtype)
     h = _scan(gates.map(lambda x: _flat(x, dtype)), Pair(k * v), start, reverse, layout)
@@ -521,18 +482,9 @@ def _elementwise_forward(
     return (q * h.re).to(queries.dtype).unsqueeze(-1), final
 
 
-def _elementwise_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
-    dtype = compute_dtype(queries.dtype, gates.re.dtype)
+def _elementwise_backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+    queries, keys, values, gates, initial, reverse, _, layout = loop
+    dtype = loop.wide()
     q, k, v, dy = (_flat(x, dtype) for x in (queries, keys, values, grad))
     a = gates.map(lambda x: _flat(x, dtype))
     start = None if initial is None else _flat_state(initial, dtype)

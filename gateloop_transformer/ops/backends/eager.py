@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.recurrences import GateLoop, LinearScan
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -46,30 +47,23 @@ def _parts(value: Tensor, is_complex: bool) -> Pair:
     return Pair(re, im)
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
+def linear_scan_forward(scan: LinearScan) -> Pair:
     """h[t] = a[t] h[t-1] + x[t], one step at a time."""
+    gates, inputs, initial, reverse, _, layout = scan
     a, x = _wide(gates), _wide(inputs)
-    is_complex = any(pair is not None and pair.im is not None for pair in (gates, inputs, initial))
     h = torch.zeros_like(x[:, 0]) if initial is None else _wide(initial)
     states: dict[int, Tensor] = {}
     for t in _steps(x.shape[1], reverse):
         h = _kept(a[:, t] * h, layout, t) + x[:, t]
         states[t] = h
     stacked = torch.stack([states[t] for t in range(x.shape[1])], 1)
-    return _parts(stacked, is_complex)
+    return _parts(stacked, scan.parts() == 2)
 
 
-def linear_scan_backward(
-    grad: Pair,
-    gates: Pair,
-    inputs: Pair,
-    states: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Pair, Pair, Pair]:
+def linear_scan_backward(scan: LinearScan, states: Pair, grad: Pair) -> tuple[Pair, Pair, Pair]:
     """g[t] = dh[t] + conj(a[t+1]) g[t+1]; da[t] = g[t] conj(h[t-1]); dx = g; dh0 = conj(a[1]) g[1]."""
-    dh, a, h = _wide(grad), _wide(gates), _wide(states)
+    initial, reverse, layout = scan.initial, scan.reverse, scan.layout
+    dh, a, h = _wide(grad), _wide(scan.gates), _wide(states)
     g = torch.zeros_like(dh[:, 0])
     first = torch.zeros_like(g) if initial is None else _wide(initial)
     steps = _steps(h.shape[1], reverse)
@@ -99,39 +93,22 @@ def _states(k: Tensor, v: Tensor, a: Tensor, initial: Pair | None, reverse: bool
     return states
 
 
-def gate_loop_forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Pair]:
+def gate_loop_forward(loop: GateLoop) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t]), one step at a time."""
-    dtype = compute_dtype(queries.dtype, gates.re.dtype)
+    queries, keys, values, gates, initial, reverse, _, layout = loop
+    dtype = loop.wide()
     q, k, v = (x.to(dtype) for x in (queries, keys, values))
     states = _states(k, v, _per_channel(gates.map(lambda x: x.to(dtype))), initial, reverse, layout)
-    y = torch.zeros_like(v)
-    for n, t in enumerate(_steps(q.shape[1], reverse)):
-        y[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], states[n + 1].real)
-    is_complex = gates.im is not None or (initial is not None and initial.im is not None)
-    return y.to(queries.dtype), _parts(states[-1].clone(), is_complex)
+    # Not written into memory that is there: transformations of torch pass through here.
+    y = [torch.einsum("bhk,bhkv->bhv", q[:, t], states[n + 1].real) for n, t in enumerate(_steps(q.shape[1], reverse))]
+    outputs = torch.stack(y[::-1] if reverse else y, 1)
+    return outputs.to(queries.dtype), _parts(states[-1].clone(), loop.parts() == 2)
 
 
-def gate_loop_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+def gate_loop_backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """The adjoint recurrence, one step at a time, from the last to the first."""
-    dtype = compute_dtype(queries.dtype, gates.re.dtype)
+    queries, keys, values, gates, initial, reverse, _, layout = loop
+    dtype = loop.wide()
     q, k, v, dy = (x.to(dtype) for x in (queries, keys, values, grad))
     a = _per_channel(gates.map(lambda x: x.to(dtype)))
     states = _states(k, v, a, initial, reverse, layout)

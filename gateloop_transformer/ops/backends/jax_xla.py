@@ -16,8 +16,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.recurrences import GateLoop, LinearScan
 
 INSTALL_HINT = "JAX is not installed; `pip install gateloop-transformer[jax]`"
 
@@ -121,60 +121,35 @@ def _one_precision(*pairs: Pair | None) -> list[Any]:
     return [None if pair is None else pair.map(lambda x: x.to(dtype)) for pair in pairs]
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
+def linear_scan_forward(scan: LinearScan) -> Pair:
     """h[t] = a[t] h[t-1] + x[t]."""
-    return Pair(*_run(_linear_scan, reverse, layout.resets, *_one_precision(gates, inputs, initial)))
+    pairs = _one_precision(scan.gates, scan.inputs, scan.initial)
+    return Pair(*_run(_linear_scan, scan.reverse, scan.layout.resets, *pairs))
 
 
-def linear_scan_backward(
-    grad: Pair,
-    gates: Pair,
-    inputs: Pair,
-    states: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Pair, Pair, Pair]:
+def linear_scan_backward(scan: LinearScan, states: Pair, grad: Pair) -> tuple[Pair, Pair, Pair]:
     """JAX's vjp of the forward."""
-    start = initial or Pair(torch.zeros_like(inputs.re[:, 0]))
-    gates, inputs, start, grad = _one_precision(gates, inputs, start, grad)
-    gradients = _run(_linear_scan, reverse, layout.resets, (gates, inputs, start), tuple(grad), backward=True)
+    start = scan.initial or Pair(torch.zeros_like(scan.inputs.re[:, 0]))
+    *primals, grad = _one_precision(scan.gates, scan.inputs, start, grad)
+    arguments = scan.reverse, scan.layout.resets, tuple(primals), tuple(grad)
+    gradients = _run(_linear_scan, *arguments, backward=True)
     d_gates, d_inputs, d_initial = (Pair(*gradient) for gradient in gradients)
     return d_gates, d_inputs, d_initial
 
 
-def gate_loop_forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Pair]:
+def gate_loop_forward(loop: GateLoop) -> tuple[Tensor, Pair]:
     """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
-    gates, initial = _one_precision(gates, initial)
-    y, final = _run(_gate_loop, reverse, layout.resets, queries, keys, values, gates, initial)
+    pairs = _one_precision(loop.gates, loop.initial)
+    y, final = _run(_gate_loop, loop.reverse, loop.layout.resets, *loop[:3], *pairs)
     return y, Pair(*final)
 
 
-def gate_loop_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+def gate_loop_backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """JAX's vjp of the forward."""
-    start = initial or Pair(torch.zeros_like(grad_final.re))
-    if grad_final.im is not None and start.im is None and gates.im is None:
-        start = Pair(start.re, torch.zeros_like(start.re))
-    gates, start, grad_final = _one_precision(gates, start, grad_final)
-    primals = (queries, keys, values, gates, start)
-    cotangents = grad, tuple(grad_final)
-    dq, dk, dv, d_gates, d_initial = _run(_gate_loop, reverse, layout.resets, primals, cotangents, backward=True)
+    start = loop.initial or Pair(torch.zeros_like(grad_final.re))
+    if grad_final.im is not None and loop.gates.im is None:
+        start = start.as_complex()
+    gates, start, grad_final = _one_precision(loop.gates, start, grad_final)
+    arguments = loop.reverse, loop.layout.resets, (*loop[:3], gates, start), (grad, tuple(grad_final))
+    dq, dk, dv, d_gates, d_initial = _run(_gate_loop, *arguments, backward=True)
     return dq, dk, dv, Pair(*d_gates), Pair(*d_initial)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from gateloop_transformer.ops.backends import chunkwise, numba_matrix
 from gateloop_transformer.ops.backends.numba_memory import in_huge_pages, kind_of, new_memory, start_of
-from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given, gradient_memory
-from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.channels import ChannelLoop
+from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, one_width
+from gateloop_transformer.ops.recurrences import GateLoop, LinearScan
 
 if TYPE_CHECKING:
     from gateloop_transformer.ops.backends.numba_cache import Kernel
@@ -57,9 +58,14 @@ def _converts_half() -> bool:
     return not triple.startswith(("x86", "i386", "i686")) or "f16c" in features
 
 
-def reads_layout(keys: Tensor, values: Tensor, gates: Pair) -> bool:
+def reads_layout(loop: GateLoop) -> bool:
     """Kernels know documents, but those for gates per key channel are plain torch's."""
-    return gates.re.ndim == 3 or elementwise(keys, values)
+    return loop.elementwise() or not loop.per_channel()
+
+
+def fresh(like: Tensor) -> Tensor:
+    """Memory in the shape and dtype of `like`."""
+    return new_memory(like, *like.shape)
 
 
 class _Channels(NamedTuple):
@@ -178,10 +184,11 @@ def _bits(number: float) -> int:
 # ---- h[t] = a[t] h[t-1] + x[t] ----------------------------------------------------------------------------
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
+def linear_scan_forward(scan: LinearScan) -> Pair:
     """h[t] = a[t] h[t-1] + x[t]."""
     from gateloop_transformer.ops.backends.numba_scans import scan_forward
 
+    gates, inputs, initial, reverse, _, layout = scan
     if initial is not None and initial.im is not None and gates.im is None:
         inputs = inputs.as_complex()
     gates, inputs = one_width(gates, inputs)
@@ -213,18 +220,11 @@ def _materialized(x: Tensor) -> Tensor:
     return x.contiguous() if x.stride(-1) == 0 and x.shape[-1] > 1 else x
 
 
-def linear_scan_backward(
-    grad: Pair,
-    gates: Pair,
-    inputs: Pair,
-    states: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Pair, Pair, Pair]:
+def linear_scan_backward(scan: LinearScan, states: Pair, grad: Pair) -> tuple[Pair, Pair, Pair]:
     """One pass against the order of the first."""
     from gateloop_transformer.ops.backends.numba_scans import scan_backward
 
+    gates, inputs, initial, reverse, _, layout = scan
     gates, inputs, grad, states = one_width(gates, inputs, grad, states)
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
     c = _channels(inputs.re.shape, wide == torch.float64, layout)
@@ -243,8 +243,8 @@ def linear_scan_backward(
         _strided(*tensors),
         c.lanes,
     )
-    d_gates = gates.map(lambda x: new_memory(x, *x.shape))
-    d_inputs = inputs.map(lambda x: new_memory(x, *x.shape))
+    d_gates = gates.map(fresh)
+    d_inputs = inputs.map(fresh)
     operands = [_operand(x, not reverse) for x in tensors]
     operands += [_operand(before[0]), _operand(before[1] if parts == 2 else None)]
     operands += [_operand(x, not reverse) for x in (d_gates.re, d_gates.im, d_inputs.re, d_inputs.im)]
@@ -329,7 +329,7 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
     return y, Pair(*(c.gathered(part) for part in carry)), kept
 
 
-def _loop_backward(
+def loop_backward(
     loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, results: list[Tensor | None]
 ) -> tuple[Pair | None, Pair]:
     """Fills `results` with the gradients of `_inputs(loop)`; returns those of the bias and the initial state."""
@@ -354,76 +354,14 @@ def _loop_backward(
     return d_bias, Pair(*(c.gathered(part) for part in carry))
 
 
-def loop_backward(
-    loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, packed: Tensor
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
-    """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of the bias and the initial state."""
-    gradients, results = gradient_memory(loop, packed, lambda x: new_memory(x, *x.shape))
-    d_bias, d_initial = _loop_backward(loop, grad, grad_final, kept, results)
-    return gradients, d_bias, d_initial
+def gate_loop_forward(loop: GateLoop) -> tuple[Tensor, Pair]:
+    """Of matrix states."""
+    return (chunkwise.gate_loop_forward if loop.per_channel() else numba_matrix.forward)(loop)
 
 
-def gate_loop_forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Pair]:
-    """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
-    if elementwise(keys, values):
-        loop = given(queries, keys, values, gates, initial, reverse, layout)
-        y, final, _ = loop_forward(loop, None if initial is None else flat_state(initial))
-        return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
-    if gates.re.ndim == 4:
-        return chunkwise.gate_loop_forward(queries, keys, values, gates, initial, reverse, layout)
-    return numba_matrix.forward(queries, keys, values, gates, initial, reverse, layout)
-
-
-def gate_loop_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+def gate_loop_backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """Gradients; states before each chunk are computed again."""
-    arguments = grad, grad_final, queries, keys, values, gates, initial, reverse
-    if elementwise(keys, values):
-        return _channels_backward(*arguments, layout)
-    if gates.re.ndim == 4:
-        return chunkwise.gate_loop_backward(*arguments, layout)
-    return numba_matrix.backward(*arguments, layout)
-
-
-def _channels_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
-    loop = given(queries, keys, values, gates, initial, reverse, layout)
-    grad = grad.to(loop.queries.dtype)
-    _, _, kept = loop_forward(loop, None if initial is None else flat_state(initial))
-    dq, dk, dv = (new_memory(loop.queries, *x.shape[:3]) for x in (queries, keys, values))
-    d_gates = loop.gates.map(lambda x: new_memory(x, *x.shape))
-    _, first = _loop_backward(
-        loop, flat(grad), flat_state(grad_final), kept, [dq, dk, dv, d_gates.re, d_gates.im, None]
-    )
-    d_inputs = [x.unsqueeze(-1) for x in (dq, dk, dv)]
-    shaped = d_gates.map(lambda x: x.reshape(gates.re.shape))
-    return d_inputs[0], d_inputs[1], d_inputs[2], shaped, first.map(lambda x: x[..., None, None])
+    return (chunkwise.gate_loop_backward if loop.per_channel() else numba_matrix.backward)(loop, grad, grad_final)
 
 
 # ---- RMS norm ---------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from torch import Tensor
 from gateloop_transformer.ops.backends.numba_memory import kind_of, new_memory, start_of
 from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.packing import cleared
-from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import GateLoop
 
 if TYPE_CHECKING:
     from gateloop_transformer.ops.backends.numba_cache import Kernel
@@ -193,35 +194,26 @@ class _Heads(_Sizes):
         self.launch(kernel, self.B * (self.HP // self.lanes), sizes, room, self.C, places, reverse)
 
 
-def _heads_forward(
-    heads: _Heads, queries: Tensor, keys: Tensor, values: Tensor, a: Pair, initial: Pair | None, reverse: bool
-) -> tuple[Tensor, Pair]:
+def _heads_forward(loop: GateLoop, heads: _Heads, a: Pair) -> tuple[Tensor, Pair]:
     from gateloop_transformer.ops.backends.numba_heads import heads_forward
 
-    inputs = [heads.operand(x) for x in (queries, keys, values)]
+    inputs = [heads.operand(x) for x in loop[:3]]
     gates = a.map(heads.operand)
-    y, state = torch.empty_like(inputs[2]), heads.new_state(initial)
+    y, state = torch.empty_like(inputs[2]), heads.new_state(loop.initial)
     kernel = heads_forward(kind_of(heads.wide), heads.parts == 2, False, heads.lanes)
-    heads.run(kernel, [*inputs, gates.re, gates.im, y, *[None] * 6], state, state, reverse)
-    return heads.result(y, queries.dtype), heads.state(state)
+    heads.run(kernel, [*inputs, gates.re, gates.im, y, *[None] * 6], state, state, loop.reverse)
+    return heads.result(y, loop.queries.dtype), heads.state(state)
 
 
 def _heads_backward(
-    heads: _Heads,
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    a: Pair,
-    initial: Pair | None,
-    reverse: bool,
+    loop: GateLoop, heads: _Heads, a: Pair, grad: Tensor, grad_final: Pair
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     from gateloop_transformer.ops.backends.numba_heads import heads_backward, heads_forward
 
-    q, k, v, dy = (heads.operand(x) for x in (queries, keys, values, grad))
+    reverse = loop.reverse
+    q, k, v, dy = (heads.operand(x) for x in (*loop[:3], grad))
     gates, kind = a.map(heads.operand), kind_of(heads.wide)
-    state, after = heads.new_state(initial), heads.new_state(grad_final)
+    state, after = heads.new_state(loop.initial), heads.new_state(grad_final)
     before = state.new_empty(heads.chunks(heads.C), *state.shape[1:])
     again = heads_forward(kind, heads.parts == 2, True, heads.lanes)
     heads.run(again, [q, k, v, gates.re, gates.im, *[None] * 7], state, before, reverse)
@@ -229,76 +221,56 @@ def _heads_backward(
     da = gates.map(torch.empty_like)
     kernel = heads_backward(kind, heads.parts == 2, heads.lanes)
     heads.run(kernel, [q, k, v, gates.re, gates.im, None, dy, dq, dk, dv, da.re, da.im], after, before, reverse)
-    dq, dk, dv = (heads.result(d, x.dtype) for d, x in zip((dq, dk, dv), (queries, keys, values), strict=True))
+    dq, dk, dv = (heads.result(d, x.dtype) for d, x in zip((dq, dk, dv), loop[:3], strict=True))
     return dq, dk, dv, da.map(lambda x: heads.result(x, a.re.dtype)), heads.state(after)
 
 
-def _matrix(queries: Tensor, values: Tensor, gates: Pair, initial: Pair | None, layout: Layout) -> tuple[_Tiles, Pair]:
+def _matrix(loop: GateLoop) -> tuple[_Tiles, Pair]:
     """Sizes, and gates that are complex where the state is and 0 where it begins anew."""
-    gates = cleared(gates, layout.resets)
-    if initial is not None and initial.im is not None:
+    gates = cleared(loop.gates, loop.layout.resets)
+    if loop.parts() == 2:
         gates = gates.as_complex()
-    wide = compute_dtype(queries.dtype, gates.re.dtype)
-    B, T, H, K = queries.shape
-    return _Tiles(layout.states(B), T, H, K, values.shape[-1], wide, len(gates.parts()), layout), gates
+    B, T, H, K = loop.queries.shape
+    V, wide, layout = loop.values.shape[-1], loop.wide(), loop.layout
+    return _Tiles(layout.states(B), T, H, K, V, wide, loop.parts(), layout), gates
 
 
-def forward(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: Pair, initial: Pair | None, reverse: bool, layout: Layout
-) -> tuple[Tensor, Pair]:
+def forward(loop: GateLoop) -> tuple[Tensor, Pair]:
     """y and the last state."""
     from gateloop_transformer.ops.backends.numba_tiles import tiles_forward
 
-    tiles, a = _matrix(queries, values, gates, initial, layout)
+    tiles, a = _matrix(loop)
     if tiles.small:
-        return _heads_forward(_Heads(*tiles), queries, keys, values, a, initial, reverse)
-    inputs = [_neighbours(x if tiles.wide != torch.float64 else x.double()) for x in (queries, keys, values)]
-    a = a if tiles.wide != torch.float64 else a.to(torch.float64)
-    y, state = new_memory(inputs[0], *values.shape), tiles.new_state(initial)
-    kernel = tiles_forward(kind_of(inputs[0].dtype), kind_of(a.re.dtype), tiles.parts == 2, False, tiles.lanes)
-    if not tiles.run(kernel, [*inputs, a.re, a.im, y, *[None] * 6], state, state, reverse):
-        return _heads_forward(_Heads(*tiles), queries, keys, values, a, initial, reverse)
-    return y.to(queries.dtype), tiles.state(state)
+        return _heads_forward(loop, _Heads(*tiles), a)
+    double = tiles.wide == torch.float64
+    inputs = [_neighbours(x.double() if double else x) for x in loop[:3]]
+    gates = a.to(torch.float64) if double else a
+    y, state = new_memory(inputs[0], *loop.values.shape), tiles.new_state(loop.initial)
+    kernel = tiles_forward(kind_of(inputs[0].dtype), kind_of(gates.re.dtype), tiles.parts == 2, False, tiles.lanes)
+    if not tiles.run(kernel, [*inputs, gates.re, gates.im, y, *[None] * 6], state, state, loop.reverse):
+        return _heads_forward(loop, _Heads(*tiles), a)
+    return y.to(loop.queries.dtype), tiles.state(state)
 
 
-def backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+def backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """All gradients; states before each chunk are computed again."""
-    tiles, a = _matrix(queries, values, gates, initial, layout)
-    arguments = grad, grad_final, queries, keys, values, a, initial, reverse
-    found = None if tiles.small else _tiles_backward(tiles, *arguments)
-    dq, dk, dv, da, after = found or _heads_backward(_Heads(*tiles), *arguments)
-    return dq, dk, dv, cleared(da, layout.resets), after
+    tiles, a = _matrix(loop)
+    found = None if tiles.small else _tiles_backward(loop, tiles, a, grad, grad_final)
+    dq, dk, dv, da, after = found or _heads_backward(loop, _Heads(*tiles), a, grad, grad_final)
+    return dq, dk, dv, cleared(da, loop.layout.resets), after
 
 
 def _tiles_backward(
-    tiles: _Tiles,
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    a: Pair,
-    initial: Pair | None,
-    reverse: bool,
+    loop: GateLoop, tiles: _Tiles, a: Pair, grad: Tensor, grad_final: Pair
 ) -> tuple[Tensor, Tensor, Tensor, Pair, Pair] | None:
     """All gradients; None where one is not finite."""
     from gateloop_transformer.ops.backends.numba_tiles import tiles_backward, tiles_forward
 
-    double = tiles.wide == torch.float64
-    q, k, v, dy = (_neighbours(x.double() if double else x) for x in (queries, keys, values, grad))
+    double, reverse = tiles.wide == torch.float64, loop.reverse
+    q, k, v, dy = (_neighbours(x.double() if double else x) for x in (*loop[:3], grad))
     a = a.to(torch.float64) if double else a
     X, A = kind_of(q.dtype), kind_of(a.re.dtype)
-    state, last = tiles.new_state(initial), tiles.new_state(grad_final)
+    state, last = tiles.new_state(loop.initial), tiles.new_state(grad_final)
     before = new_memory(state, tiles.chunks(tiles.C), tiles.H, *state.shape[2:])
     again = tiles_forward(X, A, tiles.parts == 2, True, tiles.lanes)
     tiles.run(again, [q, k, v, a.re, a.im, *[None] * 7], state, before, reverse)

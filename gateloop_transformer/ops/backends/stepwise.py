@@ -18,6 +18,7 @@ from torch import Tensor
 from gateloop_transformer.ops.backends import eager
 from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import GateLoop
 
 
 def all_finite(*tensors: Tensor) -> bool:
@@ -38,63 +39,39 @@ def _blocks(T: int, reverse: bool) -> list[slice]:
     return blocks[::-1] if reverse else blocks
 
 
-def _part(layout: Layout, at: slice) -> Layout:
-    return PLAIN if layout.resets is None else Layout(layout.resets[:, at])
-
-
-def gate_loop_forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Pair]:
+def gate_loop_forward(loop: GateLoop) -> tuple[Tensor, Pair]:
     """Outputs and the final state."""
-    y, state, _ = _forward(queries, keys, values, gates, initial, reverse, layout)
+    y, state, _ = _forward(loop)
     return y, state
 
 
-def _forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout,
-) -> tuple[Tensor, Pair, list[Pair | None]]:
+def _block(loop: GateLoop, at: slice, state: Pair | None) -> GateLoop:
+    """The loop over a stretch of time, from a state."""
+    q, k, v, gates, *_, layout = loop
+    part = PLAIN if layout.resets is None else Layout(layout.resets[:, at])
+    inputs = q[:, at], k[:, at], v[:, at], gates.narrow(1, at.start, at.stop - at.start)
+    return GateLoop(*inputs, state, loop.reverse, layout=part)
+
+
+def _forward(loop: GateLoop) -> tuple[Tensor, Pair, list[Pair | None]]:
     """Outputs, the final state, and the state before each block."""
-    y, state, before = torch.empty_like(values, memory_format=torch.contiguous_format), initial, []
-    for at in _blocks(queries.shape[1], reverse):
+    y, state, before = torch.empty_like(loop.values, memory_format=torch.contiguous_format), loop.initial, []
+    for at in _blocks(loop.queries.shape[1], loop.reverse):
         before.append(state)
-        inputs = queries[:, at], keys[:, at], values[:, at], gates.narrow(1, at.start, at.stop - at.start)
-        y[:, at], state = eager.gate_loop_forward(*inputs, state, reverse, _part(layout, at))
+        y[:, at], state = eager.gate_loop_forward(_block(loop, at, state))
     assert state is not None
     return y, state, before
 
 
-def gate_loop_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+def gate_loop_backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """Gradients of queries, keys, values, gates and the initial state."""
-    *_, before = _forward(queries, keys, values, gates, initial, reverse, layout)
+    *_, before = _forward(loop)
     parts, after = [], grad_final
-    blocks = _blocks(queries.shape[1], reverse)
+    blocks = _blocks(loop.queries.shape[1], loop.reverse)
     for at, state in reversed(list(zip(blocks, before, strict=True))):
-        inputs = queries[:, at], keys[:, at], values[:, at], gates.narrow(1, at.start, at.stop - at.start)
-        *gradients, after = eager.gate_loop_backward(grad[:, at], after, *inputs, state, reverse, _part(layout, at))
+        *gradients, after = eager.gate_loop_backward(_block(loop, at, state), grad[:, at], after)
         parts.append(gradients)
-    dq, dk, dv, d_gates = zip(*(parts if reverse else parts[::-1]), strict=True)
+    dq, dk, dv, d_gates = zip(*(parts if loop.reverse else parts[::-1]), strict=True)
     return torch.cat(dq, 1), torch.cat(dk, 1), torch.cat(dv, 1), _joined(d_gates), after
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from gateloop_transformer.ops.backends import triton_matrix
 from gateloop_transformer.ops.backends.triton_launch import interpreted, launch, power, precision
 from gateloop_transformer.ops.backends.triton_tuning import fastest
-from gateloop_transformer.ops.channels import ChannelLoop, elementwise, flat, flat_state, given, gradient_memory
-from gateloop_transformer.ops.layout import PLAIN, Layout
+from gateloop_transformer.ops.channels import ChannelLoop
+from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, one_width
+from gateloop_transformer.ops.recurrences import GateLoop, LinearScan
 
 INSTALL_HINT = "needs Triton, which PyTorch for CUDA and ROCm brings along: pip install triton"
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -51,9 +52,14 @@ def operand(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     return x, x.stride(0), x.stride(1)
 
 
-def reads_layout(keys: Tensor, values: Tensor, gates: Pair) -> bool:
+def reads_layout(loop: GateLoop) -> bool:
     """Every gate loop's kernels know resets and documents."""
     return True
+
+
+def fresh(like: Tensor) -> Tensor:
+    """Memory in the shape and dtype of `like`."""
+    return like.new_empty(like.shape)
 
 
 class _Tiles(NamedTuple):
@@ -173,12 +179,13 @@ def _pointers(state: Pair | list[Tensor] | None) -> list[Tensor | None]:
 # ---- h[t] = a[t] h[t-1] + x[t] ----------------------------------------------------------------------------
 
 
-def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse: bool, layout: Layout = PLAIN) -> Pair:
+def linear_scan_forward(scan: LinearScan) -> Pair:
     """h[t] = a[t] h[t-1] + x[t]."""
     from gateloop_transformer.ops.backends.triton_scans import scan_forward
 
+    gates, inputs, initial, reverse, _, layout = scan
     gates, inputs = one_width(gates, inputs)
-    parts = max(len(pair.parts()) for pair in (gates, inputs, initial) if pair is not None)
+    parts = scan.parts()
     dtype = torch.promote_types(gates.re.dtype, inputs.re.dtype)
     wide = compute_dtype(dtype)
     x = inputs.re
@@ -191,18 +198,11 @@ def linear_scan_forward(gates: Pair, inputs: Pair, initial: Pair | None, reverse
     return Pair(*states)
 
 
-def linear_scan_backward(
-    grad: Pair,
-    gates: Pair,
-    inputs: Pair,
-    states: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Pair, Pair, Pair]:
+def linear_scan_backward(scan: LinearScan, states: Pair, grad: Pair) -> tuple[Pair, Pair, Pair]:
     """One pass against the order of the first."""
     from gateloop_transformer.ops.backends.triton_scans import scan_backward
 
+    gates, inputs, initial, reverse, _, layout = scan
     gates, inputs, grad, states = one_width(gates, inputs, grad, states)
     wide = compute_dtype(gates.re.dtype, inputs.re.dtype)
     x, parts = inputs.re, len(states.parts())
@@ -293,7 +293,7 @@ def loop_forward(loop: ChannelLoop, initial: Pair | None) -> tuple[Tensor, Pair,
     return y, Pair(*final), kept
 
 
-def _loop_backward(
+def loop_backward(
     loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, results: list[Tensor | None]
 ) -> tuple[Pair | None, Pair]:
     """Fills gradients of queries, keys, values, gates (two parts) and SiLU gate; returns those of bias and states."""
@@ -322,63 +322,25 @@ def _loop_backward(
     return None if sums is None else Pair(sums[:, 0].sum(0), sums[:, 1].sum(0)), Pair(*d_initial)
 
 
-def loop_backward(
-    loop: ChannelLoop, grad: Tensor, grad_final: Pair, kept: Tensor, packed: Tensor
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], Pair | None, Pair]:
-    """Gradients of the packed inputs (B, T, 3·D), of projections and SiLU gate, of the bias and the initial state."""
-    gradients, results = gradient_memory(loop, packed, lambda x: x.new_empty(x.shape))
-    d_bias, d_initial = _loop_backward(loop, grad, grad_final, kept, results)
-    return gradients, d_bias, d_initial
+def _as_wide(loop: GateLoop) -> GateLoop:
+    """With inputs in float64 if the gates are."""
+    if loop.gates.re.dtype != torch.float64:
+        return loop
+    q, k, v = (x.double() for x in loop[:3])
+    return loop._replace(queries=q, keys=k, values=v)
 
 
-def _as_wide(x: Tensor, gates: Pair) -> Tensor:
-    """In float64 if the gates are."""
-    return x.double() if gates.re.dtype == torch.float64 else x
+def gate_loop_forward(loop: GateLoop) -> tuple[Tensor, Pair]:
+    """Of matrix states."""
+    y, final = triton_matrix.forward(_as_wide(loop))
+    return y.to(loop.queries.dtype), final
 
 
-def gate_loop_forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Pair]:
-    """S[t] = a[t] S[t-1] + k[t] ⊗ v[t], y[t] = Re(q[t]ᵀ S[t])."""
-    if elementwise(keys, values):
-        loop = given(queries, keys, values, gates, initial, reverse, layout)
-        y, final, _ = loop_forward(loop, None if initial is None else flat_state(initial))
-        return y.unsqueeze(-1).to(queries.dtype), final.map(lambda x: x[..., None, None])
-    q, k, v = (_as_wide(x, gates) for x in (queries, keys, values))
-    y, final = triton_matrix.forward(q, k, v, gates, initial, reverse, layout)
-    return y.to(queries.dtype), final
-
-
-def gate_loop_backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout = PLAIN,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+def gate_loop_backward(loop: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """Gradients; states before each chunk are computed again."""
-    if not elementwise(keys, values):
-        dy, q, k, v = (_as_wide(x, gates) for x in (grad, queries, keys, values))
-        return triton_matrix.backward(dy, grad_final, q, k, v, gates, initial, reverse, layout)
-    loop = given(queries, keys, values, gates, initial, reverse, layout)
-    _, _, kept = loop_forward(loop, None if initial is None else flat_state(initial))
-    dq, dk, dv = (loop.queries.new_empty(x.shape[:3]) for x in (queries, keys, values))
-    d_gates = loop.gates.map(lambda x: x.new_empty(x.shape))
-    results: list[Tensor | None] = [dq, dk, dv, d_gates.re, d_gates.im, None]
-    _, first = _loop_backward(loop, flat(grad.to(dq.dtype)), flat_state(grad_final), kept, results)
-    shaped = d_gates.map(lambda x: x.reshape(gates.re.shape))
-    states = first.map(lambda x: x[..., None, None])
-    return dq.unsqueeze(-1), dk.unsqueeze(-1), dv.unsqueeze(-1), shaped, states
+    wide = _as_wide(loop)
+    dy = grad if wide is loop else grad.double()
+    return triton_matrix.backward(wide, dy, grad_final)
 
 
 # ---- gates of several heads, RMS norm, short convolution ----------------------------------------------------

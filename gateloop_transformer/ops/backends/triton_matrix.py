@@ -23,6 +23,7 @@ from gateloop_transformer.ops.backends.triton_launch import launch, target
 from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.packing import cleared
 from gateloop_transformer.ops.pairs import Pair, compute_dtype
+from gateloop_transformer.ops.recurrences import GateLoop
 
 
 class Blocks(NamedTuple):
@@ -265,16 +266,9 @@ def _gates(gates: Pair, initial: Pair | None, layout: Layout) -> Pair:
     return gates.as_complex() if initial is not None and initial.im is not None else gates
 
 
-def forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout,
-) -> tuple[Tensor, Pair]:
+def forward(given: GateLoop) -> tuple[Tensor, Pair]:
     """y and the last state."""
+    queries, keys, values, gates, initial, reverse, _, layout = given
     q, k, v = (_neighbours(x) for x in (queries, keys, values))
     if queries.shape[1] == 1 and layout.cu_seqlens is None:
         from gateloop_transformer.ops.backends import triton_step
@@ -289,18 +283,9 @@ def forward(
     return loop.attend((q, k, v, v), q.dtype, before, False, False)[0], state
 
 
-def backward(
-    grad: Tensor,
-    grad_final: Pair,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Pair,
-    initial: Pair | None,
-    reverse: bool,
-    layout: Layout,
-) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
+def backward(given: GateLoop, grad: Tensor, grad_final: Pair) -> tuple[Tensor, Tensor, Tensor, Pair, Pair]:
     """All gradients; states at the borders of chunks are computed again."""
+    queries, keys, values, gates, initial, reverse, _, layout = given
     q, k, v, dy = (_neighbours(x) for x in (queries, keys, values, grad))
     loop = _Loop(q, v, _gates(gates, initial, layout), reverse, layout)
     before, last = loop.states(k, v, loop.new_state(initial), False), loop.new_state(grad_final)
