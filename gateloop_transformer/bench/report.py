@@ -19,7 +19,7 @@ import torch
 from gateloop_transformer.bench.cases import Case, candidates, every_case
 from gateloop_transformer.bench.peers import Peer
 from gateloop_transformer.bench.timing import interleaved
-from gateloop_transformer.data.writing import make_folder
+from gateloop_transformer.files import make_folder
 from gateloop_transformer.nearest import did_you_mean
 from gateloop_transformer.pictures import empty_figure, save_png
 from gateloop_transformer.stored import read_json

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from gateloop_transformer.data.corpus import Corpus
+from gateloop_transformer.files import digest, write_text
 from gateloop_transformer.training import checkpoint, folder, snapshot
 from gateloop_transformer.training.checkpoint import Progress, Snapshot
 from gateloop_transformer.training.config import RunConfig
@@ -25,7 +26,6 @@ from gateloop_transformer.training.plot import draw_curve
 from gateloop_transformer.training.schedule import learning_rate
 from gateloop_transformer.training.signals import Signals
 from gateloop_transformer.training.step import Carried, Flags, Outcome, Stepper
-from gateloop_transformer.training.storage import digest, write_text
 from gateloop_transformer.training.watching import Clock, Log, peak_memory
 from gateloop_transformer.training.weights import MODEL
 from gateloop_transformer.waiting import waiting

@@ -11,7 +11,7 @@ from pathlib import Path
 from gateloop_transformer.data.corpus import Corpus, load_corpus
 from gateloop_transformer.data.sources import is_standard_input
 from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
-from gateloop_transformer.data.writing import make_folder
+from gateloop_transformer.files import make_folder
 from gateloop_transformer.training import folder
 from gateloop_transformer.training.config import RunConfig, TokenizerConfig
 from gateloop_transformer.training.engine import Engine, launched

@@ -26,7 +26,8 @@ from gateloop_transformer.data.batches import stream_at
 from gateloop_transformer.data.corpus import load_corpus
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.data.tokenizer import ByteTokenizer
-from gateloop_transformer.training import checkpoint, folder, storage
+from gateloop_transformer.files import digest
+from gateloop_transformer.training import checkpoint, folder
 from gateloop_transformer.training.config import PRESETS, RunConfig, TrainingConfig, resolve
 from gateloop_transformer.training.evaluation import bits_per_byte, validate
 from gateloop_transformer.training.folder import load_model
@@ -87,7 +88,7 @@ def steps_of(out: Path) -> list[int]:
 def seal(path: Path) -> None:
     """A checkpoint's checksums fit what is in it now."""
     names = [file for file in sorted(path.iterdir()) if file.name != "checksums.json"]
-    (path / "checksums.json").write_text(json.dumps({file.name: storage.digest(file) for file in names}))
+    (path / "checksums.json").write_text(json.dumps({file.name: digest(file) for file in names}))
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
