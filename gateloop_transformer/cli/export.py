@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Export."""
     _check_flags(arguments)
     with importing("torch"):
-        from gateloop_transformer.training.checkpoint import weights_file
-        from gateloop_transformer.training.folder import load_tokenizer
+        from gateloop_transformer.runs.checkpoint import weights_file
+        from gateloop_transformer.runs.folder import load_tokenizer
 
     out: Path = arguments.out
     if arguments.format == "hf":

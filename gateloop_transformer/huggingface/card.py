@@ -16,11 +16,11 @@ from gateloop_transformer.data.tokenizer import TOKENIZER
 from gateloop_transformer.files import make_folder, write_text
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import GateLoopForCausalLM
+from gateloop_transformer.runs.config import RunConfig, is_flat
+from gateloop_transformer.runs.curves import read_records
+from gateloop_transformer.runs.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
+from gateloop_transformer.runs.weights import CONFIG
 from gateloop_transformer.stored import as_text, read_json, read_tensors, write_tensors
-from gateloop_transformer.training.config import RunConfig, is_flat
-from gateloop_transformer.training.curves import read_records
-from gateloop_transformer.training.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
-from gateloop_transformer.training.weights import CONFIG
 
 CARD = "README.md"
 

@@ -14,9 +14,8 @@ from gateloop_transformer.files import write_text
 from gateloop_transformer.jax.model import Transformer
 from gateloop_transformer.jax.pairs import Array
 from gateloop_transformer.jax.parts import Params
-from gateloop_transformer.stored import check_seal, opened_tensors, read_json, write_tensors
-from gateloop_transformer.training.config import RunConfig, flat, is_flat, read_flat
-from gateloop_transformer.training.weights import (
+from gateloop_transformer.runs.config import RunConfig, flat, is_flat, read_flat
+from gateloop_transformer.runs.weights import (
     CONFIG,
     MODEL,
     check_written_for,
@@ -26,6 +25,7 @@ from gateloop_transformer.training.weights import (
     read_headers,
     weight_files,
 )
+from gateloop_transformer.stored import check_seal, opened_tensors, read_json, write_tensors
 
 
 def flatten(params: Params) -> dict[str, Array]:

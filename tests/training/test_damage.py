@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from gateloop_transformer import load_model, numpy_runtime
 from gateloop_transformer.cli import main
+from gateloop_transformer.evaluation.reading import load_reading
 from gateloop_transformer.layers.state import save_state
-from gateloop_transformer.training import checkpoint, folder
-from gateloop_transformer.training.reading import load_reading
+from gateloop_transformer.runs import checkpoint, folder
 
 TINY = [
     *("--dim", "16", "--depth", "2", "--gate-loop-heads", "4", "--context", "32", "--batch", "2", "--steps", "2"),

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from gateloop_transformer.cli import main
-from gateloop_transformer.training.curves import Curve, Points, read_curve
-from gateloop_transformer.training.plot import draw_curve, draw_rates
+from gateloop_transformer.runs.curves import Curve, Points, read_curve
+from gateloop_transformer.runs.plot import draw_curve, draw_rates
 
 PNG = b"\x89PNG"
 
@@ -78,7 +78,7 @@ def test_runs_that_have_only_begun_are_drawn(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_bits_per_token_are_not_drawn_beside_bits_per_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gateloop_transformer.training import plot
+    from gateloop_transformer.runs import plot
 
     markers: list[list[str]] = []
     names: list[list[str]] = []
@@ -104,7 +104,7 @@ def test_bits_per_token_are_not_drawn_beside_bits_per_byte(tmp_path: Path, monke
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gateloop_transformer.training import plot
+    from gateloop_transformer.runs import plot
 
     legends: list[Any] = []
     real = plot.save_png

@@ -26,11 +26,11 @@ from gateloop_transformer.data.batches import stream_at
 from gateloop_transformer.data.corpus import load_corpus
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.data.tokenizer import ByteTokenizer
+from gateloop_transformer.evaluation.bits import bits_per_byte, validate
 from gateloop_transformer.files import digest
-from gateloop_transformer.training import checkpoint, folder
-from gateloop_transformer.training.config import PRESETS, RunConfig, TrainingConfig, resolve
-from gateloop_transformer.training.evaluation import bits_per_byte, validate
-from gateloop_transformer.training.folder import load_model
+from gateloop_transformer.runs import checkpoint, folder
+from gateloop_transformer.runs.config import PRESETS, RunConfig, TrainingConfig, resolve
+from gateloop_transformer.runs.folder import load_model
 from gateloop_transformer.training.optimizer import parameter_groups
 from gateloop_transformer.training.schedule import learning_rate
 

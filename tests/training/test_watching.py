@@ -17,8 +17,9 @@ import torch
 from halting import halted
 
 from gateloop_transformer.cli import main
-from gateloop_transformer.training import checkpoint, folder, loop, step, watching
-from gateloop_transformer.training.config import RunConfig, TrainingConfig
+from gateloop_transformer.runs import checkpoint, folder
+from gateloop_transformer.runs.config import RunConfig, TrainingConfig
+from gateloop_transformer.training import loop, step, watching
 from gateloop_transformer.training.optimizer import Average
 from gateloop_transformer.training.signals import Signals
 from gateloop_transformer.training.watching import Clock

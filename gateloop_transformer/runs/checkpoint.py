@@ -13,13 +13,10 @@ from torch import Tensor
 
 from gateloop_transformer.files import PARTIAL, aside, digest, remove, replacing, sync, write_text
 from gateloop_transformer.layers.state import TransformerState, load_state, save_state
+from gateloop_transformer.runs.config import RunConfig, value_types
+from gateloop_transformer.runs.folder import CHECKPOINTS, publish, published_in, read_weights, steps
+from gateloop_transformer.runs.weights import MODEL, describe
 from gateloop_transformer.stored import DamageError, read_json, read_tensors, write_tensors
-from gateloop_transformer.training.config import RunConfig, value_types
-from gateloop_transformer.training.folder import CHECKPOINTS, load_model, publish, published_in, read_weights, steps
-from gateloop_transformer.training.weights import MODEL, describe
-
-# Where users found it before there was `gateloop_transformer.load_model`.
-__all__ = ["load_model"]
 
 OPTIMIZER, AVERAGE, CARRIED, PROGRESS, CHECKSUMS = (
     "optimizer.safetensors",

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.configuration import TransformerConfig
+from gateloop_transformer.conversion.original import Arguments, infer
+from gateloop_transformer.conversion.state_dicts import find_model, read_file
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
 from gateloop_transformer.files import make_folder, remove, sync, write_text
 from gateloop_transformer.model import Transformer
+from gateloop_transformer.runs.config import flat, is_flat
+from gateloop_transformer.runs.weights import CONFIG, MODEL, describe, differences
 from gateloop_transformer.stored import parse_json, read_json, write_tensors
-from gateloop_transformer.training.config import flat, is_flat
-from gateloop_transformer.training.original import Arguments, infer
-from gateloop_transformer.training.state_dicts import find_model, read_file
-from gateloop_transformer.training.weights import CONFIG, MODEL, describe, differences
 
 _FILES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, MODEL)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateloop_transformer.configuration import TransformerConfig
+from gateloop_transformer.runs.config import with_later_fields
 from gateloop_transformer.stored import DamageError, opened_tensors, parse_json, read_json
-from gateloop_transformer.training.config import with_later_fields
 
 CONFIG, MODEL, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
 

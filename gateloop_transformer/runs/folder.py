@@ -19,9 +19,8 @@ from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
 from gateloop_transformer.files import PARTIAL, check_removable, lock, remove, write_text
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.stored import DamageError, read_json, read_tensors, write_tensors
-from gateloop_transformer.training.config import RunConfig, is_flat, read_flat
-from gateloop_transformer.training.weights import (
+from gateloop_transformer.runs.config import RunConfig, is_flat, read_flat
+from gateloop_transformer.runs.weights import (
     CONFIG,
     MODEL,
     check_written_for,
@@ -31,6 +30,7 @@ from gateloop_transformer.training.weights import (
     read_headers,
     weight_files,
 )
+from gateloop_transformer.stored import DamageError, read_json, read_tensors, write_tensors
 
 METRICS, CURVE, CHECKPOINTS = "metrics.jsonl", "loss.png", "checkpoints"
 LOCK = ".lock"
