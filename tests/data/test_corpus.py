@@ -18,7 +18,7 @@ import processes
 import pytest
 from cases import give, lines
 
-from gateloop_transformer.data import cache, corpus, shards
+from gateloop_transformer.data import corpus, shards
 from gateloop_transformer.data.bpe import BPETokenizer, train_tokenizer
 from gateloop_transformer.data.corpus import Corpus, load_corpus
 from gateloop_transformer.data.shards import Tokens
