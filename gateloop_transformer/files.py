@@ -127,7 +127,8 @@ def replacing(path: Path, contended: bool = False) -> Iterator[Path]:
     """Give a name for a new file or folder, which at the end takes the place of `path`, whole or not at all.
 
     Args:
-        path: what is there stays as it is until then, and also where anything raises.
+        path: what is there stays as it is until then, and also where anything raises; a folder is deleted just
+            before the new one takes its place.
         contended: as for `aside`.
 
     Raises:
