@@ -73,7 +73,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def as_text(name: str) -> str:
-    """A name of a file, all of it text: what stands in Python for bytes that are none is shown as "\ufffd".
+    r"""A name of a file, all of it text: what stands in Python for bytes that are none is shown as "\ufffd".
 
     >>> as_text("a\udcffb")
     'a�b'

@@ -104,9 +104,9 @@ if parent == 0:
         if os.fork() == 0:
             # It lives on when the owner of the lock has been killed.
             os.write(begun[1], b".")
-            os.read(going[0], 1)
-            os._exit(0)
-        signal.pause()
+        os.close(going[1])
+        os.read(going[0], 1)
+        os._exit(0)
 os.read(begun[0], 1)
 try:
     lock(path).__enter__()
