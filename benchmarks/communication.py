@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gateloop_transformer.bench.report import about, about_line
-from gateloop_transformer.training.config import resolve
+from gateloop_transformer.runs.config import resolve
 from gateloop_transformer.training.estimate import estimate
 from gateloop_transformer.training.needs import Spread
 

@@ -26,10 +26,10 @@ from gateloop_transformer.bench.report import about, about_line
 from gateloop_transformer.ops.backends import chunkwise, eager, numba_cpu
 from gateloop_transformer.ops.pairs import Pair
 from gateloop_transformer.ops.recurrences import GateLoop
-from gateloop_transformer.training.config import RunConfig, resolve
+from gateloop_transformer.runs.config import RunConfig, resolve
+from gateloop_transformer.runs.presets import PRESETS
 from gateloop_transformer.training.estimate import estimate
 from gateloop_transformer.training.needs import Estimate, Spread
-from gateloop_transformer.training.presets import PRESETS
 
 RING = {"gate": "ring", "conv_size": 4, "max_memory": 256}
 HEADS = {**RING, "gate_loop_heads": 8, "head_norm": True}

@@ -21,10 +21,10 @@ from gateloop_transformer.bench.report import about, about_line
 from gateloop_transformer.bench.timing import Times, interleaved
 from gateloop_transformer.data.corpus import load_corpus
 from gateloop_transformer.data.tokenizer import ByteTokenizer
+from gateloop_transformer.evaluation.bits import score
 from gateloop_transformer.generation import DraftReport
 from gateloop_transformer.layers.quantized import KINDS, SmallLinear
-from gateloop_transformer.training.evaluation import score
-from gateloop_transformer.training.folder import METRICS, load_model, load_tokenizer, read_config
+from gateloop_transformer.runs.folder import METRICS, load_model, load_tokenizer, read_config
 
 PROMPT, NEW, LONG, BLOCKS = 256, 128, 4096, (2, 4)
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.bench.report import about
+from gateloop_transformer.files import write_text
 from gateloop_transformer.ops.channel_loop import channel_gate_loop
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.linear_scan import linear_scan
-from gateloop_transformer.training.storage import write_text
 
 DEVICE = "cuda"
 RESULTS = Path(__file__).parent.parent / "docs" / "results"

@@ -136,7 +136,7 @@ def main() -> int:
     from gpu_builds import CHIPS
     from gpu_traffic import STEPS
 
-    from gateloop_transformer.training.storage import write_text
+    from gateloop_transformer.files import write_text
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         parts = itertools.product(("bfloat16", "float32"), CHIPS)

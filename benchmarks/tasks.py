@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gateloop_transformer.bench.report import about
-from gateloop_transformer.training.storage import write_text
+from gateloop_transformer.files import write_text
 
 PATH = Path(__file__).parent.parent / "docs" / "results" / "tasks.json"
 SEEDS = (0, 1, 2)

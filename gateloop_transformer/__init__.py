@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         save_state,
     )
     from gateloop_transformer.model import Transformer
-    from gateloop_transformer.training.folder import load_model, load_tokenizer
+    from gateloop_transformer.runs.folder import load_model, load_tokenizer
 
 __version__ = "1.0.0.dev0"
 
@@ -45,9 +45,9 @@ _HOMES = {
     "TransformerConfig": "gateloop_transformer.configuration",
     "TransformerState": "gateloop_transformer.layers.state",
     "describe_state": "gateloop_transformer.layers.state",
-    "load_model": "gateloop_transformer.training.folder",
+    "load_model": "gateloop_transformer.runs.folder",
     "load_state": "gateloop_transformer.layers.state",
-    "load_tokenizer": "gateloop_transformer.training.folder",
+    "load_tokenizer": "gateloop_transformer.runs.folder",
     "quantize": "gateloop_transformer.layers.quantized",
     "save_state": "gateloop_transformer.layers.state",
 }

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gateloop_transformer.files import replacing
 from gateloop_transformer.stored import as_text
 
 if TYPE_CHECKING:
@@ -57,9 +58,8 @@ def empty_figure(width: float, height: float) -> Figure:
 
 def save_png(figure: Figure, target: Path, dpi: int = 120) -> None:
     """Write a PNG, whole or not at all."""
-    aside = target.with_name(target.name + ".partial")
-    figure.savefig(aside, format="png", dpi=dpi)
-    os.replace(aside, target)
+    with replacing(target) as other:
+        figure.savefig(other, format="png", dpi=dpi)
 
 
 def name_lines(legend: Legend, names: Iterable[str]) -> None:

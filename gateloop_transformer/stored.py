@@ -1,4 +1,4 @@
-"""What is kept in files is read with one clear error: JSON, and safetensors with a checksum in their headers.
+"""What is kept in files is read with one clear error: JSON, and tensors with a checksum in their files' headers.
 
 A sealed safetensors file has the SHA-256 of all its bytes in its metadata, computed with zeros in that place. A tool
 that writes its tensors anew leaves the metadata out, and with it the checksum: such files are read as they are.
@@ -6,12 +6,20 @@ that writes its tensors anew leaves the metadata out, and with it the checksum: 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from gateloop_transformer.files import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKSUM = "sha256"
 # What the metadata of a file that is to be sealed has in place of the checksum.
@@ -65,12 +73,88 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def as_text(name: str) -> str:
-    """A name of a file, all of it text: what stands in Python for bytes that are none is shown as "\ufffd".
+    r"""A name of a file, all of it text: what stands in Python for bytes that are none is shown as "\ufffd".
 
     >>> as_text("a\udcffb")
     'a�b'
     """
     return re.sub("[\ud800-\udfff]", "\ufffd", name)
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None, framework: str = "torch"
+) -> None:
+    """Replace a safetensors file, whole or not at all; it is sealed where it says something of itself.
+
+    Args:
+        path: of the file.
+        tensors: by name; none of them shares memory with another.
+        metadata: what the file says of itself.
+        framework: whose tensors they are, "torch" or "flax".
+
+    Raises:
+        OSError: it cannot be written; what was there still is.
+    """
+    from safetensors import SafetensorError
+
+    save = importlib.import_module(f"safetensors.{framework}").save_file
+    if framework == "torch":
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as other:
+        other.touch()
+        mode = other.stat().st_mode
+        try:
+            save(dict(tensors), other, None if metadata is None else {**metadata, **UNSEALED})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise OSError(f"cannot write {str(path)!r}: {error}") from error
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        # safetensors makes files that only their owner may read; this one is to be as readable as the others.
+        other.chmod(mode)
+        if metadata is not None:
+            with other.open("r+b") as file:
+                seal(file)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata, the checksum left out.
+
+    Raises:
+        DamageError: there is no such file, it cannot be read, or it is sealed and has changed since.
+    """
+    with opened_tensors(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    metadata.pop(CHECKSUM, None)
+    with path.open("rb") as content:
+        check_seal(content, repr(str(path)))
+    return tensors, metadata
+
+
+@contextlib.contextmanager
+def opened_tensors(path: Path, framework: str) -> Iterator[Any]:
+    """A safetensors file, of which nothing but the header is read yet, as `safe_open` gives it.
+
+    Raises:
+        DamageError: there is no such file, or it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise DamageError(f"{str(path)!r} is missing")
+    name = str(path)
+    try:
+        with path.open("rb") as content:
+            if as_text(name) != name:
+                # safetensors takes no name that is not UTF-8.
+                name = f"/dev/fd/{content.fileno()}"
+            with safe_open(name, framework) as file:
+                yield file
+    except (SafetensorError, OSError) as error:
+        raise DamageError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
 
 
 def seal(file: BinaryIO) -> None:

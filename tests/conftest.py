@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Kernels for GPUs run on the CPU, as Python; Triton asks once, when it is imported.
@@ -15,6 +16,7 @@ import processes
 import pytest
 import torch
 from cases import DEAR, INTERPRETABLE, INTERPRETED
+from small_runs import TEXT, train
 
 from gateloop_transformer import waiting
 from gateloop_transformer.ops.dispatch import TABLE
@@ -36,6 +38,23 @@ processes.mark()
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is left in the user's cache; processes that tests start inherit this."""
     os.environ["GATELOOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file to train on."""
+    path = tmp_path / "data.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step; tests that change it copy it."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "data.txt").write_text(TEXT)
+    assert train(place / "data.txt", place / "run", steps=1) == 0
+    return place / "run"
 
 
 @pytest.fixture(autouse=True)

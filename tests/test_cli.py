@@ -19,9 +19,9 @@ from gateloop_transformer.cli import _COMMANDS, main, progress
 from gateloop_transformer.cli.errors import message
 from gateloop_transformer.cli.flags import typed
 from gateloop_transformer.configuration import TransformerConfig
+from gateloop_transformer.runs.config import TrainingConfig
 from gateloop_transformer.tasks.settings import TaskTraining
 from gateloop_transformer.tasks.state_tracking import Counting
-from gateloop_transformer.training.config import TrainingConfig
 
 LINES = "".join(f"{n} times {n} is {n * n}.\n" for n in range(100))
 

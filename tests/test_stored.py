@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from gateloop_transformer.stored import DamageError, as_text, parse_json, read_json
+from gateloop_transformer.stored import DamageError, as_text, parse_json, read_json, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[1]
 # Without an encoding these take that of the locale: what opens a file, and what starts a process.
@@ -87,3 +89,45 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 def test_names_that_are_no_text_are_shown() -> None:
     assert as_text("a\udcff\ud800ö") == "a\ufffd\ufffdö"
+
+
+def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(3.0), "ä": torch.ones(2, 2, dtype=torch.bfloat16), "a": torch.zeros(0)}
+    metadata = {"format": "pt", "model": '{"é": "\\n\\u007f/\t\x01"}', "other": "x", "": "\N{GRINNING FACE}"}
+    for n in range(8):
+        write_tensors(tmp_path / f"{n}.safetensors", tensors, metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    found, said = read_tensors(tmp_path / "0.safetensors")
+    assert said == metadata
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_file_that_says_something_of_itself_is_sealed(tmp_path: Path) -> None:
+    tensors, path = {"a": torch.arange(64.0)}, tmp_path / "a.safetensors"
+    write_tensors(path, tensors)
+    assert b"sha256" not in path.read_bytes()
+    write_tensors(path, tensors, {"format": "pt"})
+    whole = path.read_bytes()
+    # Without the key of the checksum the file is as one of another tool.
+    key = whole.index(b'"sha256":"')
+    for place in [*range(8, key), *range(key + 10, len(whole))]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"a\.safetensors' is damaged"):
+            read_tensors(path)
+    path.write_bytes(whole)
+    assert torch.equal(read_tensors(path)[0]["a"], tensors["a"])
+
+
+def test_files_of_tensors_are_as_readable_as_others_and_may_have_any_name(tmp_path: Path) -> None:
+    path, other = tmp_path / os.fsdecode(b"\xff.safetensors"), tmp_path / "other"
+    other.touch()
+    for metadata in (None, {"format": "pt"}):
+        write_tensors(path, {"a": torch.ones(2)}, metadata)
+        assert path.stat().st_mode == other.stat().st_mode
+        assert read_tensors(path)[0]["a"].tolist() == [1, 1]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_tensors(tmp_path / "folder", {"a": torch.ones(2)})
+    with pytest.raises(OSError, match="No such file"):
+        write_tensors(tmp_path / "absent" / "a", {"a": torch.ones(2)})
+    assert len(list(tmp_path.iterdir())) == 3

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gateloop_transformer.data.corpus import load_corpus
 from gateloop_transformer.data.tokenizer import ByteTokenizer
-from gateloop_transformer.training.config import TrainingConfig
+from gateloop_transformer.runs.config import TrainingConfig
 
 
 def main() -> None:

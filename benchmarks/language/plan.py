@@ -24,7 +24,7 @@ from typing import Any
 
 from gateloop_transformer import configuration
 from gateloop_transformer.bench.report import about
-from gateloop_transformer.training.storage import write_text
+from gateloop_transformer.files import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "docs" / "results"

@@ -19,7 +19,7 @@ import torch
 from gateloop_transformer.bench.cases import Case, candidates, every_case
 from gateloop_transformer.bench.peers import Peer
 from gateloop_transformer.bench.timing import interleaved
-from gateloop_transformer.data.writing import make_folder
+from gateloop_transformer.files import make_folder, write_text
 from gateloop_transformer.nearest import did_you_mean
 from gateloop_transformer.pictures import empty_figure, save_png
 from gateloop_transformer.stored import read_json
@@ -257,8 +257,8 @@ def run(out: Path, python: Path | None, quick: bool, only: list[str], budget: fl
     say(f"{len(cases)} cases of {budget:g} s or more, a line for each; kernels are compiled first where they are new")
     results = measure(python, quick, only, say, budget)
     results["cases"] = _merged(earlier, results["cases"])
-    (out / "cpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (out / "cpu.md").write_text(markdown(results), encoding="utf-8")
+    write_text(out / "cpu.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "cpu.md", markdown(results))
     draw(results, out / "cpu.png")
     return results
 

@@ -54,7 +54,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Convert."""
     with importing("torch"):
-        from gateloop_transformer.training.conversion import convert, read_arguments
+        from gateloop_transformer.conversion.convert import convert, read_arguments
 
     given = {} if arguments.config is None else read_arguments(arguments.config)
     with waiting("reading the checkpoint and writing the model"):

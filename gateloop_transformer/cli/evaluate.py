@@ -81,8 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
     with importing("torch"):
         from gateloop_transformer.data.sources import open_source
-        from gateloop_transformer.training.checkpoint import weights_file
-        from gateloop_transformer.training.folder import load_tokenizer
+        from gateloop_transformer.runs.checkpoint import weights_file
+        from gateloop_transformer.runs.folder import load_tokenizer
 
     counts = _Counts()
     with waiting("opening the data"):
@@ -116,7 +116,7 @@ def _bits_per_byte(
     """Say bits per byte."""
     from gateloop_transformer.data.documents import count
     from gateloop_transformer.data.tokenizer import encode_document
-    from gateloop_transformer.training.evaluation import Score, score
+    from gateloop_transformer.evaluation.bits import Score, score
 
     total = Score(0.0, 0)
     with bar("evaluating", source.size()) as progress:
@@ -151,7 +151,7 @@ def _say_left_out(source: Source, counts: _Counts) -> bool:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
-    from gateloop_transformer.training.plot import check_png
+    from gateloop_transformer.runs.plot import check_png
 
     for flag, value in (
         ("--up-to", arguments.up_to),
@@ -170,10 +170,10 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 def _context(arguments: argparse.Namespace) -> int:
     """Tokens that a window of the model's training predicts."""
+    from gateloop_transformer.runs.config import is_flat
+    from gateloop_transformer.runs.folder import read_config
+    from gateloop_transformer.runs.weights import CONFIG
     from gateloop_transformer.stored import read_json
-    from gateloop_transformer.training.config import is_flat
-    from gateloop_transformer.training.folder import read_config
-    from gateloop_transformer.training.weights import CONFIG
 
     if arguments.context is not None:
         return int(arguments.context)
@@ -192,9 +192,9 @@ def _suite(
     counts: _Counts,
 ) -> None:
     """Say all figures."""
-    from gateloop_transformer.training.plot import draw_positions
-    from gateloop_transformer.training.positions import tokens_on_disk
-    from gateloop_transformer.training.suite import generalisation, perplexities, windows
+    from gateloop_transformer.evaluation.positions import tokens_on_disk
+    from gateloop_transformer.evaluation.suite import generalisation, perplexities, windows
+    from gateloop_transformer.runs.plot import draw_positions
 
     with tokens_on_disk(documents, tokenizer) as tokens:
         chosen = windows(tokens, arguments.context, arguments.windows)
@@ -213,9 +213,9 @@ def _by_position(
     arguments: argparse.Namespace, model: Transformer, documents: Iterator[Iterator[bytes]], tokenizer: Tokenizer
 ) -> None:
     """Say, and draw on request, losses by position and distance."""
-    from gateloop_transformer.training.plot import draw_positions
-    from gateloop_transformer.training.positions import evenly, spread, tokens_on_disk, windows_up_to
-    from gateloop_transformer.training.spans import doubling_spans
+    from gateloop_transformer.evaluation.positions import evenly, spread, tokens_on_disk, windows_up_to
+    from gateloop_transformer.evaluation.spans import doubling_spans
+    from gateloop_transformer.runs.plot import draw_positions
 
     context = arguments.context
     with tokens_on_disk(documents, tokenizer) as tokens:

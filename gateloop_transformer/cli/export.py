@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Export."""
     _check_flags(arguments)
     with importing("torch"):
-        from gateloop_transformer.training.checkpoint import weights_file
-        from gateloop_transformer.training.folder import load_tokenizer
+        from gateloop_transformer.runs.checkpoint import weights_file
+        from gateloop_transformer.runs.folder import load_tokenizer
 
     out: Path = arguments.out
     if arguments.format == "hf":
@@ -105,8 +104,8 @@ def _publish(run: Path, out: Path, as_json: bool) -> None:
 def _write_program(model: Any, out: Path, portable: bool, overwrite: bool) -> None:
     import torch
 
-    from gateloop_transformer.data.writing import make_folder
     from gateloop_transformer.export.program import export_program
+    from gateloop_transformer.files import make_folder, replacing
 
     path = out / _PROGRAM
     if out.exists() and not out.is_dir():
@@ -118,11 +117,6 @@ def _write_program(model: Any, out: Path, portable: bool, overwrite: bool) -> No
     make_folder(out)
     with waiting("tracing the model"):
         program = export_program(model, portable=portable)
-    aside = out / f".partial-{_PROGRAM}"
-    try:
-        # Opened here, as torch takes no name that is not UTF-8.
-        with aside.open("wb") as file:
-            torch.export.save(program, file)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    # Opened here, as torch takes no name that is not UTF-8.
+    with replacing(path) as other, other.open("wb") as file:
+        torch.export.save(program, file)

@@ -23,8 +23,8 @@ def add_fields(
     `defaults`: what the help says where a field's own default does not hold; None: those of the presets. `common`:
     --help shows all of them, not only those that say so.
     """
-    from gateloop_transformer.training.config import value_types
-    from gateloop_transformer.training.presets import PRESETS
+    from gateloop_transformer.runs.config import value_types
+    from gateloop_transformer.runs.presets import PRESETS
 
     preset = {name for values in PRESETS.values() for name in values} if defaults is None else set()
     defaults = PRESETS["tiny"] if defaults is None else defaults

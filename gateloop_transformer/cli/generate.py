@@ -95,10 +95,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     with importing("torch"):
         import torch
 
+        from gateloop_transformer.evaluation.reading import load_reading, model_digest
         from gateloop_transformer.generation import DraftReport
-        from gateloop_transformer.training.checkpoint import weights_file
-        from gateloop_transformer.training.folder import load_tokenizer, pick_device
-        from gateloop_transformer.training.reading import load_reading, model_digest
+        from gateloop_transformer.runs.checkpoint import weights_file
+        from gateloop_transformer.runs.folder import load_tokenizer, pick_device
 
     device = pick_device(arguments.device)
     tokenizer = load_tokenizer(arguments.dir)

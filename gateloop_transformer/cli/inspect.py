@@ -53,15 +53,14 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Inspect."""
     with importing("torch and matplotlib"):
-        from gateloop_transformer.data.writing import make_folder
+        from gateloop_transformer.evaluation.reading import text_blocks
+        from gateloop_transformer.files import make_folder, write_text
         from gateloop_transformer.inspection.draw import draw
         from gateloop_transformer.inspection.page import MOST_TOKENS, page
         from gateloop_transformer.inspection.report import report
         from gateloop_transformer.inspection.trace import trace
-        from gateloop_transformer.training.checkpoint import weights_file
-        from gateloop_transformer.training.folder import load_tokenizer
-        from gateloop_transformer.training.reading import text_blocks
-        from gateloop_transformer.training.storage import write_text
+        from gateloop_transformer.runs.checkpoint import weights_file
+        from gateloop_transformer.runs.folder import load_tokenizer
 
     if not 2 <= arguments.tokens <= MOST_TOKENS:
         raise ValueError(f"--tokens must be from 2 to {MOST_TOKENS}, not {arguments.tokens}")

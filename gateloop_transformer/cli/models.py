@@ -24,7 +24,7 @@ def load(run: Path, weights: Path | None, device: str = "cpu", dtype: str | None
         ValueError: there is no such model or device.
     """
     from gateloop_transformer.layers.quantized import quantize
-    from gateloop_transformer.training.folder import load_model, pick_device
+    from gateloop_transformer.runs.folder import load_model, pick_device
 
     where = pick_device(device)
     with waiting("loading the model"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gateloop_transformer.waiting import waiting
 
 if TYPE_CHECKING:
-    from gateloop_transformer.training.config import RunConfig
+    from gateloop_transformer.runs.config import RunConfig
     from gateloop_transformer.training.loop import Trainer
 
 _ESTIMATING = "estimating what the run needs"

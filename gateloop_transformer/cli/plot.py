@@ -32,8 +32,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Plot."""
-    from gateloop_transformer.training.curves import AGAINST, read_curves, summary
-    from gateloop_transformer.training.plot import check_png, draw_curves
+    from gateloop_transformer.runs.curves import AGAINST, read_curves, summary
+    from gateloop_transformer.runs.plot import check_png, draw_curves
 
     check_png(arguments.out)
     with waiting("reading the runs"):

@@ -48,9 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     with importing("torch"):
         from gateloop_transformer.data.documents import count
         from gateloop_transformer.data.files import is_packed
-        from gateloop_transformer.training.checkpoint import weights_file
-        from gateloop_transformer.training.folder import load_tokenizer, pick_device
-        from gateloop_transformer.training.reading import load_reading, model_digest, read, save_reading, text_blocks
+        from gateloop_transformer.evaluation.reading import load_reading, model_digest, read, save_reading, text_blocks
+        from gateloop_transformer.runs.checkpoint import weights_file
+        from gateloop_transformer.runs.folder import load_tokenizer, pick_device
 
     device = pick_device(arguments.device)
     weights = weights_file(arguments.dir, arguments.checkpoint)

@@ -21,8 +21,8 @@ DESCRIPTION = (
 def add_arguments(parser: Parser) -> None:
     """Flags of the command."""
     from gateloop_transformer.configuration import TransformerConfig
-    from gateloop_transformer.training.config import TrainingConfig
-    from gateloop_transformer.training.presets import PRESET_HELP, PRESETS
+    from gateloop_transformer.runs.config import TrainingConfig
+    from gateloop_transformer.runs.presets import PRESET_HELP, PRESETS
 
     parser.add_argument("data", nargs="?", metavar="DATA", help="as for gateloop train")
     parser.add_argument("--out", required=True, metavar="DIR", type=folder, help="folder of the sweep")

@@ -96,11 +96,10 @@ def _free(folder: Path) -> Path:
 
 def _run(experiment: Experiment, out: Path) -> Outcome:
     """Train and score, and write the results."""
-    from gateloop_transformer.data.writing import make_folder
+    from gateloop_transformer.files import make_folder, write_text
     from gateloop_transformer.pictures import load_matplotlib
     from gateloop_transformer.tasks.experiment import run
     from gateloop_transformer.tasks.plot import draw_accuracy
-    from gateloop_transformer.training.storage import write_text
 
     with importing("matplotlib"):
         load_matplotlib()

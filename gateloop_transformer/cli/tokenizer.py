@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Make a tokenizer."""
     from gateloop_transformer.data.bpe import train_tokenizer
     from gateloop_transformer.data.sources import open_source
-    from gateloop_transformer.data.writing import make_folder
+    from gateloop_transformer.files import make_folder
 
     path, limit = arguments.out, arguments.limit_bytes
     if path.is_dir():

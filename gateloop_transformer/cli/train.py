@@ -19,7 +19,7 @@ from gateloop_transformer.cli.progress import bar, importing, say
 
 if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
-    from gateloop_transformer.training.config import RunConfig
+    from gateloop_transformer.runs.config import RunConfig
     from gateloop_transformer.training.loop import Trainer
 
 
@@ -35,8 +35,8 @@ def add_arguments(parser: Parser) -> None:
     """Flags of the command."""
     from gateloop_transformer.configuration import TransformerConfig
     from gateloop_transformer.data.documents import SOURCES
-    from gateloop_transformer.training.config import TrainingConfig
-    from gateloop_transformer.training.presets import PRESET_HELP, PRESETS
+    from gateloop_transformer.runs.config import TrainingConfig
+    from gateloop_transformer.runs.presets import PRESET_HELP, PRESETS
 
     parser.add_argument(
         "data",
@@ -81,8 +81,8 @@ def add_arguments(parser: Parser) -> None:
 def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     """The configuration that the flags ask for; when resuming, the stored one with what may change."""
     from gateloop_transformer.data.sources import absolute
-    from gateloop_transformer.training import config
-    from gateloop_transformer.training.folder import read_config
+    from gateloop_transformer.runs import config
+    from gateloop_transformer.runs.folder import read_config
 
     if arguments.data == "":
         raise ValueError("DATA must not be empty; leave it out for the default corpus")
@@ -147,10 +147,10 @@ def run(arguments: argparse.Namespace) -> None:
     _check_flags(arguments)
     with importing("torch"):
         from gateloop_transformer.data.documents import count
-        from gateloop_transformer.training.config import TokenizerConfig, without_effect
+        from gateloop_transformer.runs.config import TokenizerConfig, without_effect
+        from gateloop_transformer.runs.weights import CONFIG
         from gateloop_transformer.training.engine import LostError, launched
         from gateloop_transformer.training.preparation import prepare
-        from gateloop_transformer.training.weights import CONFIG
 
     if arguments.resume_or_start:
         arguments.resume = (arguments.out / CONFIG).exists()

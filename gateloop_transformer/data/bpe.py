@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateloop_transformer.data.tokenizer import TOKENIZER, Ids, printed_bytes, write_config
-from gateloop_transformer.data.writing import write_bytes
+from gateloop_transformer.files import write_bytes
 from gateloop_transformer.stored import parse_json
 
 END = "<|endoftext|>"

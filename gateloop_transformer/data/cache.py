@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gateloop_transformer.data.writing import make_folder, remove, sync
+from gateloop_transformer.files import PARTIAL, aside, lock, make_folder, remove, sync_whole
 
-_PARTIAL = ".partial"
 _DAY = 24 * 3600
-
-
-def cache_folder() -> Path:
-    """$GATELOOP_CACHE, else $XDG_CACHE_HOME/gateloop, else ~/.cache/gateloop.
-
-    Raises:
-        ValueError: none of these is known.
-    """
-    own, general = os.environ.get("GATELOOP_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own)
-    if general:
-        return Path(general) / "gateloop"
-    try:
-        return Path.home() / ".cache" / "gateloop"
-    except RuntimeError as error:
-        raise ValueError(
-            "there is no home folder to keep the data's cache in: set GATELOOP_CACHE to a folder"
-        ) from error
 
 
 def make_cache_folder(folder: Path) -> None:
@@ -66,25 +45,15 @@ def build_once(target: Path, build: Callable[[Path], None], whole: Callable[[Pat
     if whole(target):
         return
     make_cache_folder(target.parent)
-    with _alone(target, wait=True) as locked:
+    with lock(_lock_of(target), math.inf) as trouble:
         if whole(target):
             return
-        _clean(target, locked)
-        with aside(target) as folder:
+        _clean(target, trouble)
+        with aside(target, contended=True) as folder:
+            folder.mkdir()
             build(folder)
-            _sync(folder)
+            sync_whole(folder)
             _publish(folder, target, whole)
-
-
-@contextlib.contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, gone at the end if it is still there."""
-    folder = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -93,17 +62,21 @@ def spool(folder: Path) -> Iterator[Path]:
     make_cache_folder(folder)
     target = folder / f"spool-{secrets.token_hex(8)}"
     try:
-        with _alone(target, wait=True), aside(target) as inner:
+        with lock(_lock_of(target), math.inf), aside(target, contended=True) as inner:
+            inner.mkdir()
             yield inner
     finally:
-        target.with_name(f"{target.name}.lock").unlink(missing_ok=True)
+        _lock_of(target).unlink(missing_ok=True)
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.lock")
 
 
 def _publish(folder: Path, target: Path, whole: Callable[[Path], bool]) -> None:
     if os.path.lexists(target) and not whole(target):
-        damaged = target.with_name(f"{folder.name.removesuffix(_PARTIAL)}-damaged{_PARTIAL}")
-        os.rename(target, damaged)
-        remove(damaged)
+        with aside(target, contended=True) as damaged:
+            os.rename(target, damaged)
     try:
         os.rename(folder, target)
     except OSError:
@@ -112,40 +85,18 @@ def _publish(folder: Path, target: Path, whole: Callable[[Path], bool]) -> None:
             raise
 
 
-def _sync(folder: Path) -> None:
-    """All files and the folder are on disk."""
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
-
-
-def _clean(target: Path, locked: bool) -> None:
-    """Delete what killed builds have left: of `target`, if this process has locked it, and of what nobody locks.
+def _clean(target: Path, trouble: OSError | None) -> None:
+    """Delete what killed builds have left: of `target`, which this process has locked, and of what nobody locks.
 
     Where files cannot be locked, a build a day old is taken for a killed one.
     """
-    for partial in target.parent.glob(f"*{_PARTIAL}"):
+    for partial in target.parent.glob(f"*{PARTIAL}"):
         name = partial.name.split(".")[0]
-        other = contextlib.nullcontext(locked) if name == target.name else _alone(target.with_name(name), wait=False)
-        with contextlib.suppress(OSError), other as alone:
-            if alone or time.time() - partial.stat().st_mtime > _DAY:
+        own = name == target.name
+        # What somebody else has locked raises an error, and stays.
+        with (
+            contextlib.suppress(OSError),
+            contextlib.nullcontext(trouble) if own else lock(_lock_of(target.with_name(name))) as there,
+        ):
+            if there is None or time.time() - partial.stat().st_mtime > _DAY:
                 remove(partial)
-
-
-@contextlib.contextmanager
-def _alone(target: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process alone makes `target` meanwhile; the system lets go when it ends, however it does."""
-    if sys.platform == "win32":
-        yield False
-        return
-    import fcntl
-
-    descriptor = os.open(target.with_name(f"{target.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        locked = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            locked = False
-        yield locked
-    finally:
-        os.close(descriptor)

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gateloop_transformer.data.cache import build_once, cache_folder, spool
+from gateloop_transformer.data.cache import build_once, spool
 from gateloop_transformer.data.documents import Source, count
 from gateloop_transformer.data.files import BLOCK, packed_suffix
 from gateloop_transformer.data.shards import Shard, Tokens, Writer, join_starts, open_tokens
 from gateloop_transformer.data.sources import TEXT, FileSource, is_remote, is_standard_input, open_source
 from gateloop_transformer.data.tokenizer import Tokenizer
+from gateloop_transformer.files import cache_folder
 from gateloop_transformer.stored import read_json
 
 FORMAT = 1

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gateloop_transformer.data.writing import write_bytes
+from gateloop_transformer.files import write_bytes
 
 Ids = npt.NDArray[Any]
 # The files of a tokenizer in a folder, in the formats of Hugging Face.

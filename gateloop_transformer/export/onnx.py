@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +14,13 @@ from typing import Any
 import torch
 
 from gateloop_transformer.arguments import check_release
-from gateloop_transformer.data.writing import make_folder
 from gateloop_transformer.decoding.decoder import evaluating
-from gateloop_transformer.export.onnx_runtime import DESCRIPTION, FORMAT, PROMPT, STEP, digest
+from gateloop_transformer.export.onnx_runtime import DESCRIPTION, FORMAT, PROMPT, STEP
 from gateloop_transformer.export.plain import PlainOperators
 from gateloop_transformer.export.states import Part, Reader, check_model, dimension, mixers
+from gateloop_transformer.files import aside, digest, make_folder, sync_whole, write_text
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.storage import write_text
 from gateloop_transformer.waiting import waiting
 
 OPSET = 20
@@ -73,11 +71,13 @@ def export_onnx(
     check_release("export_onnx", "torch", torch.__version__, "2.7")
     make_folder(path)
     reader = Reader(model)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as aside, evaluating(model):
+    with aside(path / "onnx") as new, evaluating(model):
+        new.mkdir()
         for name, length in ((STEP, 1), (PROMPT, block)):
             with waiting(f"tracing and translating {name}"):
-                _translated(reader, length).save(os.path.join(aside, name))
-        written = sorted(Path(aside).iterdir())
+                _translated(reader, length).save(str(new / name))
+        sync_whole(new)
+        written = sorted(new.iterdir())
         description = _description(model, reader.parts, block, tokenizer)
         description["files"] = {file.name: digest(file) for file in written}
         for file in written:

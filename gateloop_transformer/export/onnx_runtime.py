@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gateloop_transformer.files import digest
 from gateloop_transformer.stored import read_json
 
 STEP, PROMPT, DESCRIPTION = "step.onnx", "prompt.onnx", "model.json"
@@ -127,15 +127,6 @@ def read_description(folder: Path) -> dict[str, Any]:
         if digest(file) != description["files"].get(name):
             raise ValueError(f"{str(file)!r} is damaged, or of another model than {DESCRIPTION}")
     return description
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _session(path: Path, threads: int) -> Any:

@@ -12,14 +12,13 @@ from typing import Any
 
 from transformers.utils import logging
 
-from gateloop_transformer.data.writing import make_folder
+from gateloop_transformer.files import make_folder, write_text
 from gateloop_transformer.huggingface.configuration import GateLoopConfig
 from gateloop_transformer.huggingface.modeling import GateLoopForCausalLM
-from gateloop_transformer.stored import as_text
-from gateloop_transformer.training.config import RunConfig
-from gateloop_transformer.training.curves import read_records
-from gateloop_transformer.training.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
-from gateloop_transformer.training.storage import read_tensors, write_tensors, write_text
+from gateloop_transformer.runs.config import RunConfig
+from gateloop_transformer.runs.curves import read_records
+from gateloop_transformer.runs.folder import CURVE, METRICS, load_model, load_tokenizer, read_config
+from gateloop_transformer.stored import as_text, read_tensors, write_tensors
 
 CARD = "README.md"
 

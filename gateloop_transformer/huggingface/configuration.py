@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from gateloop_transformer.arguments import parse_pattern
 from gateloop_transformer.configuration import TransformerConfig
-from gateloop_transformer.training.config import FOREIGN, FORMAT, IDENTITY, RunConfig, read_flat
+from gateloop_transformer.runs.config import FOREIGN, FORMAT, IDENTITY, RunConfig, read_flat
 
 _OWN = {item.name for item in dataclasses.fields(TransformerConfig)}
 # What a configuration of transformers may hold besides.

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gateloop_transformer.data.tokenizer import Tokenizer
+from gateloop_transformer.evaluation.positions import Costs, Spread, same_tokens
+from gateloop_transformer.evaluation.spans import distances_to_same, doubling_spans, spans_of
 from gateloop_transformer.inspection.characters import classes_of
 from gateloop_transformer.inspection.measures import (
     QUANTILES,
@@ -18,8 +20,6 @@ from gateloop_transformer.inspection.measures import (
     quantiles,
 )
 from gateloop_transformer.inspection.trace import LayerGates, Trace
-from gateloop_transformer.training.positions import Costs, Spread, same_tokens
-from gateloop_transformer.training.spans import distances_to_same, doubling_spans, spans_of
 
 
 class Report(NamedTuple):

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from gateloop_transformer.evaluation.positions import token_costs
 from gateloop_transformer.generation import evaluating
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.positions import token_costs
 
 
 class LayerGates(NamedTuple):

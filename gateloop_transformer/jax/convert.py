@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gateloop_transformer.data.writing import write_bytes
+from gateloop_transformer.files import write_text
 from gateloop_transformer.jax.model import Transformer
 from gateloop_transformer.jax.pairs import Array
 from gateloop_transformer.jax.parts import Params
-from gateloop_transformer.stored import UNSEALED, check_seal, read_json, seal
-from gateloop_transformer.training.config import RunConfig, flat, is_flat, read_flat
-from gateloop_transformer.training.storage import opened_tensors, write_text
-from gateloop_transformer.training.weights import (
+from gateloop_transformer.runs.config import RunConfig, flat, is_flat, read_flat
+from gateloop_transformer.runs.weights import (
     CONFIG,
     MODEL,
     check_written_for,
@@ -28,6 +25,7 @@ from gateloop_transformer.training.weights import (
     read_headers,
     weight_files,
 )
+from gateloop_transformer.stored import check_seal, opened_tensors, read_json, write_tensors
 
 
 def flatten(params: Params) -> dict[str, Array]:
@@ -76,11 +74,7 @@ def save_params(path: str | os.PathLike[str], params: Params) -> None:
 
 
 def _write(path: Path, params: Params, metadata: dict[str, str]) -> None:
-    from safetensors.flax import save
-
-    content = io.BytesIO(save(flatten(params), {"format": "pt", **metadata, **UNSEALED}))
-    seal(content)
-    write_bytes(path, content.getvalue())
+    write_tensors(path, flatten(params), {"format": "pt", **metadata}, "flax")
 
 
 def load_params(path: str | os.PathLike[str]) -> Params:

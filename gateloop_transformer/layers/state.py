@@ -6,7 +6,6 @@ from a safetensors file with `save_state` and `load_state`.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import json
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gateloop_transformer.stored import UNSEALED, DamageError, check_seal, parse_json, seal
+from gateloop_transformer.stored import DamageError, check_seal, parse_json, write_tensors
 
 Self = TypeVar("Self", bound="State")
 
@@ -190,29 +189,21 @@ def save_state(state: State, path: str | os.PathLike[str], about: Mapping[str, s
         ValueError: not a state.
         OSError: the file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save
-
     if not isinstance(state, State):
         raise ValueError(f"save_state takes a state of this library, not {type(state).__name__}")
     if any(not isinstance(text, str) for item in (about or {}).items() for text in item):
         raise ValueError(f"save_state: about must map texts to texts, not {about!r}")
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _leaves(state, "")}
+    # Parts of a state may be views of the same memory.
+    tensors = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in _leaves(state, "")
+    }
     metadata = {"format": _FORMAT, "version": _VERSION, "kind": json.dumps(_describe(state))}
-    metadata |= {"about": json.dumps(dict(about or {})), **UNSEALED}
-    path = os.path.abspath(os.fspath(path))
-    aside = f"{path}.partial"
+    metadata["about"] = json.dumps(dict(about or {}))
+    whole = Path(os.path.abspath(path))
     try:
-        with open(aside, "w+b") as file:
-            file.write(save(tensors, metadata))
-            seal(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise OSError(f"cannot write {path!r}: {error}") from error
+        write_tensors(whole, tensors, metadata)
+    except OSError as error:
+        raise OSError(f"cannot write {str(whole)!r}: {error}") from error
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

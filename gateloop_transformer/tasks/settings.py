@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateloop_transformer.configuration import TransformerConfig, option
+from gateloop_transformer.runs.config import TrainingConfig
 from gateloop_transformer.tasks.task import Task, test_rows
-from gateloop_transformer.training.config import TrainingConfig
 
 # What all tasks start from; a task's own settings come after, then those of the kind of model, then what is asked for.
 GENERAL: dict[str, Any] = {

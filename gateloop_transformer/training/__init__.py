@@ -1,1 +1,1 @@
-"""Training and evaluating language models on bytes of text: configuration, data, loop, checkpoints."""
+"""Training language models on text: what comes before a run, its processes, steps and records, and many runs."""

@@ -24,8 +24,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from gateloop_transformer.arguments import check_release
-from gateloop_transformer.training.config import TrainingConfig
-from gateloop_transformer.training.folder import pick_device
+from gateloop_transformer.runs.config import TrainingConfig
+from gateloop_transformer.runs.folder import pick_device
 
 Value = TypeVar("Value")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.config import RunConfig
+from gateloop_transformer.runs.config import RunConfig
 from gateloop_transformer.training.needs import Communication, Estimate, Memory, Operations, Spread
 
 # Weights, gradients, moments and what is exchanged are float32; autocast multiplies copies in bfloat16.

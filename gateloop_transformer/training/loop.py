@@ -13,21 +13,22 @@ from typing import Any, NoReturn
 import torch
 
 from gateloop_transformer.data.corpus import Corpus
-from gateloop_transformer.training import checkpoint, folder, snapshot
-from gateloop_transformer.training.checkpoint import Progress, Snapshot
-from gateloop_transformer.training.config import RunConfig
-from gateloop_transformer.training.curves import read_records
+from gateloop_transformer.evaluation.bits import Share, validate
+from gateloop_transformer.files import digest, write_text
+from gateloop_transformer.runs import checkpoint, folder
+from gateloop_transformer.runs.checkpoint import Progress, Snapshot
+from gateloop_transformer.runs.config import RunConfig
+from gateloop_transformer.runs.curves import read_records
+from gateloop_transformer.runs.plot import draw_curve
+from gateloop_transformer.runs.weights import MODEL
+from gateloop_transformer.training import snapshot
 from gateloop_transformer.training.diagnosis import first_not_finite
 from gateloop_transformer.training.engine import ElsewhereError, Engine, LostError, full
-from gateloop_transformer.training.evaluation import Share, validate
 from gateloop_transformer.training.optimizer import Average, parameter_groups
-from gateloop_transformer.training.plot import draw_curve
 from gateloop_transformer.training.schedule import learning_rate
 from gateloop_transformer.training.signals import Signals
 from gateloop_transformer.training.step import Carried, Flags, Outcome, Stepper
-from gateloop_transformer.training.storage import digest, write_text
 from gateloop_transformer.training.watching import Clock, Log, peak_memory
-from gateloop_transformer.training.weights import MODEL
 from gateloop_transformer.waiting import waiting
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gateloop_transformer.training.config import TrainingConfig
+from gateloop_transformer.runs.config import TrainingConfig
 
 
 @dataclass(frozen=True)

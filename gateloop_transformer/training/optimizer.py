@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
-from gateloop_transformer.training.config import TrainingConfig
+from gateloop_transformer.runs.config import TrainingConfig
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from gateloop_transformer.data.corpus import Corpus, load_corpus
 from gateloop_transformer.data.sources import is_standard_input
 from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer
-from gateloop_transformer.data.writing import make_folder
-from gateloop_transformer.training import folder
-from gateloop_transformer.training.config import RunConfig, TokenizerConfig
+from gateloop_transformer.files import make_folder
+from gateloop_transformer.runs import folder
+from gateloop_transformer.runs.config import RunConfig, TokenizerConfig
+from gateloop_transformer.runs.weights import CONFIG
 from gateloop_transformer.training.engine import Engine, launched
 from gateloop_transformer.training.loop import Trainer
 from gateloop_transformer.training.step import draw
 from gateloop_transformer.training.watching import tracker_of
-from gateloop_transformer.training.weights import CONFIG
 from gateloop_transformer.waiting import waiting
 
 

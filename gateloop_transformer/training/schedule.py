@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gateloop_transformer.training.config import TrainingConfig
+from gateloop_transformer.runs.config import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, done: float) -> float:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gateloop_transformer.layers.state import TransformerState
+from gateloop_transformer.runs.checkpoint import Progress, Snapshot
+from gateloop_transformer.runs.config import TrainingConfig
 from gateloop_transformer.stored import DamageError
-from gateloop_transformer.training.checkpoint import Progress, Snapshot
-from gateloop_transformer.training.config import TrainingConfig
 from gateloop_transformer.training.engine import Engine, full, own
 from gateloop_transformer.training.optimizer import Average
 

@@ -16,7 +16,7 @@ from gateloop_transformer.data.corpus import Corpus
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.layers.state import TransformerState
 from gateloop_transformer.ops.context_parallel import context_parallel
-from gateloop_transformer.training.config import TrainingConfig
+from gateloop_transformer.runs.config import TrainingConfig
 from gateloop_transformer.training.engine import Engine, full
 from gateloop_transformer.training.watching import Clock
 

@@ -19,15 +19,14 @@ import torch
 
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.sources import absolute, is_standard_input, open_source
-from gateloop_transformer.data.writing import make_folder
+from gateloop_transformer.files import make_folder, write_text
 from gateloop_transformer.nearest import did_you_mean
+from gateloop_transformer.runs.config import TrainingConfig, resolve, value_types
+from gateloop_transformer.runs.curves import read_curve
+from gateloop_transformer.runs.folder import LOCK, locked, new_model
+from gateloop_transformer.runs.plot import draw_curves, draw_rates
+from gateloop_transformer.runs.weights import CONFIG
 from gateloop_transformer.stored import DamageError, parse_json, read_json
-from gateloop_transformer.training.config import TrainingConfig, resolve, value_types
-from gateloop_transformer.training.curves import read_curve
-from gateloop_transformer.training.folder import LOCK, locked, new_model
-from gateloop_transformer.training.plot import draw_curves, draw_rates
-from gateloop_transformer.training.storage import write_text
-from gateloop_transformer.training.weights import CONFIG
 from gateloop_transformer.waiting import waiting
 
 SWEEP, RESULTS, CURVES, RATES = "sweep.json", "results.json", "curves.png", "lr.png"

@@ -16,9 +16,9 @@ from typing import Any, Protocol, TextIO
 
 import torch
 
+from gateloop_transformer.runs.config import RunConfig, TrainingConfig
+from gateloop_transformer.runs.folder import EVENTS
 from gateloop_transformer.stored import as_text
-from gateloop_transformer.training.config import RunConfig, TrainingConfig
-from gateloop_transformer.training.folder import EVENTS
 
 PHASES = ("data", "forward", "backward", "optimizer", "communication")
 

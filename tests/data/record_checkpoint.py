@@ -1,7 +1,7 @@
 """Record a checkpoint as users of the original package have them: compiled, under DDP, saved with its optimizer.
 
-Writes OUT/attention_ddp.pt, which `tests/training/test_conversion.py` converts; its entry "recorded" holds ids and the
-original's logits for them. Run it in an environment of its own, as record_parity.py says:
+Writes OUT/attention_ddp.pt, which `tests/conversion/test_conversion.py` converts; its entry "recorded" holds ids and
+the original's logits for them. Run it in an environment of its own, as record_parity.py says:
 
     original/bin/python record_checkpoint.py OUT
 """

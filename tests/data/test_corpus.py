@@ -18,12 +18,12 @@ import processes
 import pytest
 from cases import give, lines
 
-from gateloop_transformer.data import cache, corpus, shards
+from gateloop_transformer.data import corpus, shards
 from gateloop_transformer.data.bpe import BPETokenizer, train_tokenizer
-from gateloop_transformer.data.cache import cache_folder
 from gateloop_transformer.data.corpus import Corpus, load_corpus
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.data.tokenizer import ByteTokenizer
+from gateloop_transformer.files import cache_folder, lock
 
 TEXT = "".join(f"{n} times {n} is {n * n}, ünd so.\n" for n in range(300)).encode()
 
@@ -193,7 +193,7 @@ def test_what_a_killed_build_left_is_deleted_and_what_a_living_one_writes_is_not
         (own_cache / f"{name}.1-ab.partial" / "train-00000.bin").write_bytes(b"x")
     living = own_cache / f"{'1' * 32}.1-ab.partial"
     living.mkdir()
-    with cache._alone(own_cache / ("1" * 32), wait=True):
+    with lock(own_cache / f"{'1' * 32}.lock"):
         (folder / "meta.json").unlink()
         load(path)
         assert entries(own_cache) == sorted([folder, living])

@@ -15,8 +15,8 @@ from gateloop_transformer import load_model
 from gateloop_transformer.cli import main
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.export import OnnxGenerator
-from gateloop_transformer.training.config import RunConfig
-from gateloop_transformer.training.folder import publish, write_config
+from gateloop_transformer.runs.config import RunConfig
+from gateloop_transformer.runs.folder import publish, write_config
 
 
 @pytest.fixture

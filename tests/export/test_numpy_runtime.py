@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from gateloop_transformer import Transformer, TransformerConfig, numpy_runtime
 from gateloop_transformer.numpy_runtime import FIELDS, OTHERS, Model
-from gateloop_transformer.training.config import FORMAT, RunConfig, TokenizerConfig
-from gateloop_transformer.training.folder import publish, write_config
+from gateloop_transformer.runs.config import FORMAT, RunConfig, TokenizerConfig
+from gateloop_transformer.runs.folder import publish, write_config
 
 PROMPT = [7, 77, 177, 250, 3]
 

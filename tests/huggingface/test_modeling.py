@@ -25,7 +25,7 @@ from transformers import (
 from gateloop_transformer import load_model
 from gateloop_transformer.huggingface import GateLoopConfig, GateLoopForCausalLM, GateLoopModel
 from gateloop_transformer.huggingface.cache import CACHE_NAME
-from gateloop_transformer.training.config import FORMAT, IDENTITY
+from gateloop_transformer.runs.config import FORMAT, IDENTITY
 
 
 def tokens(B: int = 3, T: int = 20) -> Tensor:

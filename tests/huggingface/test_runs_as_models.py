@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 from gateloop_transformer import load_model, load_tokenizer
 from gateloop_transformer.cli import main
 from gateloop_transformer.huggingface import GateLoopForCausalLM, convert, export
-from gateloop_transformer.training.config import RunConfig
-from gateloop_transformer.training.folder import read_config
+from gateloop_transformer.runs.config import RunConfig
+from gateloop_transformer.runs.folder import read_config
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -199,7 +199,7 @@ def test_commands_read_shards(run: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_importing_the_library_imports_no_transformers() -> None:
-    processes.python("-c", "import sys, gateloop_transformer.training.folder; assert 'transformers' not in sys.modules")
+    processes.python("-c", "import sys, gateloop_transformer.runs.folder; assert 'transformers' not in sys.modules")
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])

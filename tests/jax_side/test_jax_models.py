@@ -20,7 +20,7 @@ import gateloop_transformer as gt
 import gateloop_transformer.jax as gj
 from gateloop_transformer.configuration import RECIPE
 from gateloop_transformer.jax import modules
-from gateloop_transformer.training.config import TrainingConfig
+from gateloop_transformer.runs.config import TrainingConfig
 from gateloop_transformer.training.optimizer import parameter_groups
 
 ATTENTION: dict[str, Any] = {"use_gate_looped_attn": False, "heads": 2, "dim_head": 4}

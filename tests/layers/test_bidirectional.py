@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gateloop_transformer import Bidirectional, CausalFullAttention, GateLoopedAttention, SimpleGateLoopLayer, quantize
-from gateloop_transformer.training.config import TrainingConfig
+from gateloop_transformer.runs.config import TrainingConfig
 from gateloop_transformer.training.optimizer import parameter_groups
 
 DIM = 16

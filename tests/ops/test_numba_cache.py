@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_no_file_behind(folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert result() == 21
-    assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert list(folder.iterdir()) == []
 
 
 def test_kernels_of_a_folder_that_cannot_be_written_are_found(
@@ -179,7 +179,7 @@ def test_no_home_is_one_place_less(monkeypatch: pytest.MonkeyPatch) -> None:
 HOLD = """
 import fcntl, os, sys
 handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
-fcntl.lockf(handle, fcntl.LOCK_EX)
+fcntl.flock(handle, fcntl.LOCK_EX)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -187,25 +187,23 @@ sys.stdin.read()
 
 @pytest.fixture
 def held(folder: Path) -> Path:
-    """The lock, held by another process, which ends with the test."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-S", "-c", HOLD, str(folder / "lock")]
+    """The lock of a kernel, held by another process, which ends with the test."""
+    result()
+    (file,) = folder.glob("*.kernel")
+    lock = file.with_name(f"{file.name}.lock")
+    command = [sys.executable, "-S", "-c", HOLD, str(lock)]
     process = processes.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    return folder / "lock"
+    return file
 
 
-def test_a_kernel_that_is_there_is_loaded_without_waiting(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    result()
-    request.getfixturevalue("held")
+@pytest.mark.usefixtures("held")
+def test_a_kernel_that_is_there_is_loaded_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_turn(file: str) -> None:
+        raise AssertionError(f"it waits for {file}")
 
-    def no_wait(lock: Callable[[], None]) -> None:
-        raise AssertionError("it waits")
-
-    monkeypatch.setattr(numba_cache, "_wait", no_wait)
+    monkeypatch.setattr(numba_cache, "_turn", no_turn)
     assert result() == 21
 
 
@@ -213,23 +211,27 @@ def test_a_lock_that_is_not_given_back_ends_in_compilation(
     held: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
 ) -> None:
     monkeypatch.setattr(numba_cache, "_patience", 0.1)
+    held.unlink()
     assert result() == 21
     assert compilations == ["times"]
     # Nobody waits again.
     assert numba_cache._patience == 0
 
 
-def test_a_lock_follows_no_link(folder: Path, tmp_path: Path) -> None:
-    precious = tmp_path / "precious.txt"
+def test_a_lock_follows_no_link(folder: Path, tmp_path: Path, compilations: list[str]) -> None:
+    result()
+    (file,) = folder.glob("*.kernel")
+    precious, lock = tmp_path / "precious.txt", file.with_name(f"{file.name}.lock")
     precious.write_text("keep me")
-    folder.mkdir()
-    (folder / "lock").symlink_to(precious)
-    assert result(3) == 21
-    assert precious.read_text() == "keep me"
     # Nor is anything made where a link leads.
-    (folder / "lock").unlink()
-    (folder / "lock").symlink_to(tmp_path / "planted")
-    assert result(5) == 35
+    for target in (precious, tmp_path / "planted"):
+        file.unlink()
+        lock.symlink_to(target)
+        assert result() == 21
+        assert lock.is_symlink()
+        lock.unlink()
+    assert compilations == ["times"] * 3
+    assert precious.read_text() == "keep me"
     assert not (tmp_path / "planted").exists()
 
 

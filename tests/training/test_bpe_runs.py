@@ -20,9 +20,9 @@ from gateloop_transformer.cli.generate import _write
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.data.tokenizer import ByteTokenizer
-from gateloop_transformer.training.evaluation import score, validate
-from gateloop_transformer.training.folder import load_model, load_tokenizer, read_config
-from gateloop_transformer.training.reading import read
+from gateloop_transformer.evaluation.bits import score, validate
+from gateloop_transformer.evaluation.reading import read
+from gateloop_transformer.runs.folder import load_model, load_tokenizer, read_config
 
 TEXTS = [f"{n} times {n} is {n * n}, ünd so.\nAnd {n + 1} is next “here”.\n" for n in range(300)]
 TEXT = "".join(TEXTS).encode()

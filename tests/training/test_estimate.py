@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from gateloop_transformer import Transformer
 from gateloop_transformer.cli import main
 from gateloop_transformer.configuration import TransformerConfig
-from gateloop_transformer.training.config import RunConfig, TokenizerConfig, TrainingConfig, resolve
+from gateloop_transformer.runs.config import RunConfig, TokenizerConfig, TrainingConfig, resolve
+from gateloop_transformer.runs.presets import PRESETS
 from gateloop_transformer.training.estimate import estimate
 from gateloop_transformer.training.needs import Spread
-from gateloop_transformer.training.presets import PRESETS
 
 SIZES: dict[str, Any] = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8}
 ODD: list[dict[str, Any]] = [

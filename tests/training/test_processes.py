@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch.distributed import HashStore
 
 from gateloop_transformer.cli import main
+from gateloop_transformer.runs.config import TrainingConfig
 from gateloop_transformer.training import engine
-from gateloop_transformer.training.config import TrainingConfig
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(400))
 # Everything that is kept between steps, in parts that processes cannot share evenly.

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gateloop_transformer.training.config import TrainingConfig, resolve
-from gateloop_transformer.training.presets import PRESETS
+from gateloop_transformer.runs.config import TrainingConfig, resolve
+from gateloop_transformer.runs.presets import PRESETS
 from gateloop_transformer.training.schedule import learning_rate
 
 SCHEDULES = ["cosine", "wsd", "constant"]

@@ -203,7 +203,7 @@ def test_a_run_that_is_killed_is_said_so(
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gateloop_transformer.training.folder import locked
+    from gateloop_transformer.runs.folder import locked
 
     folder = tmp_path / "s"
     folder.mkdir(parents=True)

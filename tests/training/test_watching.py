@@ -19,8 +19,9 @@ import torch
 from halting import halted
 
 from gateloop_transformer.cli import main
-from gateloop_transformer.training import checkpoint, folder, loop, step, storage, watching
-from gateloop_transformer.training.config import RunConfig, TrainingConfig
+from gateloop_transformer.runs import checkpoint, folder
+from gateloop_transformer.runs.config import RunConfig, TrainingConfig
+from gateloop_transformer.training import loop, step, watching
 from gateloop_transformer.training.optimizer import Average
 from gateloop_transformer.training.signals import Signals
 from gateloop_transformer.training.watching import Clock
@@ -201,7 +202,7 @@ def test_a_full_disk_is_said_with_what_was_saved(
 ) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if what == "checkpoint":
-        original = storage.write_tensors
+        original = checkpoint.write_tensors
 
         def write(path: Path, *rest: Any) -> None:
             if "step-000000004" in str(path):

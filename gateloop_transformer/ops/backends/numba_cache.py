@@ -15,7 +15,6 @@ import functools
 import hashlib
 import itertools
 import os
-import secrets
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from numba import cfunc, types
 from numba.core.registry import cpu_target
 
 from gateloop_transformer import waiting
+from gateloop_transformer.files import cache_folder, lock, write_bytes
 from gateloop_transformer.waiting import LOGGER
 
 Constants = ParamSpec("Constants")
@@ -83,7 +83,7 @@ def _stubs(code: Code) -> str:
 
 def kernel(build: Callable[Constants, Callable[[Any], None]]) -> Callable[Constants, Kernel]:
     """A decorator: `build`, which makes a Python function for some constants, gives the compiled one instead."""
-    _imported.add(_sources())
+    _note_sources(build.__module__)
 
     @functools.cache
     @functools.wraps(build)
@@ -104,7 +104,7 @@ def _found(build: Callable[..., Callable[[Any], None]], constants: tuple[Any, ..
     file = f"{'-'.join(words)}-{key[:16]}.kernel"
     found = _loaded(file)
     if found is None:
-        with _turn(key):
+        with _turn(file):
             # Perhaps another process has compiled it meanwhile.
             found = _loaded(file)
             if found is None:
@@ -114,8 +114,13 @@ def _found(build: Callable[..., Callable[[Any], None]], constants: tuple[Any, ..
     return found
 
 
-# Digests of the sources as they were when each kernel's module was imported.
+# Digests of the sources as they were when each module with kernels was imported.
 _imported: set[str | None] = set()
+
+
+@functools.cache
+def _note_sources(_module: str) -> None:
+    _imported.add(_sources())
 
 
 def _sources() -> str | None:
@@ -188,11 +193,9 @@ def _folders() -> list[Path]:
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         return [Path(given) / "gateloop"]
     folders = [Path(__file__).parent / "__pycache__" / "gateloop"]
-    own, general = os.environ.get("GATELOOP_CACHE"), os.environ.get("XDG_CACHE_HOME")
     # Without a home there is one place less.
-    with contextlib.suppress(RuntimeError):
-        home = Path(own) if own else (Path(general) if general else Path.home() / ".cache") / "gateloop"
-        folders.append(home / "kernels")
+    with contextlib.suppress(ValueError):
+        folders.append(cache_folder() / "kernels")
     return folders
 
 
@@ -231,67 +234,42 @@ def _keep(file: str, code: Code) -> None:
     whole = b"\n".join([_KIND, _digest(rest), rest])
     failed: list[str] = []
     for folder in _folders():
-        unfinished = folder / f".{secrets.token_hex(8)}.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                unfinished.write_bytes(whole)
-                unfinished.replace(folder / file)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            write_bytes(folder / file, whole, contended=True)
         except OSError as error:
             failed.append(f"{folder}: {error.strerror or error}")
-        else:
-            return
+            continue
+        return
     _warn(
         f"kernels of gateloop_transformer cannot be kept, so every process compiles its own ({'; '.join(failed)}); "
         "set NUMBA_CACHE_DIR to a folder that can be written"
     )
 
 
-def _opened(name: str) -> int:
-    """A file for a lock, in the first folder that takes one, which is where kernels are kept.
-
-    Raises:
-        OSError: no folder does.
-    """
-    for folder in _folders():
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            return os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    raise OSError("no folder takes a lock")
-
-
 @contextlib.contextmanager
-def _turn(key: str) -> Iterator[None]:
+def _turn(file: str) -> Iterator[None]:
     """One process at a time, of those that would compile the same kernel, as far as that can be had.
 
-    The lock is on a byte of one file, and of a kind that neither a forked child inherits nor a dead process keeps. A
-    file of another user's is no lock of ours. Where the owner does not finish in time it may be stopped: then nobody
-    is waited for again.
+    The lock is a file of this user's beside the kernel's, and goes with whoever had it: the worst is that two processes
+    compile the same. Where the owner does not finish in time it may be stopped: then nobody is waited for again.
     """
+    global _patience
     with contextlib.ExitStack() as stack:
-        # Neither is everywhere; and whatever the trouble, the worst is that two processes compile the same.
-        with contextlib.suppress(ImportError, AttributeError, OSError):
-            import fcntl
-
-            handle = _opened("lock")
-            stack.callback(os.close, handle)
-            if os.fstat(handle).st_uid == os.getuid():
-                _wait(lambda: fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(key[:12], 16)))
+        for folder in _folders():
+            path = folder / f"{file}.lock"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock(path, _patience, 0o600))
+                stack.callback(_forget, path)
+            except BlockingIOError:
+                _patience = 0.0
+            except OSError:
+                continue
+            break
         yield
 
 
-def _wait(lock: Callable[[], None]) -> None:
-    """Until `lock` was had, or `_patience` is over."""
-    global _patience
-    deadline = time.monotonic() + _patience
-    while True:
-        try:
-            return lock()
-        except (BlockingIOError, PermissionError):
-            # One or the other says that somebody else has it.
-            if time.monotonic() >= deadline:
-                _patience = 0.0
-                return None
-        time.sleep(0.02)
+def _forget(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gateloop_transformer.data.cache import cache_folder, spool
+from gateloop_transformer.data.cache import spool
 from gateloop_transformer.data.shards import Tokens, Writer, open_tokens
 from gateloop_transformer.data.tokenizer import Tokenizer, encode_document
+from gateloop_transformer.evaluation.spans import Span, distances_to_same, spans_of
+from gateloop_transformer.files import cache_folder
 from gateloop_transformer.generation import evaluating
 from gateloop_transformer.model import Transformer
 from gateloop_transformer.ops.pairs import compute_dtype
-from gateloop_transformer.training.spans import Span, distances_to_same, spans_of
 from gateloop_transformer.waiting import waiting
 
 # Windows, and tokens of each for which activations exist at a time.

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.data.tokenizer import Tokenizer
+from gateloop_transformer.evaluation.bits import Score, score
+from gateloop_transformer.evaluation.positions import borders, evenly, full_windows, spread
+from gateloop_transformer.evaluation.spans import doubling_spans
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.training.evaluation import Score, score
-from gateloop_transformer.training.positions import borders, evenly, full_windows, spread
-from gateloop_transformer.training.spans import doubling_spans
 
 # Times the training length that losses by position go up to, where documents are long enough.
 UP_TO = 16

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.configuration import TransformerConfig
+from gateloop_transformer.conversion.original import Arguments, infer
+from gateloop_transformer.conversion.state_dicts import find_model, read_file
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
-from gateloop_transformer.data.writing import make_folder, remove, sync
+from gateloop_transformer.files import PARTIAL, make_folder, remove, sync, write_text
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.stored import parse_json, read_json
-from gateloop_transformer.training.config import flat, is_flat
-from gateloop_transformer.training.original import Arguments, infer
-from gateloop_transformer.training.state_dicts import find_model, read_file
-from gateloop_transformer.training.storage import write_tensors, write_text
-from gateloop_transformer.training.weights import CONFIG, MODEL, describe, differences
+from gateloop_transformer.runs.config import flat, is_flat
+from gateloop_transformer.runs.weights import CONFIG, MODEL, describe, differences
+from gateloop_transformer.stored import parse_json, read_json, write_tensors
 
 _FILES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, MODEL)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -113,7 +112,7 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
     for name in _FILES:
         if (out / name).is_dir():
             raise ValueError(f"{str(out / name)!r} is a folder, not a file: choose another folder")
-    others = sorted(present - {name for file in _FILES for name in (file, f"{file}.partial")})
+    others = sorted(present - {name for file in _FILES for name in (file, f"{file}{PARTIAL}")})
     if others or not is_flat(config):
         raise ValueError(f"{where} holds {(others or sorted(present))[0]}: choose a folder that is new or empty")
     if not overwrite:

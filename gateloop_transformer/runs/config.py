@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateloop_transformer.configuration import TransformerConfig, option, recipe_rank
 from gateloop_transformer.nearest import did_you_mean
-from gateloop_transformer.training.presets import PRESETS
+from gateloop_transformer.runs.presets import PRESETS
 
 if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer

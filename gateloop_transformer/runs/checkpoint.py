@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from gateloop_transformer.data.writing import remove, sync
+from gateloop_transformer.files import PARTIAL, aside, digest, remove, replacing, sync, write_text
 from gateloop_transformer.layers.state import TransformerState, load_state, save_state
-from gateloop_transformer.stored import DamageError, read_json
-from gateloop_transformer.training.config import RunConfig, value_types
-from gateloop_transformer.training.folder import CHECKPOINTS, publish, published_in, read_weights, steps
-from gateloop_transformer.training.storage import digest, read_tensors, write_tensors, write_text
-from gateloop_transformer.training.weights import MODEL, describe
+from gateloop_transformer.runs.config import RunConfig, value_types
+from gateloop_transformer.runs.folder import CHECKPOINTS, publish, published_in, read_weights, steps
+from gateloop_transformer.runs.weights import MODEL, describe
+from gateloop_transformer.stored import DamageError, read_json, read_tensors, write_tensors
 
 OPTIMIZER, AVERAGE, CARRIED, PROGRESS, CHECKSUMS = (
     "optimizer.safetensors",
@@ -69,32 +67,25 @@ def write(folder: Path, snapshot: Snapshot, config: RunConfig) -> None:
         OSError: something cannot be written. Earlier checkpoints are as they were.
     """
     target = folder / CHECKPOINTS / f"step-{snapshot.progress.step:09d}"
-    aside = target.with_name(target.name + ".partial")
-    remove(aside)
-    try:
-        aside.mkdir(parents=True)
-        _fill(aside, snapshot, config)
-        remove(target)
-        os.replace(aside, target)
-        sync(target.parent)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as other:
+        other.mkdir()
+        _fill(other, snapshot, config)
+    sync(target.parent)
     publish(folder, snapshot.average or snapshot.model, config)
     _forget(folder, config.training.keep)
 
 
-def _fill(aside: Path, snapshot: Snapshot, config: RunConfig) -> None:
-    write_tensors(aside / MODEL, snapshot.model, {"model": describe(config.model), "format": "pt"})
-    write_tensors(aside / OPTIMIZER, snapshot.optimizer)
+def _fill(target: Path, snapshot: Snapshot, config: RunConfig) -> None:
+    write_tensors(target / MODEL, snapshot.model, {"model": describe(config.model), "format": "pt"})
+    write_tensors(target / OPTIMIZER, snapshot.optimizer)
     if snapshot.average:
-        write_tensors(aside / AVERAGE, snapshot.average)
+        write_tensors(target / AVERAGE, snapshot.average)
     if snapshot.carried is not None:
-        save_state(snapshot.carried, aside / CARRIED)
-    write_text(aside / PROGRESS, json.dumps(asdict(snapshot.progress)))
-    checksums = {path.name: digest(path) for path in sorted(aside.iterdir())}
-    write_text(aside / CHECKSUMS, json.dumps(checksums, indent=2))
-    sync(aside)
+        save_state(snapshot.carried, target / CARRIED)
+    write_text(target / PROGRESS, json.dumps(asdict(snapshot.progress)))
+    checksums = {path.name: digest(path) for path in sorted(target.iterdir())}
+    write_text(target / CHECKSUMS, json.dumps(checksums, indent=2))
 
 
 def _forget(folder: Path, keep: int) -> None:
@@ -104,9 +95,9 @@ def _forget(folder: Path, keep: int) -> None:
     for old in found[:-keep]:
         if old != best:
             # Half a checkpoint must not stand under a whole one's name.
-            gone = old.with_name(f"{old.name}.partial")
-            os.replace(old, gone)
-            remove(gone)
+            with aside(old) as gone:
+                os.replace(old, gone)
+                remove(gone)
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -192,10 +183,10 @@ def set_aside(folder: Path, step: int) -> None:
     """Rename the checkpoints after `step`, all of them damaged: they are not to be counted, nor to be lost."""
     for path in steps(folder):
         if int(path.name.removeprefix("step-")) > step:
-            aside = path.with_name(f"damaged-{path.name}")
-            remove(aside)
-            os.replace(path, aside)
-    for partial in (folder / CHECKPOINTS).glob("step-*.partial"):
+            other = path.with_name(f"damaged-{path.name}")
+            remove(other)
+            os.replace(path, other)
+    for partial in (folder / CHECKPOINTS).glob(f"step-*{PARTIAL}"):
         remove(partial)
 
 

@@ -12,13 +12,13 @@ import torch
 
 from gateloop_transformer.data.files import blocks, open_file, open_standard_input
 from gateloop_transformer.data.tokenizer import ByteTokenizer, Tokenizer, encode_blocks
+from gateloop_transformer.evaluation.bits import in_blocks
+from gateloop_transformer.files import digest
 from gateloop_transformer.generation import evaluating
 from gateloop_transformer.layers.state import TransformerState, describe_state, load_state, save_state
 from gateloop_transformer.model import Transformer
+from gateloop_transformer.runs.weights import weight_files
 from gateloop_transformer.stored import DamageError
-from gateloop_transformer.training.evaluation import in_blocks
-from gateloop_transformer.training.storage import digest
-from gateloop_transformer.training.weights import weight_files
 from gateloop_transformer.waiting import waiting
 
 # Tokens for which activations exist at a time.

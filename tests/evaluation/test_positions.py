@@ -17,12 +17,12 @@ from gateloop_transformer.cli import main
 from gateloop_transformer.data.bpe import train_tokenizer
 from gateloop_transformer.data.shards import Tokens
 from gateloop_transformer.data.tokenizer import ByteTokenizer
-from gateloop_transformer.training import positions
-from gateloop_transformer.training.config import flat
-from gateloop_transformer.training.folder import read_config
-from gateloop_transformer.training.positions import full_windows, spread, tokens_on_disk, windows_up_to
-from gateloop_transformer.training.spans import distances_to_same, doubling_spans, spans_of
-from gateloop_transformer.training.suite import perplexities, windows
+from gateloop_transformer.evaluation import positions
+from gateloop_transformer.evaluation.positions import full_windows, spread, tokens_on_disk, windows_up_to
+from gateloop_transformer.evaluation.spans import distances_to_same, doubling_spans, spans_of
+from gateloop_transformer.evaluation.suite import perplexities, windows
+from gateloop_transformer.runs.config import flat
+from gateloop_transformer.runs.folder import read_config
 
 TEXT = "".join(f"{n} times {n} is {n * n}, ünd so.\n" for n in range(60)).encode()
 MODEL = ["--dim", "8", "--depth", "1", "--gate-loop-heads", "2", "--context", "16", "--batch", "2", "--steps", "2"]

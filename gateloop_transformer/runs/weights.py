@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateloop_transformer.configuration import TransformerConfig
-from gateloop_transformer.stored import DamageError, parse_json, read_json
-from gateloop_transformer.training.storage import opened_tensors
+from gateloop_transformer.stored import DamageError, opened_tensors, parse_json, read_json
 
 CONFIG, MODEL, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
 

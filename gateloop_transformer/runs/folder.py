@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,12 +17,10 @@ from torch import Tensor
 from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
-from gateloop_transformer.data.writing import check_removable, remove
+from gateloop_transformer.files import PARTIAL, check_removable, lock, remove, write_text
 from gateloop_transformer.model import Transformer
-from gateloop_transformer.stored import DamageError, read_json
-from gateloop_transformer.training.config import RunConfig, is_flat, read_flat
-from gateloop_transformer.training.storage import read_tensors, write_tensors, write_text
-from gateloop_transformer.training.weights import (
+from gateloop_transformer.runs.config import RunConfig, is_flat, read_flat
+from gateloop_transformer.runs.weights import (
     CONFIG,
     MODEL,
     check_written_for,
@@ -33,6 +30,7 @@ from gateloop_transformer.training.weights import (
     read_headers,
     weight_files,
 )
+from gateloop_transformer.stored import DamageError, read_json, read_tensors, write_tensors
 
 METRICS, CURVE, CHECKPOINTS = "metrics.jsonl", "loss.png", "checkpoints"
 LOCK = ".lock"
@@ -44,33 +42,19 @@ EVENTS = "tensorboard"
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from training in the folder; the system lets go when this one ends, however it does.
 
-    The file `.lock` stays: once it were deleted, two processes could each lock a file of that name. Where Python has
-    no fcntl (Windows) nothing is locked.
-
     Raises:
         ValueError: another process is training there.
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _lock(descriptor, folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            trouble = stack.enter_context(lock(folder / LOCK))
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training in {str(folder)!r}") from error
+        if trouble is not None:
+            warnings.warn(
+                f"{str(folder)!r} cannot be locked: let one process at a time train there ({trouble})", stacklevel=3
+            )
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"another process is training in {str(folder)!r}") from error
-    except OSError as error:
-        warnings.warn(
-            f"{str(folder)!r} cannot be locked: let one process at a time train there ({error})", stacklevel=4
-        )
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -140,7 +124,7 @@ def clear_run(folder: Path) -> None:
         ValueError: one cannot be deleted: none was.
     """
     checkpoints = folder / CHECKPOINTS
-    old = [*steps(folder), *checkpoints.glob("step-*.partial"), *checkpoints.glob("damaged-step-*")]
+    old = [*steps(folder), *checkpoints.glob(f"step-*{PARTIAL}"), *checkpoints.glob("damaged-step-*")]
     old += (folder / EVENTS).glob("events.out.tfevents.*")
     # What tells that this is a run goes last: a kill meanwhile leaves something that can be replaced.
     old += [folder / name for name in (MODEL, METRICS, CURVE, TOKENIZER, TOKENIZER_CONFIG, CONFIG)]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gateloop_transformer.training.storage import read_tensors
+from gateloop_transformer.stored import read_tensors
 
 # What DDP, torch.compile, FSDP and activation checkpointing put into the names of parameters.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

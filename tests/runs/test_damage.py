@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from gateloop_transformer import load_model, numpy_runtime
 from gateloop_transformer.cli import main
-from gateloop_transformer.data import writing
+from gateloop_transformer.evaluation.reading import load_reading
 from gateloop_transformer.layers.state import save_state
-from gateloop_transformer.training import checkpoint, folder
-from gateloop_transformer.training.reading import load_reading
+from gateloop_transformer.runs import checkpoint, folder
 
 TINY = [
     *("--dim", "16", "--depth", "2", "--gate-loop-heads", "4", "--context", "32", "--batch", "2", "--steps", "2"),
@@ -218,7 +217,7 @@ def test_nothing_is_deleted_where_something_cannot_be(
     closed, before = run / "checkpoints" / "step-000000002", files()
     real = os.access
     # As it is where a folder was made read-only, for those who may not write there all the same.
-    monkeypatch.setattr(writing.os, "access", lambda path, mode: Path(path) != closed and real(path, mode))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and real(path, mode))
     assert main(["train", str(text), "--out", str(run), *TINY, "--overwrite"]) == 2
     assert "step-000000002' cannot be deleted, and nothing was" in error_of(capsys)
     assert files() == before

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from gateloop_transformer.cli import main
-from gateloop_transformer.training import reading
-from gateloop_transformer.training.folder import load_model
-from gateloop_transformer.training.reading import load_reading, model_digest, read
+from gateloop_transformer.evaluation import reading
+from gateloop_transformer.evaluation.reading import load_reading, model_digest, read
+from gateloop_transformer.runs.folder import load_model
 
 TEXT = "".join(f"{n} times {n} is {n * n}, so ünd so.\n" for n in range(120)).encode()
 MODEL = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gateloop_transformer.pictures import empty_figure, name_lines, save_png
-from gateloop_transformer.training.curves import AGAINST, Curve, curve_of, read_records, values_of
+from gateloop_transformer.runs.curves import AGAINST, Curve, curve_of, read_records, values_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

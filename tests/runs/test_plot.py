@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from gateloop_transformer.cli import main
-from gateloop_transformer.training.curves import Curve, Points, read_curve
-from gateloop_transformer.training.plot import draw_curve, draw_rates
+from gateloop_transformer.runs.curves import Curve, Points, read_curve
+from gateloop_transformer.runs.plot import draw_curve, draw_rates
 
 PNG = b"\x89PNG"
 
@@ -81,7 +81,7 @@ def test_runs_that_have_only_begun_are_drawn(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gateloop_transformer.training import plot
+    from gateloop_transformer.runs import plot
 
     legends: list[Any] = []
     real = plot.save_png

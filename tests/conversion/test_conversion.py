@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gateloop_transformer import GateLoopedAttention, SimpleGateLoopLayer, Transformer, load_model, load_tokenizer
 from gateloop_transformer.cli import main
+from gateloop_transformer.conversion.convert import convert, read_arguments
 from gateloop_transformer.data.bpe import train_tokenizer
-from gateloop_transformer.training.conversion import convert, read_arguments
 
 DATA = Path(__file__).parent.parent / "data"
 MODELS = sorted(DATA.glob("parity/*model_*.npz"))

@@ -1,0 +1,1 @@
+"""Checkpoints of the original package as folders that this one loads."""

@@ -1,0 +1,1 @@
+"""How well a language model does on a text: bits per byte, by position, over documents read whole."""
