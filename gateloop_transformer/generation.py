@@ -46,7 +46,7 @@ def _generator(generator: torch.Generator | None, seed: int | None, device: torc
     return generator if seed is None else torch.Generator(device).manual_seed(seed)
 
 
-def _check_prompt(model: Decoder, ids: Tensor, max_new_tokens: int) -> None:
+def _check_prompt(ids: Tensor, max_new_tokens: int) -> None:
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool):
         raise ValueError(f"max_new_tokens must be an integer, not {max_new_tokens!r}")
     if not isinstance(ids, Tensor):
@@ -137,7 +137,7 @@ def stream(
     if num_beams != 1:
         raise ValueError("beam search knows its first token only at the end: use generate, or stream with num_beams=1")
     ids, mask = _batch(ids, mask)
-    _check_prompt(model, ids, max_new_tokens)
+    _check_prompt(ids, max_new_tokens)
     _check_mask(model, ids, mask)
     sampling = Sampling(repetition_penalty, 1.0 if temperature is None else temperature, top_k, top_p, min_p)
     stops = _stop_sequences(stop, pad, model.num_tokens)
@@ -354,7 +354,7 @@ def _search(
     length_penalty: float,
 ) -> Tensor:
     """The best continuation that beam search finds (B, steps)."""
-    _check_prompt(model, ids, max_new_tokens)
+    _check_prompt(ids, max_new_tokens)
     _check_mask(model, ids, mask)
     stops = _stop_sequences(stop, pad, model.num_tokens)
     if not max_new_tokens:

@@ -109,7 +109,7 @@ def _run(experiment: Experiment, out: Path) -> Outcome:
     result = outcome.to_json()
     write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
     with waiting("drawing"):
-        draw_accuracy([result], out / PICTURE)
+        draw_accuracy(result, out / PICTURE)
     return outcome
 
 

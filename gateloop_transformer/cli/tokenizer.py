@@ -96,10 +96,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Texts:
-    """The documents of a source up to a number of bytes; remembers the first few of these as a sample."""
+    """The documents of a source up to a number of bytes; remembers the first few million of these as a sample."""
 
-    def __init__(self, source: Source, limit: int | None, sample: int = 1 << 22) -> None:
-        self._source, self._limit, self._room = source, limit, sample
+    def __init__(self, source: Source, limit: int | None) -> None:
+        self._source, self._limit, self._room = source, limit, 1 << 22
         self.size = 0
         self.sample: list[bytes] = []
 

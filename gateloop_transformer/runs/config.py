@@ -241,7 +241,7 @@ class RunConfig:
 
 
 def check_format(values: Any, where: str) -> None:
-    """A config.json is of the format that is written here.
+    """Check that a config.json is of the format that is written here.
 
     Raises:
         ValueError: it has none, or is of another.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from gateloop_transformer.pictures import empty_figure, name_lines, save_png
@@ -102,7 +103,7 @@ def draw_rates(groups: dict[str, list[tuple[float, float]]], target: Path) -> No
     axes = figure.subplots()
     for (name, points), color in zip(groups.items(), _colors(len(groups)), strict=True):
         rates = sorted({rate for rate, _ in points})
-        means = [_mean([bits for rate, bits in points if rate == each]) for each in rates]
+        means = [fmean([bits for rate, bits in points if rate == each]) for each in rates]
         axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.4)
         axes.plot(rates, means, "-", color=color, label="group" if name else None)
     rates = sorted({rate for points in groups.values() for rate, _ in points})
@@ -148,10 +149,6 @@ def _amount(value: float, _place: int | None = None) -> str:
         if abs(value) >= size:
             return f"{value / size:g} {prefix}"
     return f"{value:g}"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _colors(count: int) -> list[Any]:

@@ -76,7 +76,7 @@ def describe(config: TransformerConfig) -> str:
 
 
 def check_written_for(path: Path, metadata: Mapping[str, str], config: TransformerConfig) -> None:
-    """A file of weights that says whose they are is of this model.
+    """Check that a file of weights that says whose they are was written for this model.
 
     Raises:
         ValueError: it is another's.

@@ -48,10 +48,10 @@ def launched() -> int:
 
 
 def _check_launcher(options: TrainingConfig) -> None:
-    """What `accelerate launch` was asked for is not silently something else here.
+    """Refuse what `accelerate launch` was asked for and this run would do otherwise.
 
     Raises:
-        ValueError: it is.
+        ValueError: there is such a thing.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", {"float32": "no", "bf16": "bf16", "float64": "no"}[options.precision]):
@@ -75,7 +75,7 @@ def _check_launcher(options: TrainingConfig) -> None:
 
 
 def _device(name: str) -> torch.device:
-    """The device of this process: the one of that name, or where there are several processes one of that kind for each.
+    """The device of this process: the one of that name, or its own of that kind where there are several processes.
 
     Raises:
         ValueError: this machine has no such device, or too few for all processes, or the launcher asks for CPUs.

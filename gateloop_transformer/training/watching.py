@@ -96,13 +96,13 @@ def tracker_of(options: TrainingConfig, folder: Path) -> str | None:
 
 
 class Tracker(Protocol):
-    """Where else metrics go."""
+    """A place beside metrics.jsonl where metrics go."""
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Numbers by name, of a step."""
+        """Log numbers by name, all of one step."""
 
     def finish(self) -> None:
-        """Nothing more comes."""
+        """End the log: nothing more will come."""
 
 
 class TensorBoard:
@@ -120,13 +120,13 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / EVENTS), purge_step=step + 1)
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Numbers by name, of a step."""
+        """Log numbers by name, all of one step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def finish(self) -> None:
-        """Nothing more comes."""
+        """End the log: nothing more will come."""
         self._writer.close()
 
 
