@@ -14,7 +14,8 @@ from small_runs import TEXT, error_of, metrics, train
 from gateloop_transformer import Transformer, quantize
 from gateloop_transformer.cli import main
 from gateloop_transformer.data.shards import Tokens
-from gateloop_transformer.evaluation.bits import validate
+from gateloop_transformer.data.tokenizer import ByteTokenizer
+from gateloop_transformer.evaluation.bits import score, validate
 from gateloop_transformer.runs.folder import load_model
 
 

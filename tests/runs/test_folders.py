@@ -14,6 +14,7 @@ from small_runs import TEXT, error_of, metrics, steps_of, train
 
 from gateloop_transformer.cli import main
 from gateloop_transformer.runs import folder
+from gateloop_transformer.runs.config import FORMAT
 
 
 def test_a_run_leaves_model_config_metrics_curve_and_checkpoints(text: Path, tmp_path: Path) -> None:
