@@ -399,6 +399,16 @@ class GateLoopedAttention(nn.Module):
             y = self.to_gates(x) * y
         return cast(Tensor, self.to_out(y))
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, dim_inner) → (B·heads, T, dim_head), as in the original. The layer does not call it."""
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2).flatten(0, 1)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """(B·heads, T, dim_head) → (B, T, dim_inner), as in the original. The layer does not call it."""
+        rows: Tensor = x.unflatten(0, (-1, self.heads))
+        return rows.transpose(1, 2).flatten(-2)
+
     def gate_parameters(self) -> list[nn.Parameter]:
         """What decides the gates: to be trained with a lower learning rate and no weight decay."""
         ring = [self.ring_logit, self.ring_phase] if self.gate == "ring" else []

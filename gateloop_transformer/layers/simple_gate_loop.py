@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,9 +18,50 @@ from gateloop_transformer.ops.channel_loop import simple_gate_loop
 from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.heinsen import heinsen_scan
-from gateloop_transformer.ops.layout import Layout, read_layout
-from gateloop_transformer.ops.linear_scan import last_states
+from gateloop_transformer.ops.layout import PLAIN, Layout, read_layout
+from gateloop_transformer.ops.linear_scan import last_states, linear_scan
 from gateloop_transformer.ops.pairs import compute_dtype
+
+
+def least_gate(dtype: torch.dtype) -> float:
+    """The gate that smaller ones count as in the original's log space."""
+    return 1e-7 if dtype == torch.float16 else 1e-20
+
+
+def gate_loop_operator(
+    q: Tensor,
+    kv: Tensor,
+    a: Tensor,
+    cache: Sequence[Tensor] | None = None,
+    heinsen: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """q[t] · h[t] with h[t] = a[t] h[t-1] + kv[t]: the original's operator of `SimpleGateLoopLayer`.
+
+    Args:
+        q: (B, T, D), in the original's layer (B·dim, T, 1).
+        kv: (B, T, D).
+        a: gates (B, T, D).
+        cache: what an earlier call returned: the product of all gates so far, which has no effect on the output, and h,
+            each (B, D).
+        heinsen: scan in log space; a is then real, and counts as 1e-20 (float16: 1e-7) where it is less.
+        backend: "auto", or a backend's name; without effect in log space.
+
+    Returns:
+        q · h (B, T, D), and the cache that the next call takes.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    start = None if cache is None else cache[1]
+    if heinsen:
+        a = a.clamp(min=least_gate(a.dtype))
+        states = heinsen_scan(a, kv, start)
+    else:
+        states = linear_scan(a, kv, start, backend=backend)
+    product = a.prod(1) if cache is None else a.prod(1) * cache[0]
+    return q * states, (product, last_states(states, start, False, PLAIN))
 
 
 class SimpleGateLoopLayer(nn.Module):
@@ -183,6 +225,15 @@ class SimpleGateLoopLayer(nn.Module):
         else:
             hidden = heinsen_scan(gates, inputs, initial, **layout.keywords())
         return (q * hidden).to(q.dtype), last_states(hidden, initial, self.reverse, layout)
+
+    @property
+    def gate_loop_fn(self) -> Callable[..., Any]:
+        """The original's attribute: `gate_loop_operator` with this layer's kind of scan. The layer does not call it."""
+        return functools.partial(gate_loop_operator, heinsen=self.use_heinsen, backend=self.backend)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B·dim, T, 1) → (B, T, dim), as in the original. The layer does not call it."""
+        return x.reshape(-1, self.dim, x.shape[1]).transpose(1, 2)
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""
