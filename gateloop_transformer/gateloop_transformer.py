@@ -58,8 +58,7 @@ def gate_loop_operator(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
     if a.shape[-1] == 1:
         # One head; a gate of it, or of each of its key channels.
         gates = a.squeeze(-1) if a.shape[2] == 1 else a.transpose(2, 3)
-        y, _ = gate_loop(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), gates)
-        return y.squeeze(2)
+        return gate_loop(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), gates)[0].squeeze(2)
     inputs = k.unsqueeze(-1) * v.unsqueeze(-2)
     states = linear_scan(a.expand(full).flatten(2), inputs.flatten(2))
     states = (states.real if states.is_complex() else states).unflatten(2, full[2:])

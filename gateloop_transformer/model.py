@@ -233,7 +233,9 @@ class Transformer(nn.Module):
         self._check(ids, state)
         if mask is not None:
             padding = Padding("Transformer", ids, mask, resets, cu_seqlens)
-            result = self(
+            # Not a call of the module: hooks are for the call that is under way.
+            result = Transformer.forward(
+                self,
                 padding.pack(ids),
                 state,
                 ablate_complex,

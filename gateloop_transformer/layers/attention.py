@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -272,8 +272,17 @@ class CausalFullAttention(nn.Module):
         flags = ablate_complex, ablate_state_transition
         if mask is not None:
             padding = Padding("CausalFullAttention", x, mask, resets, cu_seqlens)
-            marks = {"resets": padding.resets, "cu_seqlens": padding.cu_seqlens}
-            result = self(padding.pack(x), state, flags[1], ablate_complex=flags[0], return_state=return_state, **marks)
+            # Not a call of the module: hooks are for the call that is under way.
+            result = cast(Any, CausalFullAttention.forward)(
+                self,
+                padding.pack(x),
+                state,
+                flags[1],
+                resets=padding.resets,
+                cu_seqlens=padding.cu_seqlens,
+                ablate_complex=flags[0],
+                return_state=return_state,
+            )
             return cast(Tensor, padding.result(result, return_state))
         layout = read_layout("CausalFullAttention", x, resets, cu_seqlens)
         self._check_state(x, state, layout)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from gateloop_transformer.arguments import check_fraction, check_rank, check_start
+from gateloop_transformer.layers.fusing import may_stand_for
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
 from gateloop_transformer.layers.short_conv import ShortConv
@@ -246,7 +247,9 @@ class GateLoopedAttention(nn.Module):
         check_input("GateLoopedAttention", x, self.dim, self)
         if mask is not None:
             padding = Padding("GateLoopedAttention", x, mask, resets, cu_seqlens)
-            result = self(
+            # Not a call of the module: hooks are for the call that is under way.
+            result = cast(Any, GateLoopedAttention.forward)(
+                self,
                 padding.pack(x),
                 state,
                 ablate_state_transition,
@@ -308,22 +311,28 @@ class GateLoopedAttention(nn.Module):
         self, x: Tensor, mixed: Tensor, state: GateLoopState | None, layout: Layout
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Head size 1: output and the state's parts (B, heads), gates and recurrence in one pass."""
-        # A norm between the recurrence and its SiLU gate keeps the two apart.
-        fused = self.to_gates is not None and isinstance(self.maybe_sub_ln, nn.Identity)
-        qkv = self.to_qkv(mixed)
+        swish, qkv = self._swish(), self.to_qkv(mixed)
         y, final = channel_gate_loop(
             qkv,
             self._projections(mixed, qkv.dtype),
             None if state is None else (state.real.flatten(1), state.imaginary.flatten(1)),
             gate=self.gate,
             bias=self._bias(),
-            swish=self.to_gates[0](x) if self.to_gates is not None and fused else None,
+            swish=None if swish is None else swish(x),
             fraction=self.frac_gradient_state_transition,
             reverse=self.reverse,
             backend=self.backend,
             **layout.keywords(),
         )
-        return cast(Tensor, self.to_out(y)) if fused else self._output(x, y.unsqueeze(-1)), final
+        return self._output(x, y.unsqueeze(-1)) if swish is None else cast(Tensor, self.to_out(y)), final
+
+    def _swish(self) -> nn.Module | None:
+        """The projection before the SiLU, where the SiLU and its product may be left to the fused operator."""
+        # A norm between the recurrence and its gate keeps the two apart.
+        if not (may_stand_for(nn.Sequential, self.to_gates) and may_stand_for(nn.Identity, self.maybe_sub_ln)):
+            return None
+        parts = list(cast(nn.Sequential, self.to_gates)._modules.values())
+        return parts[0] if len(parts) == 2 and may_stand_for(nn.SiLU, parts[1]) else None
 
     def _past(self, x: Tensor, state: GateLoopState | None, layout: Layout) -> Tensor:
         """The inputs before x that the convolution needs."""

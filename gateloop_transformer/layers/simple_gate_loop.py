@@ -161,8 +161,16 @@ class SimpleGateLoopLayer(nn.Module):
             raise ValueError(f"SimpleGateLoopLayer: with {' and '.join(marks)} use state and return_state, not a cache")
         if mask is not None:
             padding = Padding("SimpleGateLoopLayer", x, mask, resets, cu_seqlens)
-            marked = {"resets": padding.resets, "cu_seqlens": padding.cu_seqlens}
-            return padding.result(self(padding.pack(x), state=state, return_state=return_state, **marked), return_state)
+            # Not a call of the module: hooks are for the call that is under way.
+            result = SimpleGateLoopLayer.forward(
+                self,
+                padding.pack(x),
+                state=state,
+                resets=padding.resets,
+                cu_seqlens=padding.cu_seqlens,
+                return_state=return_state,
+            )
+            return padding.result(result, return_state)
         layout = read_layout("SimpleGateLoopLayer", x, resets, cu_seqlens)
         initial = self._initial(x, cache, state, layout)
         qkva = self.to_qkva(self.norm(x))
