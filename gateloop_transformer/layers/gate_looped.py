@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -12,6 +13,7 @@ from gateloop_transformer.arguments import check_fraction, check_rank, check_sta
 from gateloop_transformer.layers.fusing import may_stand_for
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.pickled import revive
 from gateloop_transformer.layers.short_conv import ShortConv
 from gateloop_transformer.layers.state import GateLoopState, check_state, start_of
 from gateloop_transformer.ops.channel_loop import channel_gate_loop
@@ -52,6 +54,19 @@ def _gate_projection(dim: int, rank: int | None, out: int, bias: bool) -> nn.Seq
     down = nn.Linear(dim, rank, bias=False)
     nn.init.normal_(down.weight, std=dim**-0.5)
     return nn.Sequential(down, nn.Linear(rank, out, bias=bias))
+
+
+def _arguments(original: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a layer with these attributes and parts of the original's; its norms are among the parts."""
+    inner, dim = original["to_qkv"].weight.shape
+    return {
+        "dim": dim,
+        "heads": original["heads"],
+        "dim_inner": inner // 3,
+        "checkpoint_gate_looped_attn": original["checkpoint_gate_looped_attn"],
+        "add_swish_gating": original["to_gates"] is not None,
+        "frac_gradient_state_transition": original["frac_gradient_state_transition"],
+    }
 
 
 class GateLoopedAttention(nn.Module):
@@ -407,6 +422,10 @@ class GateLoopedAttention(nn.Module):
         if self.to_gates is not None:
             y = self.to_gates(x) * y
         return cast(Tensor, self.to_out(y))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled, also by the original."""
+        nn.Module.__setstate__(self, state if "gate" in state else revive(state, GateLoopedAttention, _arguments))
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, dim_inner) → (B·heads, T, dim_head), as in the original. The layer does not call it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import RMSNorm
 from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.pickled import revive
 from gateloop_transformer.layers.state import SimpleGateLoopState, check_state, start_of
 from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
 from gateloop_transformer.ops.channel_loop import simple_gate_loop
@@ -62,6 +63,16 @@ def gate_loop_operator(
         states = linear_scan(a, kv, start, backend=backend)
     product = a.prod(1) if cache is None else a.prod(1) * cache[0]
     return q * states, (product, last_states(states, start, False, PLAIN))
+
+
+def _arguments(original: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a layer with these attributes and parts of the original's; its norms are among the parts."""
+    return {
+        "dim": original["dim"],
+        "use_heinsen": original["use_heinsen"],
+        "use_jax_associative_scan": original["use_jax"],
+        "reverse": original["reverse"],
+    }
 
 
 class SimpleGateLoopLayer(nn.Module):
@@ -233,6 +244,10 @@ class SimpleGateLoopLayer(nn.Module):
         else:
             hidden = heinsen_scan(gates, inputs, initial, **layout.keywords())
         return (q * hidden).to(q.dtype), last_states(hidden, initial, self.reverse, layout)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled, also by the original."""
+        nn.Module.__setstate__(self, state if "backend" in state else revive(state, SimpleGateLoopLayer, _arguments))
 
     @property
     def gate_loop_fn(self) -> Callable[..., Any]:
