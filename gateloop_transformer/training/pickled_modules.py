@@ -31,8 +31,10 @@ class PickledModule(Mapping[str, Tensor]):
         Raises:
             ValueError: these are no attributes of a module.
         """
-        kinds = ("_modules", "_parameters", "_buffers")
-        if not isinstance(state, dict) or not all(isinstance(state.get(kind, {}), dict) for kind in kinds):
+        kinds = {"_modules": dict, "_parameters": dict, "_buffers": dict, "_non_persistent_buffers_set": set}
+        if not isinstance(state, dict) or not all(
+            isinstance(state.get(key, kind()), kind) for key, kind in kinds.items()
+        ):
             raise ValueError(f"{type(self).__name__}: not the state of a module")
         self.attributes = state
 
@@ -103,8 +105,11 @@ def arguments(model: PickledModule) -> dict[str, Any]:
             names = ("frac_gradient_state_transition", "checkpoint_gate_looped_attn")
             values = {name: _attribute(path, mixer, name) for name in names}
         elif kind == "CausalFullAttention":
+            scale = _attribute(path, mixer, "scale")
+            if not 1e-6 < scale <= 1:
+                raise ValueError(f"{path}: scale must be 1 / √dim_head, not {scale}")
             values = {
-                "dim_head": round(_attribute(path, mixer, "scale") ** -2),
+                "dim_head": round(scale**-2),
                 "attn_softmax_normalize": _attribute(path, mixer, "softmax_normalize"),
                 "frac_gradient_state_transition": _attribute(path, mixer, "frac_gradient_data_dependent_rel_pos"),
             }

@@ -90,11 +90,16 @@ def _load(path: Path, where: str) -> Any:
         raise ValueError(f"{where} is damaged") from error
     except _UNREADABLE as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and name is not None:
+        reason = (
+            None if name is None else f"its pickle asks for {name[1]}, which is code and not a tensor or a plain value"
+        )
+        if "persistent_load of storage" in str(error):
+            reason = "it holds a whole module in torch's old format of files, with source code"
+        if isinstance(error, pickle.UnpicklingError) and reason is not None:
             raise ValueError(
-                f"{where} is refused: its pickle asks for {name[1]}, which is code and not a tensor or a plain value; "
-                "nothing was executed. Where you trust it, load it where all that it names is installed, and save the "
-                "state dict alone: model = torch.load(OLD, weights_only=False); torch.save(model.state_dict(), NEW)"
+                f"{where} is refused: {reason}; nothing was executed. Where you trust it, load it where all that it "
+                "names is installed, and save the state dict alone: model = torch.load(OLD, weights_only=False); "
+                "torch.save(model.state_dict(), NEW)"
             ) from error
         if "TorchScript" in str(error):
             raise ValueError(f"{where} is refused: it is a TorchScript program; nothing was executed") from error

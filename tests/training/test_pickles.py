@@ -229,5 +229,8 @@ def test_whole_models_of_this_package_are_refused_with_the_way_out(tmp_path: Pat
         ValueError, match=r"model = torch\.load\(OLD, weights_only=False\); torch\.save\(model\.state_dict"
     ):
         convert(tmp_path / "own.pt", tmp_path / "out", {})
+    torch.save(nn.Linear(2, 2), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"a whole module in torch's old format of files, .* nothing was executed"):
+        convert(tmp_path / "old.pt", tmp_path / "out", {})
     with pytest.raises(ValueError, match=r"asks for gateloop_transformer\.simplified_gate_loop\.SimpleGateLoopLayer"):
         convert(file("simple", tmp_path), tmp_path / "out", {})
