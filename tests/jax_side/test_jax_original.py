@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,7 @@ def close(x: jax.Array, expected: jax.Array, tolerance: float = 1e-5) -> None:
     assert np.abs(np.asarray(x) - np.asarray(expected)).max() <= tolerance * max(1.0, float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5), (1, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5)], ids=str)
 def test_the_operator_scans_axis_1(shape: tuple[int, ...]) -> None:
     k, v, q, size, phase = jax.random.normal(jax.random.key(0), (5, *shape))
     a = jax.nn.sigmoid(size) * jnp.exp(1j * phase)
@@ -28,20 +26,27 @@ def test_the_operator_scans_axis_1(shape: tuple[int, ...]) -> None:
     close(original.gate_loop_operator(k, v, q, a), jnp.stack(y, 1))
 
 
-def test_the_model_has_the_fields_of_the_original() -> None:
-    model = original.GateLoopTransformer(num_tokens=7, dim=4, depth=1, key=jax.random.key(0), ff_mult=2)
+def test_the_model_has_the_fields_of_the_original_and_its_numbers_from_a_key() -> None:
+    """The first two of four arrays, recorded with the original in JAX's usual precision."""
+    jax.config.update("jax_enable_x64", False)
+    model = original.GateLoopTransformer(num_tokens=3, dim=2, depth=1, key=jax.random.PRNGKey(0), ff_mult=1)
     paths = jax.tree_util.tree_flatten_with_path(model)[0]
     assert {jax.tree_util.keystr(path): leaf.shape for path, leaf in paths} == {
-        ".embedding": (7, 4),
-        ".norm.gamma": (4,),
-        ".layers[0][0].norm.gamma": (4,),
-        **{f".layers[0][0].w{name}": (4, 8 if name == "a" else 4) for name in "qkvago"},
-        ".layers[0][1].norm.gamma": (4,),
-        ".layers[0][1].proj_in.weight": (4, 8),
-        ".layers[0][1].proj_in.bias": (8,),
-        ".layers[0][1].proj_out.weight": (8, 4),
-        ".layers[0][1].proj_out.bias": (4,),
+        ".embedding": (3, 2),
+        ".norm.gamma": (2,),
+        ".layers[0][0].norm.gamma": (2,),
+        **{f".layers[0][0].w{name}": (2, 4 if name == "a" else 2) for name in "qkvago"},
+        ".layers[0][1].norm.gamma": (2,),
+        ".layers[0][1].proj_in.weight": (2, 2),
+        ".layers[0][1].proj_in.bias": (2,),
+        ".layers[0][1].proj_out.weight": (2, 2),
+        ".layers[0][1].proj_out.bias": (2,),
     }
+    mixer, feed_forward = model.layers[0]
+    found = [model.embedding, mixer.wa, feed_forward.proj_in.weight, feed_forward.proj_in.bias]
+    first = [number for array in found for number in array.ravel()[:2].tolist()]
+    recorded = [0.032453, 0.040505, -0.621944, 0.624804, 1.004014, -0.906337, -2.442456, -2.035681]
+    assert np.allclose(first, recorded, atol=2e-6)
 
 
 def test_the_model_is_its_formula() -> None:
@@ -60,13 +65,3 @@ def test_the_model_is_its_formula() -> None:
     inner = norm(x) @ feed_forward.proj_in.weight + feed_forward.proj_in.bias
     x = x + jax.nn.gelu(inner) @ feed_forward.proj_out.weight + feed_forward.proj_out.bias
     close(model(ids), norm(x) @ model.embedding.T)
-
-
-def test_a_key_gives_the_numbers_of_the_original() -> None:
-    """The first two of four arrays, recorded with the original in JAX's usual precision."""
-    jax.config.update("jax_enable_x64", False)
-    model = original.GateLoopTransformer(num_tokens=3, dim=2, depth=1, key=jax.random.PRNGKey(0), ff_mult=1)
-    found = [model.embedding, model.layers[0][0].wa, model.layers[0][1].proj_in.weight, model.layers[0][1].proj_in.bias]
-    first = list(itertools.chain(*(array.ravel()[:2].tolist() for array in found)))
-    recorded = [0.032453, 0.040505, -0.621944, 0.624804, 1.004014, -0.906337, -2.442456, -2.035681]
-    assert np.allclose(first, recorded, atol=2e-6)
