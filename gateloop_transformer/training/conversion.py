@@ -40,7 +40,8 @@ def convert(
     """Write a checkpoint of the original's Transformer as model.safetensors and config.json.
 
     Args:
-        source: a state dict in a torch checkpoint or a safetensors file, under whatever entry or wrapper.
+        source: a state dict in a torch checkpoint or a safetensors file, under whatever entry or wrapper; or a whole
+            model in a torch checkpoint.
         out: the folder, new or empty.
         given: arguments of the original's Transformer that are known.
         tokenizer: of the model's tokens: "bytes", or the path of a tokenizer.json; None: bytes where there are 256

@@ -76,7 +76,7 @@ class PickledModule(Mapping[str, Tensor]):
 
 
 def _stand_ins() -> list[type[PickledModule]]:
-    """What a pickle of the original's Transformer may name: modules of these names, which do nothing."""
+    """Classes of the names that a pickle of the original's Transformer may hold, all of which do nothing."""
     layers = ("Transformer", "GateLoopedAttention", "CausalFullAttention", "RMSNorm", "PreNorm", "PostNorm")
     of_torch = (nn.Embedding, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Sequential, nn.SiLU)
     homes = [("gateloop_transformer.gateloop_transformer", layer) for layer in layers]
@@ -88,7 +88,7 @@ def _stand_ins() -> list[type[PickledModule]]:
     return [type(name, (PickledModule,), {"__module__": module}) for module, name in homes]
 
 
-# To be told to torch as safe: it finds them by their modules and names.
+# For torch to take as safe; it finds them by their modules and names.
 STAND_INS = _stand_ins()
 
 
@@ -129,23 +129,31 @@ def _attribute(path: str, module: PickledModule, name: str) -> Any:
 
 
 def check_parts(model: PickledModule, own: nn.Module) -> None:
-    """All parts without parts of their own are of the kinds, and have the numbers, of those in a model of this package.
+    """Compare the parts that have no parts of their own with those of a model of this package: kinds and numbers.
 
     Raises:
-        ValueError: one is not: what it computes would be lost.
+        ValueError: one differs: what it computes would be lost.
     """
-    parts = dict(own.named_modules())
-    for path, module in model.modules():
-        kind, part = type(module).__name__, parts.get(path)
-        if module.attributes.get("_modules") or kind == "Rearrange":
+    expected = {path: part for path, part in own.named_modules() if not part._modules}
+    found = {path: part for path, part in model.modules() if not part.attributes.get("_modules")}
+    missing = sorted(expected.keys() - found)
+    if missing:
+        raise ValueError(f"{missing[0]} is missing, where gateloop-transformer 0.2.5 has {_a(expected[missing[0]])}")
+    for path, part in found.items():
+        if type(part).__name__ != "Rearrange":
+            _check_part(path, part, expected.get(path))
+
+
+def _check_part(path: str, part: PickledModule, expected: nn.Module | None) -> None:
+    if expected is None or type(part).__name__ not in {kind.__name__ for kind in type(expected).__mro__}:
+        raise ValueError(f"{path} is {_a(part)}, where gateloop-transformer 0.2.5 has {_a(expected)}")
+    for name, value in vars(expected).items():
+        if name in _WITHOUT_EFFECT or name.startswith("_"):
             continue
-        if part is None or kind not in {each.__name__ for each in type(part).__mro__}:
-            there = "nothing" if part is None else f"a {type(part).__name__}"
-            raise ValueError(f"{path} is a {kind}, where gateloop-transformer 0.2.5 has {there}")
-        for name, value in vars(part).items():
-            if name in _WITHOUT_EFFECT or name.startswith("_") or name not in module.attributes:
-                continue
-            if module.attributes[name] != value:
-                raise ValueError(
-                    f"{path} has {name} {module.attributes[name]!r}, in gateloop-transformer 0.2.5 {value!r}"
-                )
+        own = part.attributes.get(name, value)
+        if type(own) is not type(value) or own != value:
+            raise ValueError(f"{path} has {name} {own!r}, in gateloop-transformer 0.2.5 {value!r}")
+
+
+def _a(part: object | None) -> str:
+    return "nothing" if part is None else f"a part of the kind {type(part).__name__}"

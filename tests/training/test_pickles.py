@@ -182,7 +182,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "activation": (
         "gates",
         lambda content: inner(mixer(content), "fn", "to_gates").attributes["_modules"].update({"1": kind("GELU")}),
-        r"layers\.0\.0\.fn\.to_gates\.1 is a GELU, where gateloop-transformer 0\.2\.5 has a SiLU",
+        r"layers\.0\.0\.fn\.to_gates\.1 is a part of the kind GELU, where .* has a part of the kind SiLU",
     ),
     "number": (
         "attention",
@@ -197,7 +197,12 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "more": (
         "gates",
         lambda content: inner(mixer(content), "fn").attributes["_modules"].update(extra=kind("SiLU")),
-        r"layers\.0\.0\.fn\.extra is a SiLU, where gateloop-transformer 0\.2\.5 has nothing",
+        r"layers\.0\.0\.fn\.extra is a part of the kind SiLU, where .* has nothing",
+    ),
+    "less": (
+        "gates",
+        lambda content: inner(mixer(content), "fn", "to_gates").attributes["_modules"].pop("1"),
+        r"layers\.0\.0\.fn\.to_gates\.1 is missing, where gateloop-transformer 0\.2\.5 has a part of the kind SiLU",
     ),
     "cycle": (
         "gates",
