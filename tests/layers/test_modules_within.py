@@ -179,3 +179,11 @@ def test_smaller_weights_leave_what_is_no_plain_product_and_parametrised_gates()
     assert kinds == ["Scaled", "ParametrizedLinear", "SmallLinear", "SmallLinear"]
     x = torch.randn(2, 5, DIM)
     assert torch.allclose(small(x), layer(x), rtol=0.05, atol=0.05)
+
+
+def test_ids_are_held_against_the_embedding_that_is_there() -> None:
+    model: Any = Transformer(DIM, num_tokens=5, depth=1)
+    model.token_emb, model.to_logits[1] = nn.Embedding(9, DIM), nn.Linear(DIM, 9)
+    assert model(torch.tensor([[8]])).shape == (1, 1, 9)
+    with pytest.raises(ValueError, match=r"in \[0, 9\), got 9 to 9"):
+        model(torch.tensor([[9]]))
