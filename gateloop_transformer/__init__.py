@@ -73,14 +73,17 @@ __all__ = [
     "save_state",
 ]
 
+# Attributes of the original package, too.
+_MODULES = ("associative_scan", "gateloop_transformer", "ops", "simplified_gate_loop")
+
 
 def __getattr__(name: str) -> object:
-    if name == "ops":
-        return importlib.import_module("gateloop_transformer.ops")
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *_HOMES, *_MODULES]

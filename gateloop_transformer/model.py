@@ -233,7 +233,9 @@ class Transformer(nn.Module):
         self._check(ids, state)
         if mask is not None:
             padding = Padding("Transformer", ids, mask, resets, cu_seqlens)
-            result = self(
+            # Not a call of the module: hooks are for the call that is under way.
+            result = Transformer.forward(
+                self,
                 padding.pack(ids),
                 state,
                 ablate_complex,
@@ -303,15 +305,14 @@ class Transformer(nn.Module):
             raise ValueError(f"Transformer: state has {len(state.layers)} layers, the model {len(self.layers)}")
 
     def check_vocabulary(self, ids: Tensor) -> None:
-        """Every id is in [0, num_tokens).
+        """Every id is in [0, num_tokens), or in the embedding that took the place of the model's own.
 
         Raises:
             ValueError: one is not.
         """
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_tokens):
-            raise ValueError(
-                f"Transformer: ids must be in [0, {self.num_tokens}), got {int(ids.min())} to {int(ids.max())}"
-            )
+        size = getattr(self.token_emb, "num_embeddings", self.num_tokens)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+            raise ValueError(f"Transformer: ids must be in [0, {size}), got {int(ids.min())} to {int(ids.max())}")
 
     def initial_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -329,6 +330,12 @@ class Transformer(nn.Module):
         device, dtype = start_of(self, batch, device, dtype)
         mixers = [cast(Any, block)[0].fn for block in self.layers]
         return TransformerState(tuple(mixer.initial_state(batch, device=device, dtype=dtype) for mixer in mixers))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled, also by the original, which keeps no size of the vocabulary."""
+        nn.Module.__setstate__(self, state)
+        if "num_tokens" not in state:
+            self.num_tokens = self.token_emb.num_embeddings
 
     def generate(self, ids: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any) -> Any:
         """Prompt and continuation (B, T + new), or a list of them: see `gateloop_transformer.generation.generate`."""

@@ -27,7 +27,8 @@ def add_arguments(parser: Parser) -> None:
         "source",
         metavar="SOURCE",
         type=Path,
-        help="a file of torch.save or safetensors with a state dict, also within others, or of DDP or torch.compile",
+        help="a file of torch.save or safetensors with a state dict, also within others, or of DDP or torch.compile; "
+        "or a file of torch.save with the whole model",
     )
     parser.add_argument("--out", metavar="DIR", type=folder, required=True, help="the folder to write: new or empty")
     parser.add_argument(

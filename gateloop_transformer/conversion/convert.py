@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from gateloop_transformer.configuration import TransformerConfig
+from gateloop_transformer.conversion import pickled_modules
 from gateloop_transformer.conversion.original import Arguments, infer
+from gateloop_transformer.conversion.pickled_modules import PickledModule
 from gateloop_transformer.conversion.state_dicts import find_model, read_file
 from gateloop_transformer.data.bpe import load_tokenizer_file
 from gateloop_transformer.data.tokenizer import TOKENIZER, TOKENIZER_CONFIG, ByteTokenizer, Tokenizer, holds_bytes
@@ -37,7 +39,8 @@ def convert(
     """Write a checkpoint of the original's Transformer as model.safetensors and config.json.
 
     Args:
-        source: a state dict in a torch checkpoint or a safetensors file, under whatever entry or wrapper.
+        source: a state dict in a torch checkpoint or a safetensors file, under whatever entry or wrapper; or a whole
+            model in a torch checkpoint.
         out: the folder, new or empty.
         given: arguments of the original's Transformer that are known.
         tokenizer: of the model's tokens: "bytes", or the path of a tokenizer.json; None: bytes where there are 256
@@ -56,8 +59,9 @@ def convert(
     found = find_model(read_file(source), repr(str(source)), entry)
     try:
         tensors = _tensors(found.values)
-        arguments = infer({name: tuple(tensor.shape) for name, tensor in tensors.items()}, given)
-        _check_fit(tensors, arguments)
+        seen = {} if found.module is None else pickled_modules.arguments(found.module)
+        arguments = infer({name: tuple(tensor.shape) for name, tensor in tensors.items()}, given, seen)
+        _check_fit(tensors, arguments, found.module)
         notes = _exact_rotation(tensors, arguments)
     except ValueError as error:
         part = f", entry {found.entry!r}" if found.entry else ""
@@ -142,16 +146,19 @@ def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_fit(tensors: dict[str, Tensor], arguments: Arguments) -> None:
-    """Names and shapes are those of such a model, all of them and no others."""
+def _check_fit(tensors: dict[str, Tensor], arguments: Arguments, module: PickledModule | None) -> None:
+    """Names and shapes are those of such a model, all of them and no others, and so are its parts."""
     with torch.device("meta"):
-        own = Transformer(**arguments.config().arguments(arguments.values()["num_tokens"])).state_dict()
+        model = Transformer(**arguments.config().arguments(arguments.values()["num_tokens"]))
+    own = model.state_dict()
     missing, unknown, reshaped = differences(own, tensors)
     problems = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown]
     problems += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}" for name in reshaped]
     if problems:
         more = f" and {len(problems) - 1} more such" if len(problems) > 1 else ""
         raise ValueError(f"not a Transformer of gateloop-transformer 0.2.5: {problems[0]}{more}")
+    if module is not None:
+        pickled_modules.check_parts(module, model)
 
 
 def _exact_rotation(tensors: dict[str, Tensor], arguments: Arguments) -> list[str]:

@@ -61,12 +61,13 @@ class Arguments(NamedTuple):
         return TransformerConfig(**values, data_dependent_rel_pos=position)
 
 
-def infer(shapes: Shapes, given: Mapping[str, Any]) -> Arguments:
+def infer(shapes: Shapes, given: Mapping[str, Any], seen: Mapping[str, Any]) -> Arguments:
     """The arguments of the original's Transformer.
 
     Args:
         shapes: of the state dict, by name.
         given: arguments that are known.
+        seen: those that the model itself shows, where there is more of it than its state dict.
 
     Raises:
         ValueError: it is no state dict of the original's; a given value is none, or contradicts the shapes; or an
@@ -82,9 +83,10 @@ def infer(shapes: Shapes, given: Mapping[str, Any]) -> Arguments:
         unseen = ["attn_softmax_normalize"]
         if found["data_dependent_rel_pos"]:
             unseen += ["frac_gradient_state_transition", "ablate_complex", "ablate_state_transition"]
+    found |= seen
     _check_agreement(found, given)
     if not found["use_gate_looped_attn"]:
-        found |= _heads(_inner(shapes), found, shapes, given)
+        found |= _heads(_inner(shapes), found, shapes, {**given, **seen})
     defaults = {name: default for name, (default, _) in _ARGUMENTS.items() if name not in found and name not in given}
     if "attn_softmax_normalize" in unseen and defaults.get("attn_softmax_normalize", 0) is None:
         defaults["attn_softmax_normalize"] = not found["data_dependent_rel_pos"]
@@ -166,7 +168,11 @@ def _inner(shapes: Shapes) -> int:
 
 def _check_agreement(found: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Given values are those found; None stands for what the original puts in its place."""
-    stands_for = {"gate_loop_heads": found.get("dim_gate_looped_attn"), "dim_gate_looped_attn": found["dim"]}
+    stands_for = {
+        "gate_loop_heads": found.get("dim_gate_looped_attn"),
+        "dim_gate_looped_attn": found["dim"],
+        "attn_softmax_normalize": not found.get("data_dependent_rel_pos"),
+    }
     wrong = [
         f"{name} {value} was given, the checkpoint has {found[name]}"
         for name, value in given.items()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gateloop_transformer.conversion.pickled_modules import STAND_INS, PickledModule
 from gateloop_transformer.stored import read_tensors
 
 # What DDP, torch.compile, FSDP and activation checkpointing put into the names of parameters.
@@ -39,11 +40,13 @@ class StateDict(NamedTuple):
 
     values: by their names in the model, wrappers taken out of these; mostly tensors. entry: where in the file they
     are, as names joined by dots; empty: at the top. left_out: what else there is, by the parts of names that tell it.
+    module: the model itself, where the file has it whole.
     """
 
     values: dict[str, Any]
     entry: str
     left_out: list[str]
+    module: PickledModule | None
 
 
 def read_file(path: Path) -> Mapping[Any, Any]:
@@ -78,7 +81,8 @@ def _load(path: Path, where: str) -> Any:
         with warnings.catch_warnings():
             # Of the layout of damaged files, which are refused below.
             warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(list(STAND_INS)):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -86,11 +90,16 @@ def _load(path: Path, where: str) -> Any:
         raise ValueError(f"{where} is damaged") from error
     except _UNREADABLE as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and name is not None:
+        reason = (
+            None if name is None else f"its pickle asks for {name[1]}, which is code and not a tensor or a plain value"
+        )
+        if "persistent_load of storage" in str(error):
+            reason = "it holds a whole module in torch's old format of files, with source code"
+        if isinstance(error, pickle.UnpicklingError) and reason is not None:
             raise ValueError(
-                f"{where} is refused: its pickle asks for {name[1]}, which is code and not a tensor or a plain value; "
-                "nothing was executed. Where you trust it, load it and save its state dict alone: "
-                "torch.save(model.state_dict(), FILE)"
+                f"{where} is refused: {reason}; nothing was executed. Where you trust it, load it where all that it "
+                "names is installed, and save the state dict alone: model = torch.load(OLD, weights_only=False); "
+                "torch.save(model.state_dict(), NEW)"
             ) from error
         if "TorchScript" in str(error):
             raise ValueError(f"{where} is refused: it is a TorchScript program; nothing was executed") from error
@@ -132,7 +141,8 @@ def find_model(content: Mapping[Any, Any], where: str, entry: str | None = None)
             raise ValueError(f"{where} has {own} twice, under names that differ in {', '.join(sorted(_WRAPPERS))}")
         else:
             values[own] = value
-    return StateDict(values, root.removesuffix("."), sorted(left_out))
+    module = next((module for name, module in _modules(content) if name == root and "token_emb.weight" in module), None)
+    return StateDict(values, root.removesuffix("."), sorted(left_out), module)
 
 
 def _leaves(content: Mapping[Any, Any], before: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:
@@ -141,7 +151,23 @@ def _leaves(content: Mapping[Any, Any], before: str = "", depth: int = 1) -> Ite
         if isinstance(value, Mapping) and depth < _DEEPEST:
             yield from _leaves(value, f"{before}{key}.", depth + 1)
         else:
-            yield before + ".".join(part for part in str(key).split(".") if part not in _WRAPPERS), value
+            yield before + _unwrapped(key), value
+
+
+def _modules(content: Mapping[Any, Any], before: str = "", depth: int = 1) -> Iterator[tuple[str, PickledModule]]:
+    """Whole modules, and those within them, by what the names of their tensors begin with."""
+    if isinstance(content, PickledModule):
+        for name, module in content.modules():
+            own = _unwrapped(name)
+            yield f"{before}{own}." if own else before, module
+        return
+    for key, value in content.items():
+        if isinstance(value, Mapping) and depth < _DEEPEST:
+            yield from _modules(value, f"{before}{key}.", depth + 1)
+
+
+def _unwrapped(name: Any) -> str:
+    return ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
 
 
 def _beside(name: str, root: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal, NamedTuple, cast, overload
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from gateloop_transformer.layers.earlier import Earlier
 from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.pickled import revive
 from gateloop_transformer.layers.state import AttentionState, check_state, start_of
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
@@ -129,6 +131,22 @@ def _last(x: Tensor, beyond: Tensor, count: int) -> Tensor:
     """The last `count` steps of x (n, heads, L, d) but for each row's `beyond` (n,) ones; 0 where there are fewer."""
     places = x.shape[2] - beyond[:, None] + torch.arange(count, device=x.device)
     return F.pad(x, (0, 0, count, 0)).gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _arguments(original: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a layer with these attributes and parts of the original's; its norms are among the parts."""
+    inner, dim = original["to_qkv"][0].weight.shape
+    dim_head = round(original["scale"] ** -2)
+    return {
+        "dim": dim,
+        "dim_head": dim_head,
+        "heads": inner // (3 * dim_head),
+        "rotary_emb": original["rotary_emb"] is not None,
+        "add_swish_gating": original["to_gates"] is not None,
+        "data_dependent_rel_pos": original["data_dependent_rel_pos"],
+        "frac_gradient_data_dependent_rel_pos": original["frac_gradient_data_dependent_rel_pos"],
+        "softmax_normalize": original["softmax_normalize"],
+    }
 
 
 class CausalFullAttention(nn.Module):
@@ -272,8 +290,17 @@ class CausalFullAttention(nn.Module):
         flags = ablate_complex, ablate_state_transition
         if mask is not None:
             padding = Padding("CausalFullAttention", x, mask, resets, cu_seqlens)
-            marks = {"resets": padding.resets, "cu_seqlens": padding.cu_seqlens}
-            result = self(padding.pack(x), state, flags[1], ablate_complex=flags[0], return_state=return_state, **marks)
+            # Not a call of the module: hooks are for the call that is under way.
+            result = cast(Any, CausalFullAttention.forward)(
+                self,
+                padding.pack(x),
+                state,
+                flags[1],
+                resets=padding.resets,
+                cu_seqlens=padding.cu_seqlens,
+                ablate_complex=flags[0],
+                return_state=return_state,
+            )
             return cast(Tensor, padding.result(result, return_state))
         layout = read_layout("CausalFullAttention", x, resets, cu_seqlens)
         self._check_state(x, state, layout)
@@ -508,6 +535,16 @@ class CausalFullAttention(nn.Module):
         if self.to_gates is not None:
             y = y * self.to_gates(x)
         return cast(Tensor, self.to_out(y))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled, also by the original."""
+        if "backend" not in state:
+            state = revive(state, CausalFullAttention, _arguments)
+            if (rotary := state["_modules"].get("rotary_emb")) is not None:
+                # Of a package of its own there; the frequencies are all that it has in common.
+                state["_modules"]["rotary_emb"] = own = RotaryEmbedding(2 * rotary.freqs.shape[0])
+                own.freqs = rotary.freqs
+        nn.Module.__setstate__(self, state)
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """What decides the gates: to be trained with a lower learning rate and no weight decay."""

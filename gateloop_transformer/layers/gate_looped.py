@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, cast, overload
+from collections.abc import Mapping
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from gateloop_transformer.arguments import check_fraction, check_rank, check_start
+from gateloop_transformer.layers.fusing import may_stand_for
 from gateloop_transformer.layers.norm import HeadRMSNorm
 from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.pickled import revive
 from gateloop_transformer.layers.short_conv import ShortConv
 from gateloop_transformer.layers.state import GateLoopState, check_state, start_of
 from gateloop_transformer.ops.channel_loop import channel_gate_loop
@@ -51,6 +54,19 @@ def _gate_projection(dim: int, rank: int | None, out: int, bias: bool) -> nn.Seq
     down = nn.Linear(dim, rank, bias=False)
     nn.init.normal_(down.weight, std=dim**-0.5)
     return nn.Sequential(down, nn.Linear(rank, out, bias=bias))
+
+
+def _arguments(original: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a layer with these attributes and parts of the original's; its norms are among the parts."""
+    inner, dim = original["to_qkv"].weight.shape
+    return {
+        "dim": dim,
+        "heads": original["heads"],
+        "dim_inner": inner // 3,
+        "checkpoint_gate_looped_attn": original["checkpoint_gate_looped_attn"],
+        "add_swish_gating": original["to_gates"] is not None,
+        "frac_gradient_state_transition": original["frac_gradient_state_transition"],
+    }
 
 
 class GateLoopedAttention(nn.Module):
@@ -246,7 +262,9 @@ class GateLoopedAttention(nn.Module):
         check_input("GateLoopedAttention", x, self.dim, self)
         if mask is not None:
             padding = Padding("GateLoopedAttention", x, mask, resets, cu_seqlens)
-            result = self(
+            # Not a call of the module: hooks are for the call that is under way.
+            result = cast(Any, GateLoopedAttention.forward)(
+                self,
                 padding.pack(x),
                 state,
                 ablate_state_transition,
@@ -308,22 +326,28 @@ class GateLoopedAttention(nn.Module):
         self, x: Tensor, mixed: Tensor, state: GateLoopState | None, layout: Layout
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Head size 1: output and the state's parts (B, heads), gates and recurrence in one pass."""
-        # A norm between the recurrence and its SiLU gate keeps the two apart.
-        fused = self.to_gates is not None and isinstance(self.maybe_sub_ln, nn.Identity)
-        qkv = self.to_qkv(mixed)
+        swish, qkv = self._swish(), self.to_qkv(mixed)
         y, final = channel_gate_loop(
             qkv,
             self._projections(mixed, qkv.dtype),
             None if state is None else (state.real.flatten(1), state.imaginary.flatten(1)),
             gate=self.gate,
             bias=self._bias(),
-            swish=self.to_gates[0](x) if self.to_gates is not None and fused else None,
+            swish=None if swish is None else swish(x),
             fraction=self.frac_gradient_state_transition,
             reverse=self.reverse,
             backend=self.backend,
             **layout.keywords(),
         )
-        return cast(Tensor, self.to_out(y)) if fused else self._output(x, y.unsqueeze(-1)), final
+        return self._output(x, y.unsqueeze(-1)) if swish is None else cast(Tensor, self.to_out(y)), final
+
+    def _swish(self) -> nn.Module | None:
+        """The projection before the SiLU, where the SiLU and its product may be left to the fused operator."""
+        # A norm between the recurrence and its gate keeps the two apart.
+        if not (may_stand_for(nn.Sequential, self.to_gates) and may_stand_for(nn.Identity, self.maybe_sub_ln)):
+            return None
+        parts = list(cast(nn.Sequential, self.to_gates)._modules.values())
+        return parts[0] if len(parts) == 2 and may_stand_for(nn.SiLU, parts[1]) else None
 
     def _past(self, x: Tensor, state: GateLoopState | None, layout: Layout) -> Tensor:
         """The inputs before x that the convolution needs."""
@@ -398,6 +422,20 @@ class GateLoopedAttention(nn.Module):
         if self.to_gates is not None:
             y = self.to_gates(x) * y
         return cast(Tensor, self.to_out(y))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled, also by the original."""
+        nn.Module.__setstate__(self, state if "gate" in state else revive(state, GateLoopedAttention, _arguments))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, dim_inner) → (B·heads, T, dim_head), as in the original. The layer does not call it."""
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2).flatten(0, 1)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """(B·heads, T, dim_head) → (B, T, dim_inner), as in the original. The layer does not call it."""
+        rows: Tensor = x.unflatten(0, (-1, self.heads))
+        return rows.transpose(1, 2).flatten(-2)
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """What decides the gates: to be trained with a lower learning rate and no weight decay."""

@@ -50,6 +50,9 @@ class HeadRMSNorm(nn.Module):
 class _Residual(nn.Module):
     """Common to both wrappers: dropout on what `fn` adds, and its state passed through."""
 
+    # Also of a wrapper that the original pickled.
+    dropout: float = 0.0
+
     def __init__(self, fn: nn.Module, norm: nn.Module, dropout: float) -> None:
         super().__init__()
         self.fn = fn

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,15 +12,68 @@ from torch import Tensor, nn
 from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import RMSNorm
 from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.pickled import revive
 from gateloop_transformer.layers.state import SimpleGateLoopState, check_state, start_of
 from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
 from gateloop_transformer.ops.channel_loop import simple_gate_loop
 from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.heinsen import heinsen_scan
-from gateloop_transformer.ops.layout import Layout, read_layout
+from gateloop_transformer.ops.layout import PLAIN, Layout, read_layout
+from gateloop_transformer.ops.linear_scan import linear_scan
 from gateloop_transformer.ops.pairs import compute_dtype
 from gateloop_transformer.ops.recurrences import last_states
+
+
+def least_gate(dtype: torch.dtype) -> float:
+    """The gate that smaller ones count as in the original's log space."""
+    return 1e-7 if dtype == torch.float16 else 1e-20
+
+
+def gate_loop_operator(
+    q: Tensor,
+    kv: Tensor,
+    a: Tensor,
+    cache: Sequence[Tensor] | None = None,
+    heinsen: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """q[t] · h[t] with h[t] = a[t] h[t-1] + kv[t]: the original's operator of `SimpleGateLoopLayer`.
+
+    Args:
+        q: (B, T, D), in the original's layer (B·dim, T, 1).
+        kv: (B, T, D).
+        a: gates (B, T, D).
+        cache: what an earlier call returned: the product of all gates so far, which has no effect on the output, and h,
+            each (B, D).
+        heinsen: scan in log space; a is then real, and counts as 1e-20 (float16: 1e-7) where it is less.
+        backend: "auto", or a backend's name; without effect in log space.
+
+    Returns:
+        q · h (B, T, D), and the cache that the next call takes.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    start = None if cache is None else cache[1]
+    if heinsen:
+        a = a.clamp(min=least_gate(a.dtype))
+        states = heinsen_scan(a, kv, start)
+    else:
+        states = linear_scan(a, kv, start, backend=backend)
+    product = a.prod(1) if cache is None else a.prod(1) * cache[0]
+    return q * states, (product, last_states(states, start, False, PLAIN))
+
+
+def _arguments(original: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a layer with these attributes and parts of the original's; its norms are among the parts."""
+    return {
+        "dim": original["dim"],
+        "use_heinsen": original["use_heinsen"],
+        "use_jax_associative_scan": original["use_jax"],
+        "reverse": original["reverse"],
+    }
 
 
 class SimpleGateLoopLayer(nn.Module):
@@ -119,8 +173,16 @@ class SimpleGateLoopLayer(nn.Module):
             raise ValueError(f"SimpleGateLoopLayer: with {' and '.join(marks)} use state and return_state, not a cache")
         if mask is not None:
             padding = Padding("SimpleGateLoopLayer", x, mask, resets, cu_seqlens)
-            marked = {"resets": padding.resets, "cu_seqlens": padding.cu_seqlens}
-            return padding.result(self(padding.pack(x), state=state, return_state=return_state, **marked), return_state)
+            # Not a call of the module: hooks are for the call that is under way.
+            result = SimpleGateLoopLayer.forward(
+                self,
+                padding.pack(x),
+                state=state,
+                resets=padding.resets,
+                cu_seqlens=padding.cu_seqlens,
+                return_state=return_state,
+            )
+            return padding.result(result, return_state)
         layout = read_layout("SimpleGateLoopLayer", x, resets, cu_seqlens)
         initial = self._initial(x, cache, state, layout)
         qkva = self.to_qkva(self.norm(x))
@@ -183,6 +245,19 @@ class SimpleGateLoopLayer(nn.Module):
         else:
             hidden = heinsen_scan(gates, inputs, initial, **layout.keywords())
         return (q * hidden).to(q.dtype), last_states(hidden, initial, self.reverse, layout)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled, also by the original."""
+        nn.Module.__setstate__(self, state if "backend" in state else revive(state, SimpleGateLoopLayer, _arguments))
+
+    @property
+    def gate_loop_fn(self) -> Callable[..., Any]:
+        """The original's attribute: `gate_loop_operator` with this layer's kind of scan. The layer does not call it."""
+        return functools.partial(gate_loop_operator, heinsen=self.use_heinsen, backend=self.backend)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B·dim, T, 1) → (B, T, dim), as in the original. The layer does not call it."""
+        return x.reshape(-1, self.dim, x.shape[1]).transpose(1, 2)
 
     def extra_repr(self) -> str:
         """Shown by `print(layer)`."""
