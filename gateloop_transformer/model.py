@@ -15,11 +15,11 @@ from gateloop_transformer.layers.attention import CausalFullAttention
 from gateloop_transformer.layers.feedforward import FeedForward
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention
 from gateloop_transformer.layers.norm import PostNorm, PreNorm, RMSNorm
-from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.padding import over_steps
 from gateloop_transformer.layers.state import TransformerState, start_of
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gates import check_gate
-from gateloop_transformer.ops.layout import Layout, read_layout
+from gateloop_transformer.ops.layout import Layout
 
 
 class Transformer(nn.Module):
@@ -231,40 +231,40 @@ class Transformer(nn.Module):
         if isinstance(state, int):
             return_loss, state = bool(state), None
         self._check(ids, state)
-        if mask is not None:
-            padding = Padding("Transformer", ids, mask, resets, cu_seqlens)
-            # Not a call of the module: hooks are for the call that is under way.
-            result = Transformer.forward(
-                self,
-                padding.pack(ids),
-                state,
-                ablate_complex,
-                ablate_state_transition,
-                resets=padding.resets,
-                cu_seqlens=padding.cu_seqlens,
-                return_loss=return_loss,
-                return_state=return_state,
-            )
-            return result if return_loss else padding.result(result, return_state)
-        layout = read_layout("Transformer", ids, resets, cu_seqlens)
-        if return_loss and cu_seqlens is None and (ids.shape[1] < 2 or ids.shape[0] < 1):
+        ablated = {
+            "ablate_complex": self.ablate_complex if ablate_complex is None else ablate_complex,
+            "ablate_state_transition": (
+                self.ablate_state_transition if ablate_state_transition is None else ablate_state_transition
+            ),
+        }
+
+        def read(ids: Tensor, layout: Layout) -> Any:
+            return self._read(ids, state, layout, ablated, return_loss, return_state)
+
+        return over_steps("Transformer", ids, (resets, cu_seqlens, mask), read, return_state)
+
+    def _read(
+        self,
+        ids: Tensor,
+        state: TransformerState | None,
+        layout: Layout,
+        ablated: dict[str, bool],
+        return_loss: bool,
+        return_state: bool,
+    ) -> Any:
+        rows = layout.cu_seqlens is None
+        if return_loss and rows and (ids.shape[1] < 2 or ids.shape[0] < 1):
             raise ValueError(f"Transformer: a loss needs B ≥ 1 and T ≥ 2, not shape {tuple(ids.shape)}")
         # On other devices reading the ids would make every call wait; an index error there is the device's.
         if not torch.compiler.is_compiling() and ids.device.type == "cpu":
             self.check_vocabulary(ids.long())
         ids = ids.long()
         targets = self._targets(ids, layout) if return_loss else None
-        if targets is not None and cu_seqlens is None:
+        if targets is not None and rows:
             ids, targets = ids[:, :-1], targets[:, :-1]
-            layout = Layout(None if resets is None else resets[:, :-1])
-        flags: dict[str, Any] = {
-            "ablate_complex": self.ablate_complex if ablate_complex is None else ablate_complex,
-            "ablate_state_transition": (
-                self.ablate_state_transition if ablate_state_transition is None else ablate_state_transition
-            ),
-        }
+            layout = Layout(None if layout.resets is None else layout.resets[:, :-1])
         # A plain batch is given nothing, as other mixers may take nothing.
-        flags.update({name: mark for name, mark in layout.keywords().items() if mark is not None})
+        flags = {**ablated, **{name: mark for name, mark in layout.keywords().items() if mark is not None}}
         x = self.token_emb(ids)
         states = []
         for n, block in enumerate(self.layers):

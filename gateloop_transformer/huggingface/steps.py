@@ -65,7 +65,7 @@ def read_marks(model: str, x: Tensor, marks: Marks, cached: bool) -> Steps:
     if T == 1 if torch.compiler.is_compiling() else bool(own.all()):
         return Steps({}, seen)
     padding = Padding(model, x, own, None, None)
-    return Steps({"cu_seqlens": padding.cu_seqlens}, seen, padding)
+    return Steps({"cu_seqlens": padding.bounds}, seen, padding)
 
 
 def _begins(model: str, marks: Marks, B: int, T: int) -> Tensor | None:

@@ -14,13 +14,13 @@ from gateloop_transformer.arguments import check_fraction
 from gateloop_transformer.layers.earlier import Earlier
 from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import HeadRMSNorm
-from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.padding import over_steps
 from gateloop_transformer.layers.pickled import revive
 from gateloop_transformer.layers.state import AttentionState, check_state, start_of
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.gate_loop import gate_loop
 from gateloop_transformer.ops.gates import polar, scale_gradient
-from gateloop_transformer.ops.layout import Layout, read_layout
+from gateloop_transformer.ops.layout import Layout
 from gateloop_transformer.ops.packing import groups
 from gateloop_transformer.ops.pairs import Pair, compute_dtype, without_autocast
 
@@ -288,26 +288,19 @@ class CausalFullAttention(nn.Module):
             ablate_complex, state = bool(state), None
         check_input("CausalFullAttention", x, self.dim, self)
         flags = ablate_complex, ablate_state_transition
-        if mask is not None:
-            padding = Padding("CausalFullAttention", x, mask, resets, cu_seqlens)
-            # Not a call of the module: hooks are for the call that is under way.
-            result = cast(Any, CausalFullAttention.forward)(
-                self,
-                padding.pack(x),
-                state,
-                flags[1],
-                resets=padding.resets,
-                cu_seqlens=padding.cu_seqlens,
-                ablate_complex=flags[0],
-                return_state=return_state,
-            )
-            return cast(Tensor, padding.result(result, return_state))
-        layout = read_layout("CausalFullAttention", x, resets, cu_seqlens)
+
+        def mix(x: Tensor, layout: Layout) -> Any:
+            return self._mix(x, state, layout, flags, return_state)
+
+        result: Any = over_steps("CausalFullAttention", x, (resets, cu_seqlens, mask), mix, return_state)
+        return cast(Tensor, result)
+
+    def _mix(self, x: Tensor, state: AttentionState | None, layout: Layout, flags: _Flags, return_state: bool) -> Any:
         self._check_state(x, state, layout)
         if layout.cu_seqlens is not None:
             y, new = self._documents(x, state, layout, flags, return_state)
         else:
-            y, new = self._rows(x, state, resets, None, flags)
+            y, new = self._rows(x, state, layout.resets, None, flags)
             new = self._recent(new)
         y = self._output(x, y)
         return (y, new) if return_state else y

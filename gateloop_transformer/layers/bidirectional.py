@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from gateloop_transformer.layers.gate_looped import GateLoopedAttention, check_input
-from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.padding import over_steps
 from gateloop_transformer.layers.simple_gate_loop import SimpleGateLoopLayer
 from gateloop_transformer.ops.context_parallel import current
-from gateloop_transformer.ops.layout import read_layout
+from gateloop_transformer.ops.layout import Layout
 
 KINDS = (GateLoopedAttention, SimpleGateLoopLayer)
 MERGES = ("sum", "concat")
@@ -93,12 +93,9 @@ class Bidirectional(nn.Module):
             ValueError: x, resets, cu_seqlens or mask has another shape or kind.
         """
         check_input("Bidirectional", x, self.dim, self)
-        if mask is not None:
-            padding = Padding("Bidirectional", x, mask, resets, cu_seqlens)
-            # Packed first: the step before a reset is then the one that is there.
-            return padding.unpack(self._both(padding.pack(x), padding.resets, padding.cu_seqlens))
-        read_layout("Bidirectional", x, resets, cu_seqlens)
-        return self._both(x, resets, cu_seqlens)
+        # Without padding the step before a reset is the one that is there.
+        y: Tensor = over_steps("Bidirectional", x, (resets, cu_seqlens, mask), self._both, False)
+        return y
 
     def initial_state(self, batch: int, **options: Any) -> NoReturn:
         """There is none.
@@ -111,7 +108,8 @@ class Bidirectional(nn.Module):
             "alone has one"
         )
 
-    def _both(self, x: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _both(self, x: Tensor, layout: Layout) -> Tensor:
+        resets, cu_seqlens = layout
         # The last step of a sequence is where the backward layer begins anew. A mark that falls into the document
         # before stands at its end, where nothing is remembered yet.
         ends = None if resets is None else torch.cat([resets, _mark_after(resets)], 1)[:, 1:]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gateloop_transformer.arguments import check_fraction, check_rank, check_start
 from gateloop_transformer.layers.fusing import may_stand_for
 from gateloop_transformer.layers.norm import HeadRMSNorm
-from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.padding import over_steps
 from gateloop_transformer.layers.pickled import revive
 from gateloop_transformer.layers.short_conv import ShortConv
 from gateloop_transformer.layers.state import GateLoopState, check_state, start_of
@@ -260,21 +260,22 @@ class GateLoopedAttention(nn.Module):
         if isinstance(state, int):
             ablate_complex, state = bool(state), None
         check_input("GateLoopedAttention", x, self.dim, self)
-        if mask is not None:
-            padding = Padding("GateLoopedAttention", x, mask, resets, cu_seqlens)
-            # Not a call of the module: hooks are for the call that is under way.
-            result = cast(Any, GateLoopedAttention.forward)(
-                self,
-                padding.pack(x),
-                state,
-                ablate_state_transition,
-                resets=padding.resets,
-                cu_seqlens=padding.cu_seqlens,
-                ablate_complex=ablate_complex,
-                return_state=return_state,
-            )
-            return cast(Tensor, padding.result(result, return_state))
-        layout = read_layout("GateLoopedAttention", x, resets, cu_seqlens)
+
+        def mix(x: Tensor, layout: Layout) -> Any:
+            return self._mix(x, state, layout, ablate_complex, ablate_state_transition, return_state)
+
+        result: Any = over_steps("GateLoopedAttention", x, (resets, cu_seqlens, mask), mix, return_state)
+        return cast(Tensor, result)
+
+    def _mix(
+        self,
+        x: Tensor,
+        state: GateLoopState | None,
+        layout: Layout,
+        ablate_complex: bool,
+        ablate_state_transition: bool,
+        return_state: bool,
+    ) -> Any:
         past = self._past(x, state, layout)
         mixed = x
         if self.conv is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gateloop_transformer.layers.gate_looped import check_input
 from gateloop_transformer.layers.norm import RMSNorm
-from gateloop_transformer.layers.padding import Padding
+from gateloop_transformer.layers.padding import over_steps
 from gateloop_transformer.layers.pickled import revive
 from gateloop_transformer.layers.state import SimpleGateLoopState, check_state, start_of
 from gateloop_transformer.ops.backends.jax_xla import INSTALL_HINT, installed
@@ -19,7 +19,7 @@ from gateloop_transformer.ops.channel_loop import simple_gate_loop
 from gateloop_transformer.ops.context_parallel import refuse
 from gateloop_transformer.ops.dispatch import check_name
 from gateloop_transformer.ops.heinsen import heinsen_scan
-from gateloop_transformer.ops.layout import PLAIN, Layout, read_layout
+from gateloop_transformer.ops.layout import PLAIN, Layout
 from gateloop_transformer.ops.linear_scan import linear_scan
 from gateloop_transformer.ops.pairs import compute_dtype
 from gateloop_transformer.ops.recurrences import last_states
@@ -171,19 +171,21 @@ class SimpleGateLoopLayer(nn.Module):
         ]
         if marks and (cache is not None or return_cache):
             raise ValueError(f"SimpleGateLoopLayer: with {' and '.join(marks)} use state and return_state, not a cache")
-        if mask is not None:
-            padding = Padding("SimpleGateLoopLayer", x, mask, resets, cu_seqlens)
-            # Not a call of the module: hooks are for the call that is under way.
-            result = SimpleGateLoopLayer.forward(
-                self,
-                padding.pack(x),
-                state=state,
-                resets=padding.resets,
-                cu_seqlens=padding.cu_seqlens,
-                return_state=return_state,
-            )
-            return padding.result(result, return_state)
-        layout = read_layout("SimpleGateLoopLayer", x, resets, cu_seqlens)
+
+        def mix(x: Tensor, layout: Layout) -> Any:
+            return self._mix(x, cache, state, layout, return_cache, return_state)
+
+        return over_steps("SimpleGateLoopLayer", x, (resets, cu_seqlens, mask), mix, return_state)
+
+    def _mix(
+        self,
+        x: Tensor,
+        cache: Sequence[Tensor] | None,
+        state: SimpleGateLoopState | None,
+        layout: Layout,
+        return_cache: bool,
+        return_state: bool,
+    ) -> Any:
         initial = self._initial(x, cache, state, layout)
         qkva = self.to_qkva(self.norm(x))
         y, last = self._loop(qkva, initial, layout)
