@@ -1,4 +1,4 @@
-"""Batches with padding: their steps packed without it, and put back."""
+"""Batches with padding: packing their steps without it, and unpacking the results."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from gateloop_transformer.ops.layout import check_marks, read_layout
 
 
 class Padding:
-    """What is left of a batch (B, T, ...) when padded steps are taken out: one row, a document for each row.
+    """Takes the padded steps out of a batch (B, T, ...): each row becomes a document of one packed row.
 
     A padded step changes no state and its output is 0: it might as well not exist, wherever it stands.
 
     Args:
-        layer: named in errors.
+        layer: name of the layer, for errors.
         x: the batch (B, T, ...).
         mask: (B, T) booleans, False for padding.
-        resets: (B, T) booleans, as the layer takes them; those at padded steps count for nothing.
+        resets: (B, T) booleans, as the layer takes them; those at padded steps have no effect.
         cu_seqlens: must be None.
 
     Raises:
-        ValueError: mask or resets have another shape or kind, or cu_seqlens is given.
+        ValueError: mask or resets has the wrong shape or dtype, or cu_seqlens is given.
     """
 
     def __init__(self, layer: str, x: Tensor, mask: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -39,14 +39,14 @@ class Padding:
         self.resets = None if resets is None else self.pack(resets)
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, T, ...) → (1, steps, ...)."""
+        """Take the padded steps out: (B, T, ...) → (1, steps, ...)."""
         return x[self.mask].unsqueeze(0)
 
     def unpack(self, y: Tensor) -> Tensor:
-        """(1, steps, ...) → (B, T, ...), 0 at padded steps."""
+        """Put the steps back: (1, steps, ...) → (B, T, ...), with 0 at padded steps."""
         result = y.new_zeros(*self.mask.shape, *y.shape[2:])
         return result.masked_scatter(self.mask.reshape(*self.mask.shape, *[1] * (y.ndim - 2)), y)
 
     def result(self, result: Any, return_state: bool) -> Any:
-        """Of a layer that was given what is packed: y or (y, state), y unpacked."""
+        """Unpack y in the result of a layer that was given a packed batch: y or (y, state)."""
         return (self.unpack(result[0]), result[1]) if return_state else self.unpack(result)

@@ -147,10 +147,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:5], b"", b"no safetensors file at all"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        with pytest.raises(ValueError, match="damaged or not a safetensors file"):
             load_state(path)
     save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="holds no gate loop state"):
+    with pytest.raises(ValueError, match="does not hold a gate loop state"):
         load_state(path)
     with pytest.raises(FileNotFoundError, match="no state file"):
         load_state(tmp_path / "nowhere")
@@ -260,7 +260,9 @@ def test_a_models_initial_state_and_where_it_is() -> None:
 @pytest.mark.parametrize("batch", [-1, 2.0, True, None], ids=repr)
 def test_a_number_of_rows_that_is_none_is_refused(batch: Any) -> None:
     for layer in (GateLoopedAttention(8), Transformer(8, num_tokens=5, depth=1)):
-        with pytest.raises(ValueError, match=rf"{type(layer).__name__}: initial_state takes the number of rows"):
+        with pytest.raises(
+            ValueError, match=rf"{type(layer).__name__}: initial_state: batch must be an integer of 0 or more"
+        ):
             layer.initial_state(batch)
 
 

@@ -132,8 +132,8 @@ def test_wrong_states_and_files_are_refused(run: Path, tmp_path: Path, capsys: p
         (["generate", other, "--state", state], "the state of another model"),
         (["generate", run, "--state", state, "--dtype", "int8"], "read with --dtype float32, not int8"),
         (["generate", run, "--state", tmp_path / "absent"], "no state file"),
-        (["generate", run, "--state", text], "damaged or no safetensors file"),
-        (["generate", run, "--state", run / "model.safetensors"], "holds no gate loop state"),
+        (["generate", run, "--state", text], "damaged or not a safetensors file"),
+        (["generate", run, "--state", run / "model.safetensors"], "does not hold a gate loop state"),
         (["generate", run], "give a --prompt, a --state, or both"),
     ]
     for command, message in refused:
