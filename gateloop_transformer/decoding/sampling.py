@@ -56,7 +56,7 @@ class Sampling:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float() if self.greedy else self._chances(logits)
 
     def draw(self, probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw a token for each row (B,) from unnormalised probabilities (B, vocabulary); the likeliest where greedy."""
+        """Draw a token for each row (B,) from unnormalised probabilities (B, vocabulary); if greedy, the likeliest."""
         if self.greedy:
             return probabilities.argmax(-1)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

@@ -126,7 +126,7 @@ def test_wrong_states_and_files_are_refused(run: Path, tmp_path: Path, capsys: p
         (["read", run, tmp_path / "bad.gz", "--state", new], "cannot decompress"),
         (["read", run, tmp_path, "--state", new], "is a folder"),
         (["read", run, text, "--state", tmp_path], "is a folder, not a file"),
-        (["read", run, tmp_path / "absent", "--state", tmp_path / "nowhere" / "state"], "--state: no folder"),
+        (["read", run, tmp_path / "absent", "--state", tmp_path / "nowhere" / "state"], "--state: there is no folder"),
         (["read", run, text, "--state", new, "--after", tmp_path / "absent"], "no state file"),
         (["read", other, text, "--state", new, "--after", state], "the state of another model"),
         (["generate", other, "--state", state], "the state of another model"),

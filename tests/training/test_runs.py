@@ -803,7 +803,7 @@ def test_a_step_may_be_cut_anew_into_micro_batches(
         shutil.rmtree(out / "checkpoints" / f"step-00000000{step}")
     capsys.readouterr()
     assert main(["train", "--out", str(out), "--resume", "--batch", "2"]) == 2
-    assert "a step of this run has 4 windows: --batch times --accumulate must be that" in error_of(capsys)
+    assert "a step of this run has 4 windows: --batch times --accumulate must give 4" in error_of(capsys)
     shutil.copytree(whole / "checkpoints" / "step-000000008", out / "checkpoints" / "step-000000008")
     assert main(["train", "--out", str(out), "--resume", "--batch", "1", "--accumulate", "4"]) == 0
     expected, found = load_file(whole / "model.safetensors"), load_file(out / "model.safetensors")
@@ -859,7 +859,7 @@ def test_an_empty_folder_name_is_not_the_current_folder(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as exit:
         main(command)
     assert exit.value.code == 2
-    assert "expected a folder, not an empty text" in error_of(capsys)
+    assert "expected a folder, not an empty string" in error_of(capsys)
 
 
 def test_evaluation_carries_state_whatever_the_block() -> None:
