@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse as argparse does, but refuse unknown arguments; show help where nothing is given but a command is needed."""
+        """Parse as argparse does, but refuse unknown arguments; without the command that is needed, show help."""
         self._complete()
         self._given = list(sys.argv[1:] if args is None else args)
         if not self._given and any(action.required for action in self._commands()):

@@ -1,4 +1,4 @@
-"""A folder for what can be made again: each entry is there whole or not at all, however many processes make it."""
+"""A cache of folders: each entry exists whole or not at all, however many processes build it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DAY = 24 * 3600
 
 
 def cache_folder() -> Path:
-    """$GATELOOP_CACHE, else $XDG_CACHE_HOME/gateloop, else ~/.cache/gateloop.
+    """The cache's folder: $GATELOOP_CACHE, else $XDG_CACHE_HOME/gateloop, else ~/.cache/gateloop.
 
     Raises:
-        ValueError: none of these is known.
+        ValueError: neither variable is set, and there is no home folder.
     """
     own, general = os.environ.get("GATELOOP_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 
 def make_cache_folder(folder: Path) -> None:
-    """The folder is there.
+    """Make a folder of the cache, where it does not exist yet.
 
     Raises:
         ValueError: it cannot be made.
@@ -49,19 +49,19 @@ def make_cache_folder(folder: Path) -> None:
 
 
 def build_once(target: Path, build: Callable[[Path], None], whole: Callable[[Path], bool]) -> None:
-    """Have a whole folder `target`: as it is, or built aside and renamed, so that a kill leaves nothing half done.
+    """Make sure that the folder `target` is whole: keep it, or build it aside and rename it, so that a kill is safe.
 
-    Processes that want the same one wait for the first; where files cannot be locked each builds its own, and one is
-    kept. What killed builds have left is deleted.
+    Processes that want the same folder wait for the first one; where files cannot be locked each builds its own, and
+    one is kept. What killed builds have left is deleted.
 
     Args:
-        target: a folder in a folder of such entries.
+        target: the entry's folder, within the folder of all entries.
         build: fills an empty folder.
-        whole: whether a folder is there and whole.
+        whole: tells whether a folder exists and is whole.
 
     Raises:
         ValueError: the folder around it cannot be made.
-        OSError: it cannot be written.
+        OSError: the entry cannot be written.
     """
     if whole(target):
         return
@@ -78,7 +78,7 @@ def build_once(target: Path, build: Callable[[Path], None], whole: Callable[[Pat
 
 @contextlib.contextmanager
 def aside(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, gone at the end if it is still there."""
+    """Make a new folder next to `target`; it is deleted at the end unless it was renamed."""
     folder = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
     folder.mkdir()
     try:
@@ -89,7 +89,7 @@ def aside(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def spool(folder: Path) -> Iterator[Path]:
-    """A new folder in `folder`, gone at the end; if this process is killed, the next build there deletes it."""
+    """Make a new folder in `folder`, deleted at the end; if this process is killed, the next build there deletes it."""
     make_cache_folder(folder)
     target = folder / f"spool-{secrets.token_hex(8)}"
     try:
@@ -113,15 +113,15 @@ def _publish(folder: Path, target: Path, whole: Callable[[Path], bool]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """All files and the folder are on disk."""
+    """Flush all files of a folder, and the folder itself, to disk."""
     for path in [*folder.iterdir(), folder]:
         sync(path)
 
 
 def _clean(target: Path, locked: bool) -> None:
-    """Delete what killed builds have left: of `target`, if this process has locked it, and of what nobody locks.
+    """Delete what killed builds have left: those of `target`, if this process has locked it, and those not locked.
 
-    Where files cannot be locked, a build a day old is taken for a killed one.
+    Where files cannot be locked, a build that is a day old is taken for a killed one.
     """
     for partial in target.parent.glob(f"*{_PARTIAL}"):
         name = partial.name.split(".")[0]
@@ -133,7 +133,7 @@ def _clean(target: Path, locked: bool) -> None:
 
 @contextlib.contextmanager
 def _alone(target: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process alone makes `target` meanwhile; the system lets go when it ends, however it does."""
+    """Lock `target` and yield whether that worked; the system releases the lock when the process ends, even killed."""
     if sys.platform == "win32":
         yield False
         return

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writing files whole or not at all, and making and deleting folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those around it, where they are not there yet.
+    """Make a folder and its parents, where they do not exist yet.
 
     Raises:
         ValueError: it cannot be made.
@@ -17,13 +17,13 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        # The system says of any of the folders around it that it is missing, a file, or closed.
+        # The system's reason may be about any parent: missing, a file, or not writable.
         raise ValueError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
 
 
 def sync(path: Path) -> None:
-    """A file or a folder is on disk, not only in the system's memory."""
-    # Windows keeps folders itself, and wants files opened for writing.
+    """Flush a file or a folder to disk."""
+    # Windows flushes folders itself, and needs files opened for writing.
     if path.is_dir() and sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -34,7 +34,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all that is in it; it need not be there. Of a link, what it leads to is kept."""
+    """Delete a file, a link, or a folder with its content, if it exists; the target of a link is kept."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -42,7 +42,7 @@ def remove(path: Path) -> None:
 
 
 def check_removable(path: Path) -> None:
-    """`remove` will not end half way for want of a permission.
+    """Check that `remove` will not stop half way for lack of a permission.
 
     Raises:
         ValueError: it would.
@@ -61,7 +61,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file by `content`, whole or not at all.
 
     Raises:
-        OSError: it cannot be written; what was there still is.
+        OSError: it cannot be written; the earlier file stays as it was.
     """
     aside = path.with_name(path.name + ".partial")
     try:

@@ -134,7 +134,7 @@ def test_a_file_that_shortens_or_fills_up_texts_does_neither(tokenizer: BPEToken
         ({"pre_tokenizer": None}, "it is not byte-level"),
         ({"added_tokens": []}, "it has no special token <|endoftext|>"),
         ("prefix space", "it puts a space before texts"),
-        ("removed", "takes parts of texts out"),
+        ("removed", "removes parts of texts"),
         ("word piece", "its model is WordPiece, not BPE"),
         ("dropout", "its dropout draws tokens"),
         ("no byte", "no token stands for the byte 33"),
