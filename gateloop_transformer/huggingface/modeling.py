@@ -57,18 +57,18 @@ class GateLoopPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, from safetensors alone.
+        """Load a model as transformers does, but only from safetensors.
 
         Raises:
-            ValueError: use_safetensors is False: files of another kind are pickles, which could hold anything.
+            ValueError: use_safetensors is False: files of another kind are pickles, which can run any code.
         """
         if kwargs.setdefault("use_safetensors", True) is False:
-            raise ValueError(f"{cls.__name__}: weights are read from safetensors alone, use_safetensors must be True")
+            raise ValueError(f"{cls.__name__}: weights are read only from safetensors: use_safetensors must be True")
         kwargs["use_safetensors"] = True
         return super().from_pretrained(*args, **kwargs)
 
     def finish(self) -> None:
-        """At the end of a constructor: what it has made needs no further start."""
+        """End a constructor: the weights that it has made need no further initialisation."""
         for parameter in self.parameters():
             if parameter.device.type != "meta":
                 parameter._is_hf_initialized = True
@@ -102,7 +102,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """The mask as it is: every layer takes it so."""
+        """Return the mask as it is, which is how every layer takes it."""
         return attention_mask
 
     def get_input_embeddings(self) -> Any:
@@ -142,7 +142,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the last norm, of all steps.
+        """Compute the hidden states of all steps after the last norm.
 
         Args:
             input_ids: (B, T) tokens; or
