@@ -173,7 +173,7 @@ def test_other_tokenizers_are_refused_with_a_reason(tokenizer: BPETokenizer, cha
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     for content in (b"{}", b"no json", b"[1]", b"\xff"):
-        with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
+        with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
             BPETokenizer(content, "'it'")
     with pytest.raises(ValueError, match="cannot read the tokenizer"):
         load_tokenizer_file(tmp_path / "absent")
