@@ -130,7 +130,7 @@ def chunk_length(K: int, V: int, per_channel: bool) -> int:
 
 
 def _cut(x: Array, C: int, slots: Array | None, length: int, fill: float) -> Array:
-    """Cut into chunks, padded to `length`: (B, T, H, n) → (chunks, B, H, C, n); with `slots`, step t goes to slots[t]."""
+    """Cut into chunks, padded: (B, T, H, n) → (chunks, B, H, C, n); step t goes to slots[t], if given."""
     B, T, H, n = x.shape
     if slots is None:
         x = jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0)), constant_values=fill)

@@ -75,7 +75,7 @@ class View(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, past: int, before: Tensor | None, resets: Tensor | None, window: int | None) -> View:
-        """That of x (B, T, dim) after `before` (B,) steps, of which the last `past` have keys."""
+        """The view of x (B, T, dim) after `before` (B,) steps, of which the last `past` have keys."""
         B, T = x.shape[:2]
         steps = torch.arange(T, device=x.device)
         if before is None:

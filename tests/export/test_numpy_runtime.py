@@ -144,7 +144,7 @@ def _change(folder: Path, **changes: Any) -> None:
         (lambda folder: _change(folder, format=FORMAT + 1), "is of another format"),
         (lambda folder: _change(folder, format=FORMAT - 1), "is of another format"),
         (lambda folder: _change(folder, model={"later": 1}), "fields that this file does not know: later"),
-        (lambda folder: _change(folder, model={"data_dependent_rel_pos": "gate_loop"}), "is not computed here"),
+        (lambda folder: _change(folder, model={"data_dependent_rel_pos": "gate_loop"}), "is not implemented here"),
         (lambda folder: _change(folder, model={"layer_pattern": "gate other"}), "'other'"),
         (lambda folder: _change(folder, model={"gate": "ring"}), "ring_logit"),
         (lambda folder: _change(folder, model={"gate_loop_heads": 5}), "reshape"),
