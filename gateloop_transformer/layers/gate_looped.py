@@ -56,8 +56,8 @@ def _gate_projection(dim: int, rank: int | None, out: int, bias: bool) -> nn.Seq
 class GateLoopedAttention(nn.Module):
     """A gate loop layer: y = out(SiLU(gates(x)) · norm(Re(q S))) with S[t] = a(x[t]) S[t-1] + k ⊗ v, per head.
 
-    """Make the gate projection; with a `rank`, its inner numbers keep about the mean square of the inputs."""
-    pieces of any length through `state`.
+    The defaults are the original's, initial weights and results included. Memory is linear in T; a sequence may be
+    fed in pieces of any length through `state`.
 
     Args:
         dim: width of input and output.
