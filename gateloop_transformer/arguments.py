@@ -1,25 +1,25 @@
-"""What arguments of layers and models must be on either side, torch or JAX. Imports neither."""
+"""Checks of arguments that layers and models share in torch and JAX; imports neither."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral
 
-# What `quantize` makes of the weights of Linear layers.
+# The dtypes that `quantize` can give the weights of Linear layers.
 WEIGHT_KINDS = ("float32", "bfloat16", "int8")
 
 
 def check_release(what: str, package: str, installed: str, least: str) -> None:
-    """What the lowest supported release of a package cannot do yet is refused there by name.
+    """Refuse what an installed release of a package is too old for.
 
     Args:
-        what: is asked for.
-        package: that must be able to do it.
-        installed: its version, such as "2.6.0+cpu".
-        least: "major.minor" of the first release that is.
+        what: the feature that was asked for, for the error.
+        package: name of the package.
+        installed: its installed version, such as "2.6.0+cpu".
+        least: "major.minor" of the first release that has the feature.
 
     Raises:
-        ValueError: the installed one is older.
+        ValueError: the installed release is older.
     """
     found, wanted = ([int(part) for part in version.split(".")[:2]] for version in (installed, least))
     if found < wanted:
@@ -27,7 +27,7 @@ def check_release(what: str, package: str, installed: str, least: str) -> None:
 
 
 def check_fraction(layer: str, name: str, fraction: float) -> None:
-    """A factor on a gradient is a finite number.
+    """Check that a factor on a gradient is a finite number.
 
     Raises:
         ValueError: it is not.
@@ -37,7 +37,7 @@ def check_fraction(layer: str, name: str, fraction: float) -> None:
 
 
 def check_start(layer: str, gate: str, spread_start: bool | None, fixed_gates: bool) -> None:
-    """A start or an independence of the data that is asked for is one that this kind of gate can have.
+    """Check that this kind of gate can have a spread start, or be independent of the data, where that is asked for.
 
     Raises:
         ValueError: it cannot.
@@ -51,7 +51,7 @@ def check_start(layer: str, gate: str, spread_start: bool | None, fixed_gates: b
 
 
 def check_sizes(layer: str, **sizes: int | None) -> None:
-    """Sizes are whole numbers of at least 1, or None.
+    """Check that sizes are whole numbers of at least 1, or None.
 
     Raises:
         ValueError: one is not.
@@ -66,14 +66,14 @@ def check_sizes(layer: str, **sizes: int | None) -> None:
 
 
 def check_rank(layer: str, gate_rank: int | None, fixed_gates: bool) -> None:
-    """A rank of the gates' projection is a size, and there is such a projection.
+    """Check that the rank of the gate projection is a size, and that the gates have such a projection.
 
     Raises:
-        ValueError: it is not, or there is none.
+        ValueError: it is not a size, or the gates do not depend on the data.
     """
     check_sizes(layer, gate_rank=gate_rank)
     if gate_rank is not None and fixed_gates:
-        raise ValueError(f"{layer}: fixed_gates depend on no data, so that a gate_rank ({gate_rank}) has no meaning")
+        raise ValueError(f"{layer}: fixed_gates do not depend on the data, so a gate_rank ({gate_rank}) has no meaning")
 
 
 def parse_pattern(pattern: str, depth: int) -> list[str]:

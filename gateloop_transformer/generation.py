@@ -1,4 +1,4 @@
-"""Decoding with carried state: the prompt in parallel blocks, then one step per token, in constant memory."""
+"""Decoding with carried state in constant memory: the prompt in parallel blocks, then one step per token."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _check_prompt(ids: Tensor, max_new_tokens: int) -> None:
 
 
 def _check_mask(model: Decoder, ids: Tensor, mask: Tensor | None) -> None:
-    """A mask fits, and every id that it leaves is in the vocabulary."""
+    """Check that a mask fits, and that every id that it leaves is in the vocabulary."""
     if mask is None:
         model.check_vocabulary(ids.long())
         return
@@ -77,7 +77,7 @@ def _check_mask(model: Decoder, ids: Tensor, mask: Tensor | None) -> None:
 
 
 def _together(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts (T_b,) as one batch, filled up behind their ends, and its mask."""
+    """Pad prompts (T_b,) at their ends to one batch; returns it and its mask."""
     wrong = [n for n, ids in enumerate(prompts) if not isinstance(ids, Tensor) or ids.ndim != 1 or not len(ids)]
     if wrong or not prompts:
         what = f"number {wrong[0]} is not" if wrong else "there is none"
@@ -91,8 +91,8 @@ def _together(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _advance(
     model: Decoder, ids: Tensor, state: TransformerState | None, mask: Tensor | None = None
 ) -> tuple[Tensor, TransformerState]:
-    """Logits after the last of each row of `ids` (B, vocabulary), and the state there. In evaluation mode."""
-    # Here too: a stream may be read elsewhere than it was asked for.
+    """Read `ids` in evaluation mode: logits after the last token of each row (B, vocabulary), and the state there."""
+    # Checked here as well, because a stream may be read outside the block in which it was made, or inside another.
     refuse("generation", _SUSPEND)
     last: Tensor | None = None
     with evaluating(model):
@@ -133,7 +133,7 @@ def stream(
     draft_tokens: int = 4,
     draft_report: DraftReport | None = None,
 ) -> Iterator[Tensor]:
-    """Yield new tokens (B,) one step at a time; arguments, errors and the end as in `generate`, without beams."""
+    """Yield new tokens (B,) one step at a time; arguments, errors and the end as for `generate`, but no beams."""
     if num_beams != 1:
         raise ValueError("beam search knows its first token only at the end: use generate, or stream with num_beams=1")
     ids, mask = _batch(ids, mask)
@@ -152,12 +152,12 @@ def stream(
 
 
 def _batch(ids: Tensor | Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one tensor, with a mask where they are of different lengths."""
+    """Put prompts into one tensor, with a mask where they came as a list."""
     refuse("generation", _SUSPEND)
     if not isinstance(ids, (list, tuple)):
         return ids, mask  # type: ignore[return-value]
     if mask is not None:
-        raise ValueError("prompts in a list have no mask: they have their own lengths")
+        raise ValueError("prompts in a list take no mask: each has its own length")
     return _together(ids)
 
 
@@ -168,7 +168,7 @@ class _Drafting(NamedTuple):
 
 
 def _result_dtype(model: Decoder, ids: Tensor) -> torch.dtype:
-    """That of ids; an integer type too small for the vocabulary cannot hold what is generated."""
+    """The dtype of ids, or int64 where that is too small to hold every token of the vocabulary."""
     return ids.dtype if torch.iinfo(ids.dtype).max >= model.num_tokens - 1 else torch.long
 
 
@@ -213,7 +213,7 @@ def _stream(
 
 
 def _tokens_in(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
-    """Which tokens are in each row (B, vocabulary)."""
+    """Mark the tokens that each row contains (B, vocabulary)."""
     present = torch.ones_like(ids, dtype=torch.long) if mask is None else mask.long()
     counts = torch.zeros(ids.shape[0], vocabulary, dtype=torch.long, device=ids.device)
     return counts.scatter_add_(1, ids if mask is None else ids.masked_fill(~mask, 0), present) > 0
@@ -243,50 +243,54 @@ def generate(
 ) -> Any:
     """Continue each row of `ids`: the prompt in parallel, then one step per token with carried state.
 
-    The model is put in evaluation mode meanwhile; no gradient is recorded.
+    Meanwhile the model is in evaluation mode, and no gradient is recorded.
 
-    With `num_beams` above 1 the continuation is the best that beam search finds instead of a drawn one. A hypothesis
-    is a continuation, its log-probability the sum of those of its tokens, its score that sum divided by (number of
-    tokens) ** length_penalty. At each step every open hypothesis is continued by every token, and of all these the
-    `num_beams` of largest log-probability stay, less one for each hypothesis that has ended before. A hypothesis ends
-    with a stop sequence. The result is the best score among those that ended and those open after max_new_tokens.
+    With `num_beams` above 1 the continuation is the best that beam search finds, instead of a drawn one. A hypothesis
+    is a continuation; its log-probability is the sum of those of its tokens, and its score is that sum divided by
+    (number of tokens) ** length_penalty. At each step every open hypothesis is continued by every token, and of all
+    these the `num_beams` of largest log-probability stay, less one for each hypothesis that has ended before. A
+    hypothesis ends with a stop sequence. The result is the one of best score among those that ended and those open
+    after max_new_tokens.
 
-    With a `draft` the tokens are distributed as without one, but several come from each block that the model reads:
-    the draft proposes `draft_tokens` tokens, and each is kept with the probability that makes up for the difference
-    of the two models. It is faster where the draft is much faster than the model and often of its opinion. The same
-    seed gives other tokens than without a draft; temperature 0 gives the same, but for ties within rounding.
+    With a `draft` the tokens have the same distribution as without one, but each block that the model reads yields
+    several: the draft proposes `draft_tokens` tokens, and each is kept with the probability that makes up for the
+    difference between the two models. This is faster where the draft is much faster than the model and often agrees
+    with it. The same seed gives other tokens than without a draft; temperature 0 gives the same, except for ties
+    within rounding.
 
     Args:
         model: a `Transformer`, or what behaves like one.
         ids: prompts (B, T), integers, B ≥ 1 and T ≥ 1; or a list of prompts of any lengths (T_b,).
-        mask: (B, T) booleans, False for padding, on whatever side; None: all rows are of one length.
-        max_new_tokens: at most this many steps; 0 returns the prompt.
-        temperature: 0 takes the likeliest token at each step; None: 1, or 0 with beams.
+        mask: (B, T) booleans, False for padding, on whatever side; None: no row has padding.
+        max_new_tokens: most steps to take; 0 returns the prompt.
+        temperature: divisor of the logits; 0 takes the likeliest token at each step; None: 1, or 0 with beams.
         top_k: draw from the k likeliest tokens.
         top_p: draw from the likeliest tokens whose probabilities sum to at least p.
         min_p: draw from tokens at least min_p times as likely as the likeliest.
         repetition_penalty: above 1 makes tokens already in the row (prompt included) less likely.
         stop: a token id, or a list of ids and of sequences of ids; a row ends with the first of them that appears in
-            its new tokens (included in the result), and generation ends when all rows have.
+            its new tokens (included in the result), and generation ends when all rows have ended.
         pad: the id that fills rows which ended before others.
         generator: source of randomness, on the device of ids.
-        seed: of a generator made for this call; not together with `generator`. With neither, torch's default.
-        state: continue from here instead of from the start; `ids` then follow what it has read. A draft reads `ids`
-            alone.
+        seed: seed of a generator made for this call; not together with `generator`. With neither, torch's default
+            generator draws.
+        state: continue from here instead of from the start; `ids` then follow what it has read. A draft reads only
+            `ids`.
         num_beams: hypotheses that beam search follows; 1: no search.
-        length_penalty: of beam search, in [-10, 10]; 0 compares log-probabilities, 1 their means over tokens.
+        length_penalty: exponent of the length in beam search, in [-10, 10]; 0 compares log-probabilities, 1 their
+            means over tokens.
         draft: a smaller model of the same vocabulary, on the same device.
         draft_tokens: how many tokens it proposes at a time.
         draft_report: a `DraftReport` that counts what was proposed and what was accepted.
 
     Returns:
-        Prompt and new ids (B, T + steps); of a list, a list of (T_b + its steps,), without what fills up ended rows.
+        Prompt and new ids (B, T + steps); for a list, a list of (T_b + its steps,), without padding after the end.
 
     Raises:
-        ValueError: an empty prompt or batch, ids outside the vocabulary, an option without a meaning, options that
-            contradict each other, or a draft of another vocabulary.
-        RuntimeError: a logit of the model is NaN or inf, or a row has nothing but -inf; a token whose logit is -inf is
-            excluded.
+        ValueError: a prompt or the batch is empty, ids are outside the vocabulary, an option is out of range, options
+            contradict each other, or the draft has another vocabulary.
+        RuntimeError: a logit of the model is NaN or inf, or all logits of a row are -inf; a token whose logit is -inf
+            is excluded.
 
     Source: beams: see `gateloop_transformer.decoding.beam`; drafts: Leviathan et al. (2023), Chen et al. (2023), see
     `gateloop_transformer.decoding.speculative`.
@@ -328,7 +332,7 @@ def generate(
 def _joined(
     model: Decoder, batch: Tensor, prompts: Sequence[Tensor] | None, new: Tensor, stop: Stop, pad: int
 ) -> Tensor | list[Tensor]:
-    """Prompts and what follows them; in a list, up to where each ended."""
+    """Join prompts and what follows them; in a list, up to where each ended."""
     if prompts is None:
         return torch.cat([batch, new], 1)
     stops = _stop_sequences(stop, pad, model.num_tokens)
@@ -336,7 +340,7 @@ def _joined(
 
 
 def _end(tokens: list[int], stops: list[list[int]]) -> int:
-    """How many tokens there are up to the first stop sequence, itself included."""
+    """Count the tokens up to the end of the first stop sequence."""
     ends = [n + 1 for n in range(len(tokens)) for stop in stops if tokens[max(0, n + 1 - len(stop)) : n + 1] == stop]
     return min(ends, default=len(tokens))
 
@@ -353,7 +357,7 @@ def _search(
     num_beams: int,
     length_penalty: float,
 ) -> Tensor:
-    """The best continuation that beam search finds (B, steps)."""
+    """Find the best continuations by beam search (B, steps)."""
     _check_prompt(ids, max_new_tokens)
     _check_mask(model, ids, mask)
     stops = _stop_sequences(stop, pad, model.num_tokens)

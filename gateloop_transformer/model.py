@@ -25,7 +25,7 @@ from gateloop_transformer.ops.layout import Layout
 class Transformer(nn.Module):
     """A language model of gate loop layers, attention layers or a pattern of both.
 
-    The defaults are the original's, weights and numbers included; what the original lacks has to be asked for.
+    The defaults are the original's, initial weights and results included; what the original lacks has to be asked for.
 
     Args:
         dim: width.
@@ -33,15 +33,15 @@ class Transformer(nn.Module):
         depth: number of blocks, each a time mixer and a feed-forward.
         dim_head: size of an attention head.
         heads: number of attention heads.
-        ff_mult: inner width of the feed-forward as a multiple of dim; 0: blocks have none.
+        ff_mult: inner width of the feed-forward as a multiple of dim; 0: blocks have no feed-forward.
         checkpoint_gate_looped_attn: accepted for compatibility; memory is linear either way.
-        use_gate_looped_attn: gate loop layers; False: attention layers.
+        use_gate_looped_attn: mix time by gate loop layers; False: by attention layers.
         gate_loop_heads: heads of the gate loop layers; None: as many as their inner width.
         attn_add_swish_gating: SiLU gate on the output of every time mixer.
         dim_gate_looped_attn: inner width of the gate loop layers; None: dim.
-        attn_softmax_normalize: softmax in attention; None: unless data_dependent_rel_pos.
-        data_dependent_rel_pos: of the attention layers: False, True (as released) or "gate_loop" (over time).
-        frac_gradient_state_transition: gradient into the gate projections is scaled by this.
+        attn_softmax_normalize: softmax in attention; None: softmax unless data_dependent_rel_pos is set.
+        data_dependent_rel_pos: relative positions in attention: False, True (as released) or "gate_loop" (over time).
+        frac_gradient_state_transition: factor on the gradient into the gate projections.
         ablate_complex: gates are real, unless a call says otherwise.
         ablate_state_transition: gates are 1, unless a call says otherwise.
         rotary_emb: rotary position embedding in attention.
@@ -49,24 +49,25 @@ class Transformer(nn.Module):
         sub_ln: LayerNorm on the merged heads of gate loop layers.
         layer_pattern: mixers in turn, repeated up to depth, for example "gate gate attention"; None: all alike, as
             use_gate_looped_attn says.
-        gate: of the gate loop layers: "polar" (the original's), "paper" or "ring".
+        gate: kind of gate in gate loop layers: "polar" (the original's), "paper" or "ring".
         head_norm: RMS norm on each gate loop head's output.
         qk_norm: RMS norm on queries and keys of every mixer.
         conv_size: taps of the causal convolution in gate loop layers; 0 for none.
-        conv_silu: SiLU after that convolution, which then starts at random.
-        qkv_bias: biases of q, k and v in gate loop layers, which start at 1 for q and k.
-        max_memory: steps; the longest memory that gates with a spread start begin with.
-        min_memory: steps; the shortest.
-        phase_spread: radians; how far the data turns the phases of gates with a spread start at first.
-        spread_start: gates begin with memories spread up to max_memory; None: "ring" gates do.
-        gate_rank: the gates of gate loop layers depend on this many numbers of each input; None: on all of it.
+        conv_silu: SiLU after that convolution, whose weights then start at random.
+        qkv_bias: biases of q, k and v in gate loop layers; those of q and k start at 1.
+        max_memory: the longest memory that gates with a spread start begin with, in steps.
+        min_memory: the shortest memory that they begin with, in steps.
+        phase_spread: how far the data first turns the phases of gates with a spread start, in radians.
+        spread_start: gates begin with memories spread up to max_memory; None: only "ring" gates do.
+        gate_rank: rank of the gate projection in gate loop layers: how many numbers, computed from each input, the
+            gates depend on; None: full rank.
         fixed_gates: "ring" gates are learned but do not depend on the data, as in an LRU.
-        attn_window: steps that attention layers see at most, so that decoding needs constant memory; None: all.
-        dropout: probability of zeroing what a block adds, in training.
-        backend: of all operators: "auto", or a backend's name.
+        attn_window: most steps that attention layers see, so that decoding needs constant memory; None: all steps.
+        dropout: probability of zeroing an element of what a layer adds, in training.
+        backend: backend of all operators: "auto", or a backend's name.
 
     Raises:
-        ValueError: a number is out of its range, heads do not divide, or an option is unknown.
+        ValueError: a number is out of range, a width is not divisible by its heads, or an option is unknown.
     """
 
     def __init__(
@@ -207,26 +208,26 @@ class Transformer(nn.Module):
 
         Args:
             ids: (B, T) integers in [0, num_tokens); B and T may be 0.
-            state: where an earlier call with return_state ended; None: the start. A bool in this place is the
-                original's second argument, return_loss.
+            state: the state that an earlier call returned; None: the start. A bool in this place is the original's
+                second argument, return_loss.
             ablate_complex: gates are real; None: as constructed.
             ablate_state_transition: gates are 1; None: as constructed.
-            resets: (B, T) booleans: such a token begins a document; None: never.
+            resets: (B, T) booleans, True where a token begins a document; None: each row is one document.
             cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
                 being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
             mask: (B, T) booleans, False for padding, on whatever side: such steps change no state and give 0.
             return_loss: return the mean cross entropy (nats) of predicting ids[:, 1:] from ids[:, :-1]; T ≥ 2. A
-                returned state has then read ids[:, :-1]; with cu_seqlens or a mask all ids. No document is asked for
-                the first token of the next. Inside of `ops.context_parallel` every rank is given its part and the
-                first token of the next part, and returns the mean over its own targets: the loss of the whole is the
-                mean of these, weighted by how many targets each rank has.
+                returned state has then read ids[:, :-1], or all ids with cu_seqlens or a mask. A document's last token
+                does not predict the first token of the next. Inside of `ops.context_parallel` every rank is given its
+                part and the first token of the next part, and returns the mean over its own targets: the loss of the
+                whole is the mean of these, weighted by how many targets each rank has.
             return_state: return (logits or loss, state).
 
         Returns:
             Logits (B, T, num_tokens), or the loss, a scalar; with return_state a tuple of that and the state.
 
         Raises:
-            ValueError: ids have another shape or dtype or are outside the vocabulary, or the state does not fit.
+            ValueError: ids have the wrong shape or dtype or are outside the vocabulary, or the state does not fit.
         """
         if isinstance(state, int):
             return_loss, state = bool(state), None
@@ -255,7 +256,7 @@ class Transformer(nn.Module):
         rows = layout.cu_seqlens is None
         if return_loss and rows and (ids.shape[1] < 2 or ids.shape[0] < 1):
             raise ValueError(f"Transformer: a loss needs B ≥ 1 and T ≥ 2, not shape {tuple(ids.shape)}")
-        # On other devices reading the ids would make every call wait; an index error there is the device's.
+        # On other devices, reading the ids would make every call wait; there the embedding itself reports a bad id.
         if not torch.compiler.is_compiling() and ids.device.type == "cpu":
             self.check_vocabulary(ids.long())
         ids = ids.long()
@@ -263,7 +264,7 @@ class Transformer(nn.Module):
         if targets is not None and rows:
             ids, targets = ids[:, :-1], targets[:, :-1]
             layout = Layout(None if layout.resets is None else layout.resets[:, :-1])
-        # A plain batch is given nothing, as other mixers may take nothing.
+        # A plain batch passes no marks: a mixer put in by a user may not take them.
         flags = {**ablated, **{name: mark for name, mark in layout.keywords().items() if mark is not None}}
         x = self.token_emb(ids)
         states = []
@@ -282,7 +283,7 @@ class Transformer(nn.Module):
         return (result, TransformerState(tuple(states))) if return_state else result
 
     def _targets(self, ids: Tensor, layout: Layout) -> Tensor:
-        """The token after each (B, T); -100 where there is none, for cross_entropy to pass over."""
+        """The token after each token (B, T); -100, which cross_entropy ignores, where there is none."""
         targets = F.pad(ids[:, 1:], (0, 1), value=-100)
         if layout.resets is not None:
             targets = targets.masked_fill(F.pad(layout.resets[:, 1:], (0, 1)), -100)
@@ -302,10 +303,10 @@ class Transformer(nn.Module):
         if state is not None and not isinstance(state, TransformerState):
             raise ValueError(f"Transformer: state must be a TransformerState, not {type(state).__name__}")
         if state is not None and len(state.layers) != len(self.layers):
-            raise ValueError(f"Transformer: state has {len(state.layers)} layers, the model {len(self.layers)}")
+            raise ValueError(f"Transformer: state has {len(state.layers)} layers, but the model has {len(self.layers)}")
 
     def check_vocabulary(self, ids: Tensor) -> None:
-        """Every id is in [0, num_tokens), or in the embedding that took the place of the model's own.
+        """Check that every id is in [0, num_tokens), or in the embedding that took the place of the model's own.
 
         Raises:
             ValueError: one is not.
@@ -317,15 +318,15 @@ class Transformer(nn.Module):
     def initial_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> TransformerState:
-        """The state before the first token: a call that is given it computes what a call without a state does.
+        """The state before the first token: a call with it computes the same as a call without a state.
 
         Args:
             batch: B, or the number of documents.
-            device: None: that of the weights.
-            dtype: that the layers compute in; None: that of the embedding.
+            device: device of the state; None: that of the weights.
+            dtype: dtype that the layers compute in; None: that of the embedding.
 
         Raises:
-            ValueError: batch is no integer, or negative.
+            ValueError: batch is not an integer, or is negative.
         """
         device, dtype = start_of(self, batch, device, dtype)
         mixers = [cast(Any, block)[0].fn for block in self.layers]
@@ -338,9 +339,9 @@ class Transformer(nn.Module):
             self.num_tokens = self.token_emb.num_embeddings
 
     def generate(self, ids: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any) -> Any:
-        """Prompt and continuation (B, T + new), or a list of them: see `gateloop_transformer.generation.generate`."""
+        """Continue prompts: (B, T + new), or a list of them; see `gateloop_transformer.generation.generate`."""
         return generate(self, ids, max_new_tokens, **options)
 
     def stream(self, ids: Tensor | Sequence[Tensor], max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
-        """New tokens (B,) one step at a time: see `gateloop_transformer.generation.stream`."""
+        """Yield new tokens (B,) one step at a time; see `gateloop_transformer.generation.stream`."""
         return stream(self, ids, max_new_tokens, **options)

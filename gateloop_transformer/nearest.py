@@ -1,4 +1,4 @@
-"""The word that a mistyped one was probably to be."""
+"""Finds the word that a mistyped one was probably meant to be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The one of the words that it was probably to be; hyphens before a flag do not count.
+    """The one of `words` that `word` was probably meant to be; hyphens before a flag do not count.
 
     >>> nearest("--stpes", ["--seed", "--steps"]), nearest("foo", ["bar"])
     ('--steps', None)
@@ -18,6 +18,6 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """What to add to an error about a word that there is not: the nearest one, or nothing."""
+    """A hint to append to an error about an unknown word: the nearest known one, or nothing."""
     near = nearest(word, words)
     return "" if near is None else f"; did you mean {near!r}?"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 Array = Any
-# What a model is computed by, with the values of files that lack it; the rest is told by the weights, or is training's.
+# The fields that a model is computed by, with the values for files that lack them; the weights tell the rest.
 FIELDS = {
     "use_gate_looped_attn": True, "layer_pattern": None, "gate": "polar", "conv_silu": False, "gate_loop_heads": None,
     "ablate_complex": False, "ablate_state_transition": False, "heads": 8, "dim_head": 64, "rotary_emb": False,
@@ -35,7 +35,7 @@ OTHERS = {
     "phase_spread", "spread_start", "gate_rank", "fixed_gates", "dropout",
 }  # fmt: skip
 FORMAT = 5
-# What damaged files end in.
+# The exceptions that damaged files raise.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -49,23 +49,23 @@ UNREADABLE = (
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], bool]:
-    """`FIELDS` of config.json, and whether tokens are bytes. It is a run's, or transformers' with all at its top."""
+    """Read `FIELDS` of config.json, of a run or of transformers, and whether tokens are bytes."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if values.get("model_type") == "gateloop" and "model" not in values:
         fields, is_bytes = values, values["vocab_size"] == 256
     elif "model" in values and values.get("format") == FORMAT:
         fields, is_bytes = values["model"], values["tokenizer"] == {"kind": "bytes"}
         if unknown := sorted(fields.keys() - FIELDS.keys() - OTHERS):
-            raise ValueError(f"config.json has fields that are not known here: {', '.join(unknown)}")
+            raise ValueError(f"config.json has fields that this file does not know: {', '.join(unknown)}")
     else:
         raise ValueError("config.json is not a GateLoop model's, or is of another format")
     if fields.get("data_dependent_rel_pos", "none") not in ("none", False):
-        raise ValueError("attention with data_dependent_rel_pos is not computed here")
+        raise ValueError("attention with data_dependent_rel_pos is not implemented here")
     return {name: fields.get(name, default) for name, default in FIELDS.items()}, is_bytes
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
-    """Tensors by name, as float32. The file: 8 bytes with the header's length, the header in JSON, the numbers."""
+    """Read tensors by name, as float32. A file is 8 bytes with the header's length, the header in JSON, the numbers."""
     content = path.read_bytes()
     (length,) = struct.unpack_from("<Q", content)
     header, numbers = json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
@@ -85,7 +85,7 @@ def read_safetensors(path: Path) -> dict[str, Array]:
 
 
 def read_weights(folder: Path) -> dict[str, Array]:
-    """Those of model.safetensors, or of all the files that model.safetensors.index.json names."""
+    """Read the weights in model.safetensors, or in all files that model.safetensors.index.json names."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return read_safetensors(folder / "model.safetensors")
@@ -102,7 +102,7 @@ class Model:
         folder: holds config.json and the weights.
 
     Raises:
-        ValueError: a file is missing or damaged, or the model has what is not computed here.
+        ValueError: a file is missing or damaged, or the model has an option that is not implemented here.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -116,7 +116,7 @@ class Model:
                     break
                 self.layers.append(layer)
             self.reset()
-            self.step(0)  # What does not fit together fails here.
+            self.step(0)  # Weights that do not fit together fail here.
         except UNREADABLE as error:
             what = f"there is no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{str(folder)!r} holds no model that can be read: {what}") from error
@@ -128,7 +128,7 @@ class Model:
         self.position = 0
 
     def step(self, token: int) -> Array:
-        """Read a token; logits of the next one."""
+        """Read a token; returns the logits of the next one."""
         if not 0 <= token < len(self.weights["token_emb.weight"]):
             raise ValueError(f"tokens must be in [0, {len(self.weights['token_emb.weight'])}), not {token}")
         default = "gate" if self.config["use_gate_looped_attn"] else "attention"
@@ -144,13 +144,13 @@ class Model:
         return self.weights["to_logits.1.weight"] @ rms_norm(x, self.weights["to_logits.0.gamma"])
 
     def generate(self, prompt: list[int], count: int) -> list[int]:
-        """`count` tokens after a prompt, the likeliest at each step."""
+        """Generate `count` tokens after a prompt, the likeliest at each step."""
         return list(self.stream(prompt, count))
 
     def stream(self, prompt: list[int], count: int) -> Iterator[int]:
-        """The same as they are found."""
+        """Yield the tokens of `generate` as they are found."""
         if not prompt or count < 0:
-            raise ValueError("a prompt needs at least one token, and 0 or more are added")
+            raise ValueError("a prompt needs at least one token, and count must be 0 or more")
         return self._tokens(prompt, count)
 
     def _tokens(self, prompt: list[int], count: int) -> Iterator[int]:
@@ -276,14 +276,14 @@ def silu(x: Array) -> Array:
 
 
 def write(parts: Iterable[str]) -> None:
-    """A line of text on standard output, each part as it comes."""
+    """Write a line of text on standard output, each part as it comes."""
     for part in chain(parts, ["\n"]):
         sys.stdout.buffer.write(part.encode())
         sys.stdout.buffer.flush()
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Continue a text by the likeliest tokens, in NumPy alone.")
     parser.add_argument("dir", metavar="DIR", help="holds config.json and model.safetensors")
     given = parser.add_mutually_exclusive_group(required=True)
@@ -298,7 +298,7 @@ def main() -> int:
             write(f"{',' if n else ''}{token}" for n, token in enumerate(tokens))
             return 0
         if not model.is_bytes:
-            raise ValueError("the model's tokens are no bytes: encode the text by its tokenizer and give --ids")
+            raise ValueError("the model's tokens are not bytes: encode the text by its tokenizer and give --ids")
         prompt = list(arguments.prompt.encode("utf-8", "surrogateescape"))
         tokens = model.stream(prompt, arguments.tokens)
         pieces = chain([bytes(prompt)], (bytes([token]) for token in tokens))

@@ -1,4 +1,4 @@
-"""Pictures in files, by matplotlib: no window and no backend of the environment's are needed."""
+"""Pictures in files, drawn by matplotlib without a window and without the environment's backend."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def load_matplotlib() -> None:
     """Import matplotlib, whatever backend MPLBACKEND names.
 
-    A notebook names its own to all that it starts, also where that is not installed, and matplotlib then refuses to be
-    imported. Where it is installed, what else this process draws still goes there.
+    A notebook passes its backend on to every process that it starts, and matplotlib refuses to be imported where that
+    backend is not installed. Where it is installed, other pictures of this process still go to it.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -42,7 +42,7 @@ def load_matplotlib() -> None:
 
 
 def empty_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches.
+    """Make an empty figure; width and height are in inches.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -63,9 +63,9 @@ def save_png(figure: Figure, target: Path, dpi: int = 120) -> None:
 
 
 def name_lines(legend: Legend, names: Iterable[str]) -> None:
-    """Put names of a user's into a legend, in its order: no character in them means anything.
+    """Put a user's names into a legend, in its order, literally.
 
-    matplotlib itself takes what is between two dollars for a formula, and leaves out what begins with "_".
+    By itself matplotlib takes text between two dollars for a formula, and leaves out names that begin with "_".
     """
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(as_text(name))

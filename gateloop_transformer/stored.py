@@ -1,7 +1,7 @@
-"""What is kept in files is read with one clear error: JSON, and tensors with a checksum in their files' headers.
+"""Reading and writing stored files, JSON and safetensors with a checksum, with one clear error for damaged ones.
 
 A sealed safetensors file has the SHA-256 of all its bytes in its metadata, computed with zeros in that place. A tool
-that writes its tensors anew leaves the metadata out, and with it the checksum: such files are read as they are.
+that rewrites its tensors drops the metadata, and the checksum with it: such files are read unchecked.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKSUM = "sha256"
-# What the metadata of a file that is to be sealed has in place of the checksum.
+# The placeholder for the checksum in the metadata of a file that is to be sealed.
 UNSEALED = {CHECKSUM: "0" * 64}
-# Bytes of a header at most, as safetensors itself has it.
+# The most bytes of a header, which is safetensors' own limit.
 _LONGEST_HEADER = 100_000_000
 
 
@@ -33,14 +33,14 @@ class DamageError(ValueError):
 
 
 def parse_json(content: str | bytes, where: str) -> Any:
-    """The value that JSON stands for.
+    """Parse JSON.
 
     Args:
-        content: a text, or the bytes of a file.
-        where: it came from, for the error.
+        content: a string, or the bytes of a file.
+        where: where the content came from, for the error.
 
     Raises:
-        DamageError: it is no JSON, or none that Python can hold: nested too deeply, numbers of too many digits.
+        DamageError: it is not JSON, or Python cannot hold it: it is nested too deeply, or a number has too many digits.
     """
     try:
         return json.loads(content)
@@ -51,13 +51,13 @@ def parse_json(content: str | bytes, where: str) -> Any:
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError:
-        # Python's own advice is about its limit, which is there for good reason.
+        # Python's own message advises to raise its limit, which is there for good reason.
         reason = "it has a number of more than 4,300 digits"
     raise DamageError(f"{where} is not JSON: {reason}")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value in a JSON file.
+    """Read a JSON file.
 
     Raises:
         DamageError: there is no such file, or it cannot be read.
@@ -73,7 +73,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def as_text(name: str) -> str:
-    r"""A name of a file, all of it text: what stands in Python for bytes that are none is shown as "\ufffd".
+    r"""A file's name as valid text: bytes in it that are not text are shown as "\ufffd".
 
     >>> as_text("a\udcffb")
     'a�b'
@@ -158,12 +158,12 @@ def opened_tensors(path: Path, framework: str) -> Iterator[Any]:
 
 
 def seal(file: BinaryIO) -> None:
-    """Give a safetensors file with `UNSEALED` in its metadata the checksum, and its metadata an order.
+    """Write the checksum into a safetensors file with `UNSEALED` in its metadata, and sort the metadata.
 
-    The same tensors and metadata are the same bytes: safetensors writes metadata in another order each time.
+    Sorting makes the same tensors and metadata the same bytes: safetensors writes metadata in another order each time.
 
     Args:
-        file: opened to read and write.
+        file: the file, opened to read and write.
     """
     file.seek(0)
     size = int.from_bytes(file.read(8), "little")
@@ -180,14 +180,14 @@ def seal(file: BinaryIO) -> None:
 
 
 def check_seal(file: BinaryIO, where: str) -> bool:
-    """Whether a safetensors file is sealed.
+    """Check the checksum of a safetensors file; returns whether it has one.
 
     Args:
-        file: opened to read.
-        where: it is, for the error.
+        file: the file, opened to read.
+        where: its name, for the error.
 
     Raises:
-        DamageError: it is sealed, but a byte of it has changed since.
+        DamageError: the file has a checksum, but a byte of it has changed since.
     """
     place = _place_of_checksum(file)
     if place < 0:
@@ -199,7 +199,7 @@ def check_seal(file: BinaryIO, where: str) -> bool:
 
 
 def _place_of_checksum(file: BinaryIO) -> int:
-    """Where the digits of the checksum stand in a file; -1 where there is none."""
+    """The position of the checksum's digits in a file; -1 where there is none."""
     file.seek(0)
     size = int.from_bytes(file.read(8), "little")
     key = f'"{CHECKSUM}":"'.encode()
@@ -208,7 +208,7 @@ def _place_of_checksum(file: BinaryIO) -> int:
 
 
 def _digest(file: BinaryIO, place: int) -> bytes:
-    """SHA-256 of a file in which the checksum itself is zeros, in hexadecimal digits."""
+    """The SHA-256 of a file, in hexadecimal digits, computed with zeros in place of the checksum."""
     file.seek(0)
     found = hashlib.sha256(file.read(place))
     found.update(b"0" * len(file.read(64)))

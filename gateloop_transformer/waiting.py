@@ -1,4 +1,4 @@
-"""Says what is going on where it takes long: on the logger "gateloop_transformer", which the command line shows."""
+"""Says what is going on when it takes long, on the logger "gateloop_transformer", which the command line shows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import time
 from collections.abc import Iterator
 
 LOGGER = logging.getLogger("gateloop_transformer")
-# Seconds in silence, and between lines about the same work.
+# Seconds before the first line about some work, and between further lines.
 PATIENCE, EVERY = 2.0, 30.0
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say `what` once it has taken more than `PATIENCE` seconds. Where nobody listens nothing is done."""
+    """Say `what` once it has taken more than `PATIENCE` seconds, if anybody listens."""
     if not LOGGER.isEnabledFor(logging.INFO):
         yield
         return
     timer = threading.Timer(PATIENCE, LOGGER.info, [f"{what} ..."])
     timer.daemon = True
-    # Where no thread can be had nothing is said.
+    # If no thread can be started, nothing is said.
     with contextlib.suppress(RuntimeError):
         timer.start()
     try:
@@ -31,15 +31,15 @@ def waiting(what: str) -> Iterator[None]:
 
 
 class Milestones:
-    """Says how far a work of many parts has come: once it has taken `PATIENCE` seconds, then every `EVERY` seconds.
+    """Reports the progress of a long task: after `PATIENCE` seconds, then every `EVERY` seconds.
 
-    It is used as a tqdm bar is.
+    It has the methods of a tqdm bar.
 
     Args:
-        what: is done.
-        total: parts; None: nobody knows.
-        unit: a part, in a word whose plural ends in s.
-        initial: parts that are done already.
+        what: the task.
+        total: number of units; None: unknown.
+        unit: a word whose plural ends in s.
+        initial: number of units that are done already.
     """
 
     def __init__(self, what: str, total: int | None = None, unit: str = "byte", initial: int = 0) -> None:
@@ -48,12 +48,12 @@ class Milestones:
         self._due = time.monotonic() + PATIENCE
 
     def set_postfix(self, values: dict[str, str], refresh: bool = True) -> None:
-        """What else there is to say with the next line."""
+        """Set what else the next line says."""
         del refresh
         self._more = "".join(f", {name} {value}" for name, value in values.items())
 
     def update(self, count: int) -> None:
-        """So many parts more are done."""
+        """Count further units as done."""
         self._done += count
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + EVERY

@@ -87,8 +87,11 @@ def test_what_cannot_run_is_said_in_the_table(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--only", "sports"], "--only: no group 'sports'; there are decoding, heads, layers, operators, training"),
-        (["--peers", "no/python"], "--peers must be a Python interpreter, and 'no/python' is no file"),
+        (
+            ["--only", "sports"],
+            "--only: there is no group 'sports'; there are decoding, heads, layers, operators, training",
+        ),
+        (["--peers", "no/python"], "--peers must be a Python interpreter, but 'no/python' is not a file"),
         (["--seconds", "-1"], "--seconds must be 0 or more, not -1.0"),
     ],
 )

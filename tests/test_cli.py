@@ -411,5 +411,5 @@ def test_texts_of_the_command_line_are_utf8_in_every_locale() -> None:
 def test_long_and_untold_messages_are_one_line() -> None:
     assert message(ValueError("a" * 5000 + "\nb")) == "a" * 2000 + " ..."
     assert message(UnicodeEncodeError("ascii", "aä", 1, 2, "")) == (
-        "'ä' has no place in the encoding ascii: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        "'ä' cannot be written in the encoding ascii: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     )

@@ -301,7 +301,7 @@ def test_a_draft_continues_prompts_of_any_lengths() -> None:
         ([torch.tensor([1]), torch.tensor([], dtype=torch.long)], {}, "number 1 is not"),
         ([torch.tensor([[1]])], {}, "number 0 is not"),
         ([[1, 2]], {}, "number 0 is not"),
-        ([torch.tensor([1])], {"mask": torch.ones(1, 1, dtype=torch.bool)}, "have no mask"),
+        ([torch.tensor([1])], {"mask": torch.ones(1, 1, dtype=torch.bool)}, "take no mask"),
         (torch.ones(2, 3, dtype=torch.long), {"mask": torch.ones(2, 3)}, "mask must be booleans of its shape"),
         (
             torch.ones(2, 3, dtype=torch.long),

@@ -129,7 +129,7 @@ def test_a_state_of_another_model_is_refused() -> None:
     model, ids = build(), make_ids()
     _, deep = build(depth=3)(ids, return_state=True)
     _, other = build(layer_pattern="attention gate")(ids, return_state=True)
-    with pytest.raises(ValueError, match="state has 3 layers, the model 2"):
+    with pytest.raises(ValueError, match="state has 3 layers, but the model has 2"):
         model(ids, deep)
     with pytest.raises(ValueError, match="must be a GateLoopState, not AttentionState"):
         model(ids, other)

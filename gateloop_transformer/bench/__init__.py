@@ -1,1 +1,1 @@
-"""How fast it is: operators, layers, training steps and decoding beside peers and the machine's own limits."""
+"""Benchmarks of operators, layers, training steps and decoding, next to peers and the machine's own limits."""

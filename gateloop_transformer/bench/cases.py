@@ -1,4 +1,4 @@
-"""What is measured: every case gives candidates by name, ours and peers, to be run in turn.
+"""The cases to measure: each gives candidates by name, ours and peers, to be run in turn.
 
 Streaming bound: a plain torch addition moves three streams of numbers; a kernel that must move n is bound by n/3 of its
 time. "fresh" lets the addition allocate its result as an operator must, "reused" writes to memory that is there.
@@ -29,7 +29,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Case(NamedTuple):
-    """A row of the table: what, shape (B, T, D), dtype, whether the backward pass is timed with the forward pass."""
+    """A row of the table: what is timed, shape (B, T, D), dtype, and whether the backward pass is timed too."""
 
     group: str
     what: str
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 def passes(
     call: Callable[..., Any], tensors: list[Tensor], backward: bool, parameters: Iterable[Tensor] = ()
 ) -> Callable[[], float]:
-    """`call`, without gradients or with the gradients of all `tensors` and of its own `parameters`."""
+    """Time `call` without gradients, or with the gradients of all `tensors` and of its own `parameters`."""
     if not backward:
 
         def forward() -> None:
@@ -64,7 +64,7 @@ def passes(
 
 
 def streaming(shape: Shape, dtype: torch.dtype, streams: int) -> Candidates:
-    """The time of an addition, for as many streams as the kernel must move."""
+    """Candidates that time an addition, for as many streams as the kernel must move."""
     x, y, out = (torch.ones(shape, dtype=dtype) for _ in range(3))
     fresh, reused = seconds(lambda: torch.add(x, y)), seconds(lambda: torch.add(x, y, out=out))
     return {"bound, fresh": lambda: fresh() * streams / 3, "bound, reused": lambda: reused() * streams / 3}
@@ -134,7 +134,7 @@ STREAMS = {"linear_scan": (3, 8), "simple_gate_loop": (4, 11), "channel_gate_loo
 
 
 def heads(case: Case) -> Candidates:
-    """The gate loop at head size 64 beside causal attention of the same width."""
+    """Candidates for the gate loop at head size 64, next to causal attention of the same width."""
     B, T, D = case.shape
     dtype = DTYPES[case.dtype]
     qkv = [torch.randn(B, T, D // 64, 64).to(dtype) for _ in range(3)]
@@ -173,7 +173,7 @@ MAMBA: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def layers(case: Case, peer: Peer | None) -> Iterator[tuple[str, Callable[[], Callable[[], float]]]]:
-    """A layer of ours beside the original's, and beside a Mamba layer of equal width: as it is, and with a scan."""
+    """Candidates for our layer, the original's, and a Mamba layer of equal width, as it is and with a scan."""
     kind, options = LAYERS[case.what]
     layer = kind(case.shape[2], **options)
 
@@ -192,7 +192,7 @@ def layers(case: Case, peer: Peer | None) -> Iterator[tuple[str, Callable[[], Ca
 
 
 class _NoRecurrence(GateLoopedAttention):
-    """The layer with plain products in the place of the recurrence."""
+    """The layer with plain products in place of the recurrence."""
 
     def _channels(self, x: Tensor, mixed: Tensor, state: Any, layout: Any) -> Any:
         q, k, v = self.to_qkv(mixed).chunk(3, -1)
@@ -204,7 +204,7 @@ class _NoRecurrence(GateLoopedAttention):
 
 
 def attention_model(D: int) -> Transformer:
-    """Attention in every block, heads so wide that the parameters are those of the gate loop model."""
+    """A model with attention in every block, whose head width gives it as many parameters as the gate loop model."""
     return Transformer(D, num_tokens=256, depth=6, use_gate_looped_attn=False, heads=8, dim_head=(7 * D + 20) // 40)
 
 
@@ -223,7 +223,7 @@ def _step(model: torch.nn.Module, case: Case) -> Callable[[], float]:
 
 
 def steps(case: Case, peer: Peer | None) -> Iterator[tuple[str, Callable[[], Callable[[], float]]]]:
-    """A training step of the model, width D, depth 6, beside itself without recurrence, attention, and the original."""
+    """Candidates for a training step at width D and depth 6: ours, without recurrence, attention, and the original."""
     D = case.shape[2]
 
     def without() -> Callable[[], float]:
@@ -245,7 +245,7 @@ FAR = {f"a token, depth 6, far: after {tokens:,}": tokens for tokens in (1_000_0
 
 
 def _after(model: Transformer, tokens: int) -> Any:
-    """The state after reading so many tokens, in blocks and, being many, in bfloat16; states are float32."""
+    """The state after reading `tokens` tokens in blocks; as they are many, in bfloat16, with states in float32."""
     state = None
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for block in torch.randint(256, (1, tokens)).split(4096, 1):
@@ -254,7 +254,7 @@ def _after(model: Transformer, tokens: int) -> Any:
 
 
 def decoding(case: Case) -> Candidates:
-    """A token after 100 and after many others, and the products of the step's matrices alone."""
+    """Candidates for a token after 100 and after many others, and for the matrix products of a step alone."""
     D = case.shape[2]
     model = Transformer(D, num_tokens=256, depth=6).eval()
     token = torch.tensor([[65]])
@@ -280,7 +280,7 @@ def decoding(case: Case) -> Candidates:
 
 
 def every_case(quick: bool) -> list[Case]:
-    """All rows, the expensive ones left out if `quick`."""
+    """All rows; if `quick`, without the expensive ones."""
     shapes: list[Shape] = [(1, 1024, 512), (1, 4096, 512)]
     shapes += [] if quick else [(8, 2048, 512), (1, 65536, 512)]
     cases = [
@@ -309,7 +309,7 @@ def every_case(quick: bool) -> list[Case]:
 
 
 def candidates(case: Case, peer: Peer | None) -> tuple[Candidates, dict[str, str]]:
-    """What to run in turn, and why what is missing could not be built."""
+    """The candidates to run in turn, and the reason for each that could not be built."""
     if case.group == "heads":
         return heads(case), {}
     if case.group == "decoding":

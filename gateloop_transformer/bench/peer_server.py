@@ -66,7 +66,7 @@ def _gate_operator(B: int, T: int, D: int) -> tuple[Callable[..., torch.Tensor],
 
 
 def _mamba(D: int, options: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Hugging Face's Mamba layer with its own defaults: inner width 2·D, states of 16. No kernels from online."""
+    """Build Hugging Face's Mamba layer with its own defaults: inner width 2·D, state size 16, no downloaded kernels."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()

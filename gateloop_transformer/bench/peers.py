@@ -1,4 +1,4 @@
-"""Peers that live in an environment of their own, run there by `peer_server.py` and timed in turn with ours."""
+"""Peers in an environment of their own, run there by `peer_server.py` and timed in turn with our candidates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PeerFailed(RuntimeError):
 
 
 class Peer:
-    """One process in the peers' environment; holds what is to be timed in turn.
+    """A process in the peers' environment that holds the candidates to time in turn.
 
     Args:
         python: the environment's interpreter.
@@ -26,7 +26,7 @@ class Peer:
 
     def __init__(self, python: Path) -> None:
         server = Path(__file__).with_name("peer_server.py")
-        # Isolated, so that `gateloop_transformer` is the one installed there.
+        # Python runs isolated (-I), so that `gateloop_transformer` is the one installed there.
         command = [str(python), "-I", str(server), str(torch.get_num_threads())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self._made = 0
@@ -47,7 +47,7 @@ class Peer:
     def make(
         self, what: str, shape: tuple[int, int, int], dtype: str, backward: bool, **options: Any
     ) -> Callable[[], float]:
-        """Build something; the result runs it once and returns its seconds.
+        """Build a candidate; the result runs it once and returns the seconds that it took.
 
         Raises:
             PeerFailed: it could not be built.
@@ -57,11 +57,11 @@ class Peer:
         return lambda: float(self._ask({"run": number})["seconds"])
 
     def clear(self) -> None:
-        """Forget what was made: with what comes next it may not fit into memory."""
+        """Forget what was made, to free memory for what comes next."""
         self._ask({"clear": True})
         self._made = 0
 
     def close(self) -> None:
         """End the process."""
-        # Its input ends, and with it the process; both pipes are closed.
+        # This closes the pipes; the process ends with its input.
         self._process.communicate(timeout=60)

@@ -34,9 +34,9 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, "-dirty" where code was changed since; None elsewhere.
+    """The commit of this package's checkout, with "-dirty" where code has changed since; None outside a checkout.
 
-    Results in docs are no code: what was measured a moment ago must not make the next measurement dirty.
+    Results in docs do not count as code: one measurement must not make the next one dirty.
     """
 
     def git(*words: str) -> str:
@@ -63,17 +63,17 @@ def _processor() -> str:
 def measure(
     python: Path | None, quick: bool, only: Iterable[str], say: Callable[[str], None], budget: float
 ) -> dict[str, Any]:
-    """All cases, one after the other.
+    """Measure all cases, one after the other.
 
     Args:
-        python: the interpreter of the peers' environment; None: without them.
+        python: the interpreter of the peers' environment; None: measure no peers.
         quick: leave the expensive cases out.
         only: groups to measure; empty: all.
-        say: is told each row when it is done.
-        budget: seconds a case, at least three rounds.
+        say: called with each row when it is done.
+        budget: seconds for each case, which has at least three rounds.
 
     Returns:
-        What the JSON file holds: machine, versions, commit, and a list of cases with seconds by candidate.
+        The content of the JSON file: machine, versions, commit, and a list of cases with seconds by candidate.
     """
     peer = None if python is None else Peer(python)
     groups, commit = set(only), _commit()
@@ -95,7 +95,7 @@ def measure(
 
 
 def about() -> dict[str, Any]:
-    """What figures depend on besides what was measured: commit, versions, machine."""
+    """The circumstances of a measurement: commit, versions and machine."""
     return {
         "commit": _commit(),
         "versions": _versions(),
@@ -105,7 +105,7 @@ def about() -> dict[str, Any]:
 
 
 def about_line(about: dict[str, Any]) -> str:
-    """The same as a sentence, but for the commit."""
+    """Describe the circumstances of a measurement, except the commit, in one line."""
     machine = about["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     cores = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
@@ -125,7 +125,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The figures as a page: medians in milliseconds, their spread, their ratio to the first column."""
+    """Write the figures as a page: medians in milliseconds, their spread, and their ratio to the first column."""
     commits = dict.fromkeys(str(case.get("commit", results["commit"])) for case in results["cases"])
     lines = [
         "# Speed on the CPU",
@@ -173,7 +173,7 @@ def _panels(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(results: dict[str, Any], target: Path) -> bool:
-    """Seconds against length, log-log, a panel for each thing timed at several lengths; whether there was one."""
+    """Draw seconds against length, log-log, a panel for each thing timed at several lengths; False if there is none."""
     panels = _panels(results["cases"])
     if not panels:
         return False
@@ -182,7 +182,7 @@ def draw(results: dict[str, Any], target: Path) -> bool:
     figure = empty_figure(4.6 * columns, 3.4 * rows + 0.8)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     names = list(dict.fromkeys(name for rows in panels.values() for row in rows for name in row["seconds"]))
-    # One look for each candidate on the whole picture; bounds are dashed.
+    # Each candidate looks the same in all panels; bounds are dashed.
     looks = {
         name: (f"C{n % 10}", "os^vD"[n // 10 % 5] + ("--" if "bound" in name else "-")) for n, name in enumerate(names)
     }
@@ -194,7 +194,7 @@ def draw(results: dict[str, Any], target: Path) -> bool:
                 (lines[name],) = panel.plot(*zip(*points, strict=True), style, color=color, markersize=4)
         times = [seconds["median"] for row in measured for seconds in row["seconds"].values()]
         panel.set(xscale="log", yscale="log", title=what)
-        # Whole decades, or there may be no power of ten to read them from.
+        # The axis spans whole decades; otherwise there might be no power of ten on it to read.
         panel.set_ylim(10 ** math.floor(math.log10(min(times))), 10 ** math.ceil(math.log10(max(times))))
         lengths = sorted({row["shape"][1] for row in measured})
         panel.set_xticks(lengths, [f"{T:,}" for T in lengths], fontsize=8)
@@ -214,7 +214,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _earlier(out: Path) -> list[dict[str, Any]]:
-    """The cases of figures that lie in `out`."""
+    """The cases of earlier figures in `out`."""
     file = out / "cpu.json"
     if not file.is_file():
         return []
@@ -227,7 +227,7 @@ def _earlier(out: Path) -> list[dict[str, Any]]:
 
 
 def _merged(earlier: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All cases, groups measured now replaced, in the order of the groups."""
+    """Replace the cases of the groups measured now, and sort all by group."""
     measured = {case["group"] for case in now}
     order = list(dict.fromkeys(case.group for case in every_case(True)))
     rows = [case for case in earlier if case["group"] not in measured] + now
@@ -238,16 +238,16 @@ def run(out: Path, python: Path | None, quick: bool, only: list[str], budget: fl
     """Measure, and write cpu.json, cpu.md and cpu.png into `out`; with `only`, other groups keep the figures there.
 
     Raises:
-        ValueError: `python` is no file, a group does not exist, or the figures in `out` are of another machine.
+        ValueError: `python` is not a file, a group does not exist, or the figures in `out` are of another machine.
     """
     groups = {case.group for case in every_case(True)}
     unknown = sorted(set(only) - groups)
     if unknown:
         there = f"there are {', '.join(sorted(groups))}{did_you_mean(unknown[0], groups)}"
-        raise ValueError(f"--only: no group {', '.join(map(repr, unknown))}; {there}")
+        raise ValueError(f"--only: there is no group {', '.join(map(repr, unknown))}; {there}")
     earlier = _earlier(out) if only else []
     if python is not None and not python.is_file():
-        raise ValueError(f"--peers must be a Python interpreter, and {str(python)!r} is no file")
+        raise ValueError(f"--peers must be a Python interpreter, but {str(python)!r} is not a file")
     make_folder(out)
 
     def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Fair times: candidates run in turn, several times, and medians are compared with medians of the same rounds."""
+"""Fair timing: candidates run in turn, several times, and medians are compared with medians of the same rounds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Times(NamedTuple):
-    """Seconds of one candidate: median, least and most, over `runs` runs."""
+    """The seconds of one candidate: median, least and most, over `runs` runs."""
 
     median: float
     least: float
@@ -18,7 +18,7 @@ class Times(NamedTuple):
 
 
 def seconds(function: Callable[[], object]) -> Callable[[], float]:
-    """`function` as something that returns how long it took."""
+    """Wrap `function` to return how long it took."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -29,12 +29,12 @@ def seconds(function: Callable[[], object]) -> Callable[[], float]:
 
 
 def interleaved(candidates: Mapping[str, Callable[[], float]], budget: float = 4.0, most: int = 25) -> dict[str, Times]:
-    """Each candidate once to warm up, then all in turn: at least 3 rounds, and as many as `budget` seconds allow.
+    """Run each candidate once to warm up, then all in turn, for at least 3 rounds and as many as `budget` allows.
 
     Args:
-        candidates: by name, what runs once and returns its seconds.
+        candidates: functions by name that run once and return the seconds they took.
         budget: seconds for all of them together, warm-up not counted.
-        most: rounds at most.
+        most: largest number of rounds.
     """
     for run in candidates.values():
         run()

@@ -1,4 +1,4 @@
-"""The `gateloop` command: one file for each command, flags from dataclasses, one line for an error."""
+"""The `gateloop` command: each command has a file, flags come from dataclasses, and an error is one line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _parser() -> Parser:
 
 
 class _StandardOutput:
-    """Standard output whose errors name it: without a name they would read as if the command's work had failed."""
+    """Standard output whose errors name it; without the name they would read as if the command's work had failed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -80,15 +80,15 @@ class _StandardOutput:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 (it failed) or 2 (something wrong was passed)."""
-    # See docs/decisions/0005: read when torch is first imported, and whoever has set either decides.
+    # See docs/decisions/0005. Both are read when torch is first imported; a value that the user has set stays.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
-            # A line is seen when it is written, also at the other end of a pipe.
+            # Lines are flushed as they are written, so that the other end of a pipe sees them at once.
             output.reconfigure(errors="replace", line_buffering=True)
     if sys.stderr is None:
-        # Closed by the caller: nothing can be said to it, and it must not go to standard output instead.
+        # The caller closed standard error: what is said to it is dropped, and must not go to standard output.
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         arguments = _parser().parse_args(argv)
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (OSError, RuntimeError, MemoryError, OverflowError) as error:
         if isinstance(error, BrokenPipeError):
-            # The reader went away; nothing more can be said to it, not even at exit.
+            # The reader went away: nothing more may be written, not even when Python flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         print(f"gateloop {arguments.command}: failed: {message(error)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""gateloop bench."""
+"""The command `gateloop bench`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from gateloop_transformer.cli.progress import importing
 
 HELP = "measure the speed of this machine"
 DESCRIPTION = (
-    "Time operators, layers, training steps and decoding beside peers and the memory's own speed. Writes cpu.json, "
-    "cpu.md and cpu.png; rows are said on standard error as they are done."
+    "Time operators, layers, training steps and decoding, next to peers and the speed of memory. Writes cpu.json, "
+    "cpu.md and cpu.png; each row is printed on standard error when it is done."
 )
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
-    parser.add_argument("--out", type=folder, default=Path("bench"), metavar="DIR", help="(default: bench)")
-    parser.add_argument("--quick", action="store_true", help="a few minutes: shorter sequences")
+    """Add the command's flags."""
     parser.add_argument(
-        "--only", action="append", default=[], metavar="GROUP", help="a group of cases (may be repeated)"
+        "--out", type=folder, default=Path("bench"), metavar="DIR", help="folder for the results (default: bench)"
     )
-    parser.add_argument("--seconds", type=float, default=4.0, metavar="X", help="for each case (default: 4)")
+    parser.add_argument("--quick", action="store_true", help="use shorter sequences: takes a few minutes")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="GROUP",
+        help="measure only this group of cases (may be repeated)",
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="X", help="time for each case (default: 4)")
     parser.add_argument(
         "--peers", type=Path, metavar="PYTHON", help="interpreter with the original 0.2.5, mambapy and transformers"
     )
@@ -32,7 +38,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure."""
+    """Measure, and print the results."""
     if not arguments.seconds >= 0:
         raise ValueError(f"--seconds must be 0 or more, not {arguments.seconds}")
     with importing("torch"):

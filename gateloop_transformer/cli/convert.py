@@ -1,4 +1,4 @@
-"""gateloop convert."""
+"""The command `gateloop convert`."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from gateloop_transformer.cli.parser import Parser
 from gateloop_transformer.cli.progress import importing
 from gateloop_transformer.waiting import waiting
 
-HELP = "a checkpoint of the original package as a folder of this one"
+HELP = "convert a checkpoint of the original package to a folder of this one"
 DESCRIPTION = (
     "Read a checkpoint of the Transformer of gateloop-transformer 0.2.5 and write a folder that the other commands, "
-    "load_model and Hugging Face's transformers load. Arguments are inferred from the names and shapes of its "
+    "load_model and Hugging Face's transformers can load. Arguments are inferred from the names and shapes of its "
     "parameters where these determine them. No code in the file is executed."
 )
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     parser.add_argument(
         "source",
         metavar="SOURCE",
         type=Path,
-        help="a file of torch.save or safetensors with a state dict, also within others, or of DDP or torch.compile; "
-        "or a file of torch.save with the whole model",
+        help="a file of torch.save or safetensors that holds a state dict, which may be nested in other dicts and may "
+        "come from DDP or torch.compile; or a file of torch.save with the whole model",
     )
     parser.add_argument("--out", metavar="DIR", type=folder, required=True, help="the folder to write: new or empty")
     parser.add_argument(
         "--config",
         metavar="JSON",
-        help="arguments of the original's Transformer that cannot be seen in a checkpoint, as JSON or in a file of "
-        "it, such as '{\"heads\": 8}'",
+        help="arguments of the original's Transformer that a checkpoint does not show, as JSON or as a JSON file, "
+        "such as '{\"heads\": 8}'",
     )
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="bytes, or the tokenizer.json (BPE) of the model (default: bytes if it has 256 tokens, else none)",
+        help="bytes, or the model's tokenizer.json (BPE) (default: bytes if it has 256 tokens, else none)",
     )
-    parser.add_argument("--entry", metavar="NAME", help="which model of a file that holds several, such as ema_model")
+    parser.add_argument(
+        "--entry", metavar="NAME", help="the model to take from a file that holds several, such as ema_model"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     parser.add_argument(
         "--json",
@@ -53,7 +55,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert."""
+    """Convert a checkpoint."""
     with importing("torch"):
         from gateloop_transformer.conversion.convert import convert, read_arguments
 

@@ -1,4 +1,4 @@
-"""Errors in one line."""
+"""Errors of the command line, each in one line."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 
 from gateloop_transformer.pictures import load_matplotlib
 
-# Characters of a message.
+# The most characters of a message.
 _LONGEST = 2000
 
 
 def message(error: Exception) -> str:
-    """What went wrong, in one line and without an error number; what was found may be long, and is cut."""
+    """Say what went wrong in one line, without an error number; a long line is cut."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
     if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
         what = error.object[error.start : error.end]
-        return f"{what!r} has no place in the encoding {error.encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        return f"{what!r} cannot be written in the encoding {error.encoding}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     if isinstance(error, MemoryError):
         return f"not enough memory: {error}" if str(error) else "not enough memory"
     lines = str(error).splitlines()
@@ -27,16 +27,17 @@ def message(error: Exception) -> str:
 
 
 def let_main_speak() -> None:
-    """Under a launcher, what ends one process mostly ends all: the main one says it, and the launcher ends the others.
+    """Let the main process report an error first.
 
-    Where it does not come to that, this process says it itself, later.
+    Under a launcher, an error that ends one process mostly ends all: the main one reports it, and the launcher ends
+    the others. Where that does not happen, this process reports it itself, later.
     """
     if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
 
 
 def check_installed() -> None:
-    """What training needs beside torch is there.
+    """Check that what training needs besides torch is installed.
 
     Raises:
         ValueError: it is not.

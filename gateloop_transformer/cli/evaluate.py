@@ -1,4 +1,4 @@
-"""gateloop eval."""
+"""The command `gateloop eval`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from gateloop_transformer.model import Transformer
 
 
-HELP = "bits per byte of a trained model on any text"
-DESCRIPTION = "Bits per byte, each document read once from start to end with the state carried along."
+HELP = "measure the bits per byte of a trained model on any text"
+DESCRIPTION = "Measure bits per byte: each document is read once from start to end, with the state carried along."
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     from gateloop_transformer.data.documents import SOURCES
 
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
@@ -40,31 +40,31 @@ def add_arguments(parser: Parser) -> None:
     what.add_argument(
         "--suite",
         action="store_true",
-        help="all figures at once: perplexity per token and per byte, bits per byte, tokens, bytes, and the loss by "
-        "position up to 16 times the training context",
+        help="report all figures at once: perplexity per token and per byte, bits per byte, tokens, bytes, and the "
+        "loss by position up to 16 times the training context",
     )
     what.add_argument(
         "--by-position",
         action="store_true",
-        help="instead: losses in windows read from an empty state, by position and by how long ago the same tokens "
-        "came before; shows whether a longer context than that of training is used",
+        help="report instead the losses in windows read from an empty state, by position and by how long ago the same "
+        "tokens came before; this shows whether the model uses a longer context than that of training",
     )
     parser.add_argument(
         "--up-to",
         type=int,
         metavar="N",
-        help=Rare("with --by-position: windows of N times the training context (default: 64, less if DATA is short)"),
+        help=Rare("with --by-position: windows of N times the training context (default: 64, or less for short DATA)"),
     )
     both = "with --by-position or --suite"
     parser.add_argument(
-        "--windows", type=int, metavar="N", help=Rare(f"{both}: N windows, evenly through DATA (default: all)")
+        "--windows", type=int, metavar="N", help=Rare(f"{both}: N windows, evenly spread over DATA (default: all)")
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"{both}: draw the loss against the position")
     parser.add_argument(
         "--context",
         type=int,
         metavar="T",
-        help=Rare(f"{both}: tokens in a training window (default: the run's; a converted model does not know)"),
+        help=Rare(f"{both}: tokens in a training window (default: the run's; required for a converted model)"),
     )
     parser.add_argument(
         "--json",
@@ -77,7 +77,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate."""
+    """Evaluate a model."""
     _check_flags(arguments)
     with importing("torch"):
         from gateloop_transformer.data.sources import open_source
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     with waiting("opening the data"):
         source = open_source(arguments.data, field=arguments.field)
         texts = counts.texts(source)
-        # Data that cannot be read is refused before the model is looked at.
+        # Data that cannot be read is refused before the model is loaded.
         documents = itertools.chain([next(texts)], texts)
     tokenizer = load_tokenizer(arguments.dir)
     if arguments.by_position or arguments.suite:
@@ -113,7 +113,7 @@ def _bits_per_byte(
     tokenizer: Tokenizer,
     counts: _Counts,
 ) -> None:
-    """Say bits per byte."""
+    """Print bits per byte."""
     from gateloop_transformer.data.documents import count
     from gateloop_transformer.data.tokenizer import encode_document
     from gateloop_transformer.evaluation.bits import Score, score
@@ -139,7 +139,7 @@ def _bits_per_byte(
 
 
 def _say_left_out(source: Source, counts: _Counts) -> bool:
-    """Say on standard error what was left out; returns whether documents are whole files."""
+    """Print on standard error what was left out; returns whether documents are whole files."""
     from gateloop_transformer.data.documents import count
 
     of_files = counts.documents + counts.short == source.files
@@ -169,7 +169,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 
 def _context(arguments: argparse.Namespace) -> int:
-    """Tokens that a window of the model's training predicts."""
+    """The number of tokens that a window of the model's training predicts."""
     from gateloop_transformer.runs.config import is_flat
     from gateloop_transformer.runs.folder import read_config
     from gateloop_transformer.runs.weights import CONFIG
@@ -191,7 +191,7 @@ def _suite(
     tokenizer: Tokenizer,
     counts: _Counts,
 ) -> None:
-    """Say all figures."""
+    """Print all figures."""
     from gateloop_transformer.evaluation.positions import tokens_on_disk
     from gateloop_transformer.evaluation.suite import generalisation, perplexities, windows
     from gateloop_transformer.runs.plot import draw_positions
@@ -212,7 +212,7 @@ def _suite(
 def _by_position(
     arguments: argparse.Namespace, model: Transformer, documents: Iterator[Iterator[bytes]], tokenizer: Tokenizer
 ) -> None:
-    """Say, and draw on request, losses by position and distance."""
+    """Print losses by position and by distance, and draw them on request."""
     from gateloop_transformer.evaluation.positions import evenly, spread, tokens_on_disk, windows_up_to
     from gateloop_transformer.evaluation.spans import doubling_spans
     from gateloop_transformer.runs.plot import draw_positions
@@ -241,13 +241,13 @@ def _by_position(
 
 
 class _Counts:
-    """What was read: texts, their bytes, and texts of a single byte, in which nothing can be predicted."""
+    """Counts of what was read: documents, bytes, and documents of one byte, in which nothing can be predicted."""
 
     def __init__(self) -> None:
         self.documents = self.size = self.short = 0
 
     def texts(self, source: Source) -> Iterator[Iterator[bytes]]:
-        """The blocks of each text of two bytes or more.
+        """Yield the blocks of each document of two bytes or more.
 
         Raises:
             ValueError: there is none.

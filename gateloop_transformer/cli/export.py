@@ -1,4 +1,4 @@
-"""gateloop export."""
+"""The command `gateloop export`."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from gateloop_transformer.waiting import waiting
 
 HELP = "write a model for Hugging Face, onnxruntime or torch.export"
 DESCRIPTION = (
-    "Write a trained model for others. hf: a folder for transformers with a model card, to publish. onnx: step.onnx "
-    "reads a token, prompt.onnx a block of tokens, and model.json says what they need. torch: model.pt2, a program of "
-    "torch.export."
+    "Write a trained model for use elsewhere. hf: a folder for transformers with a model card, to publish. onnx: "
+    "step.onnx reads a token, prompt.onnx a block of tokens, and model.json says what they need. torch: model.pt2, a "
+    "program of torch.export."
 )
 _PROGRAM = "model.pt2"
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
-    parser.add_argument("--format", required=True, choices=("hf", "onnx", "torch"), help="of what is written")
+    parser.add_argument("--format", required=True, choices=("hf", "onnx", "torch"), help="format to write")
     parser.add_argument("--out", required=True, type=folder, metavar="OUT", help="folder for the files")
     parser.add_argument(
-        "--block", type=int, metavar="N", help="onnx: tokens of a prompt that are read at a time (default: 64)"
+        "--block", type=int, metavar="N", help="onnx: tokens of a prompt to read at a time (default: 64)"
     )
     parser.add_argument(
-        "--portable", action="store_true", help="torch: of torch's own operators alone, to run without this package"
+        "--portable",
+        action="store_true",
+        help="torch: use only torch's own operators, so that the program runs without this package",
     )
     parser.add_argument("--overwrite", action="store_true", help="onnx, torch: replace files of an earlier export")
     add_checkpoint(parser, "onnx, torch: ")
@@ -39,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Export."""
+    """Export a model."""
     _check_flags(arguments)
     with importing("torch"):
         from gateloop_transformer.runs.checkpoint import weights_file
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
-    """Flags go with the format.
+    """Check that the flags fit the format.
 
     Raises:
         ValueError: one does not.
@@ -82,7 +84,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.format != "torch" and arguments.portable:
         raise ValueError("--portable is for --format torch: the others need nothing of this package, or all of it")
     if arguments.format == "hf" and (arguments.overwrite or arguments.checkpoint != "last"):
-        raise ValueError("--format hf writes the run's model into a new folder: without --overwrite and --checkpoint")
+        raise ValueError("--format hf writes the run's model into a new folder: leave out --overwrite and --checkpoint")
 
 
 def _publish(run: Path, out: Path, as_json: bool) -> None:
@@ -117,6 +119,6 @@ def _write_program(model: Any, out: Path, portable: bool, overwrite: bool) -> No
     make_folder(out)
     with waiting("tracing the model"):
         program = export_program(model, portable=portable)
-    # Opened here, as torch takes no name that is not UTF-8.
+    # The file is opened here, because torch takes only names that are UTF-8.
     with replacing(path) as other, other.open("wb") as file:
         torch.export.save(program, file)

@@ -1,4 +1,4 @@
-"""Figures of `gateloop eval`, to be read."""
+"""The figures of `gateloop eval` as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _HEAD = f"{'tokens':>12} {'nats/token':>11} {'bits/byte':>10} {'right':>7}"
 
 
 def suite(result: dict[str, Any]) -> str:
-    """What a suite found."""
+    """Describe what a suite found."""
     from gateloop_transformer.data.documents import count
 
     found = result["length_generalisation"]
@@ -27,14 +27,14 @@ def suite(result: dict[str, Any]) -> str:
     if found["reached"] < found["up_to"]:
         lines.append(
             f"DATA is too short for {found['up_to']} x: its longest document has {found['length'] + 1:,} tokens, "
-            f"{found['up_to'] * found['context'] + 1:,} would do"
+            f"but {found['up_to'] * found['context'] + 1:,} are needed"
         )
     lines.append(f"{'tokens read before':>22} {_HEAD}")
     return "\n".join([*lines, *(f"{_span(row):>22} {_figures(row)}" for row in found["by_position"])])
 
 
 def positions(result: dict[str, Any]) -> str:
-    """Losses by position and by distance."""
+    """Describe losses by position and by distance."""
     windows = f"{result['windows']:,} windows, each from an empty state, of {result['up_to']} x {result['context']:,}"
     lines = [f"{windows} tokens", "", f"{'tokens read before':>22} {_HEAD}"]
     lines += [f"{_span(row):>22} {_figures(row)}" for row in result["by_position"]]

@@ -1,4 +1,4 @@
-"""What the commands' flags have in common."""
+"""Flags that several commands share."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gateloop_transformer.cli.parser import Parser, Rare
 def add_fields(
     parser: Parser, kind: type, title: str, defaults: Mapping[str, Any] | None = None, common: bool = False
 ) -> None:
-    """One flag per field; a flag not given is absent from the namespace.
+    """Add one flag per field; a flag that is not given is absent from the namespace.
 
-    `defaults`: what the help says where a field's own default does not hold; None: those of the presets. `common`:
-    --help shows all of them, not only those that say so.
+    `defaults`: the defaults that the help names instead of a field's own; None: those of the presets. `common`: --help
+    shows all fields, not only those marked common.
     """
     from gateloop_transformer.runs.config import value_types
     from gateloop_transformer.runs.presets import PRESETS
@@ -51,12 +51,13 @@ def add_fields(
 
 @contextlib.contextmanager
 def named_as_flags(given: Iterable[str]) -> Iterator[None]:
-    """Errors about settings name the flags that were given, not the fields that they set.
+    """Make errors about settings name the flags that were given instead of the fields that they set.
 
-    A name that is also a word of the language is one where an error speaks of a setting: "steps must be", "dim=0".
+    A field whose name is also an English word is renamed only where the error speaks of a setting: "steps must be",
+    "dim=0".
 
     Args:
-        given: names of fields.
+        given: names of the fields that were given.
     """
     as_setting = r"(?=\s+(?:must|needs?)\b|\s+\+|=)"
     names = "|".join(name if "_" in name else name + as_setting for name in given)
@@ -71,7 +72,7 @@ def named_as_flags(given: Iterable[str]) -> Iterator[None]:
 
 def folder(text: str) -> Path:
     if not text:
-        raise argparse.ArgumentTypeError("expected a folder, not an empty text")
+        raise argparse.ArgumentTypeError("expected a folder, not an empty string")
     try:
         Path(text).exists()
     except OSError as error:
@@ -80,7 +81,7 @@ def folder(text: str) -> Path:
 
 
 def typed(text: str) -> bytes:
-    """The bytes of a text on the command line: UTF-8 in every locale; what is no text there stays as it was typed."""
+    """The bytes of a text on the command line: UTF-8 in every locale; invalid bytes stay as they were typed."""
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -91,27 +92,27 @@ def boolean(text: str) -> bool:
 
 
 def add_checkpoint(parser: Parser, where: str = "") -> None:
-    """--checkpoint: which weights of a run; `where` says for what alone, if not for everything."""
+    """Add --checkpoint, which picks the weights of a run; `where` is put before its help."""
     parser.add_argument(
         "--checkpoint",
         default="last",
         metavar="WHICH",
-        help=f"{where}weights: last, best (on validation data) or a step",
+        help=f"{where}which weights to load: last, best (on validation data) or a step (default: last)",
     )
 
 
 def add_device(parser: Parser) -> None:
-    """--device."""
+    """Add --device."""
     parser.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda, ... (default: auto)")
 
 
 def add_dtype(parser: Parser) -> None:
-    """--dtype: of the weights."""
-    text = "of the weights of Linear layers, gates excepted: smaller is faster (default: float32)"
+    """Add --dtype."""
+    text = "dtype of the weights of Linear layers, except those of gates: smaller is faster (default: float32)"
     parser.add_argument("--dtype", choices=WEIGHT_KINDS, default="float32", help=text)
 
 
 def add_field(parser: Parser, default: str | None = None) -> None:
-    """--field: of records."""
-    text = "of JSON lines, Parquet files and datasets: where the text is (default: text)"
+    """Add --field."""
+    text = "the field of JSON lines, Parquet files and datasets that holds the text (default: text)"
     parser.add_argument("--field", metavar="NAME", default=default, help=text)

@@ -1,4 +1,4 @@
-"""gateloop generate."""
+"""The command `gateloop generate`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 HELP = "continue a text with a trained model"
-DESCRIPTION = "Continue a text, as it is drawn."
+DESCRIPTION = "Continue a text; tokens are printed as they are drawn."
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue, not empty")
     parser.add_argument("--state", type=Path, metavar="FILE", help="continue what 'gateloop read' has read")
@@ -37,28 +37,34 @@ def add_arguments(parser: Parser) -> None:
         type=int,
         default=400,
         metavar="N",
-        help="tokens to add: bytes, unless trained with a tokenizer (default: 400)",
+        help="number of tokens to add; they are bytes unless the model was trained with a tokenizer (default: 400)",
     )
     parser.add_argument(
-        "--temperature", type=float, metavar="X", help="0: likeliest (default: 0.8; with --num-beams: 0)"
+        "--temperature", type=float, metavar="X", help="0 takes the likeliest token (default: 0.8; with --num-beams: 0)"
     )
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="X", help="draw from the likeliest tokens that sum to X")
     parser.add_argument(
-        "--min-p", type=float, metavar="X", help=Rare("draw from tokens X times as likely as the likeliest")
+        "--min-p", type=float, metavar="X", help=Rare("draw from tokens at least X times as likely as the likeliest")
     )
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help=Rare("above 1: less repetition")
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help=Rare("above 1 gives less repetition (default: 1)"),
     )
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end after this text (may be repeated)")
-    parser.add_argument("--seed", type=int, metavar="S", help="for the same text every time")
-    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="search with N beams (default: 1, none)")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed: the same one gives the same text")
+    parser.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="search with N beams (default: 1, no search)"
+    )
     parser.add_argument(
         "--length-penalty",
         type=float,
         default=1.0,
         metavar="X",
-        help=Rare("of beams: above 0 for longer text (default: 1)"),
+        help=Rare("with --num-beams: above 0 prefers longer text (default: 1)"),
     )
     parser.add_argument(
         "--draft", type=folder, metavar="DIR", help="run of a smaller model that drafts tokens, for speed"
@@ -69,7 +75,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--stats",
         action="store_true",
-        help=Rare("say tokens per second, and how many drafted ones came, on standard error"),
+        help=Rare("print tokens per second and the accepted share of drafted tokens on standard error"),
     )
     add_device(parser)
     add_dtype(parser)
@@ -77,7 +83,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generate."""
+    """Generate text."""
     with named_as_flags([*_SAMPLING, "num_beams", "length_penalty", "draft_tokens"]):
         _generate(arguments)
 
@@ -138,10 +144,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _stop_tokens(tokenizer: Tokenizer, stops: list[bytes], beams: bool) -> list[list[int]]:
-    """Tokens that end a generation: those of `stops` where a token is a byte; else `_write` looks for these texts.
+    """The tokens that end a generation: those of `stops` where each token is a byte; else `_write` finds these texts.
 
     Raises:
-        ValueError: a stop cannot be found by beam search.
+        ValueError: beam search cannot find a stop.
     """
     if tokenizer.kind == "bytes":
         return [list(stop) for stop in stops]
@@ -151,7 +157,7 @@ def _stop_tokens(tokenizer: Tokenizer, stops: list[bytes], beams: bool) -> list[
 
 
 def _write(prompt: bytes, pieces: Iterable[bytes], stops: list[bytes]) -> int:
-    """Print the prompt and what comes, up to the first of the texts in `stops`; returns how many pieces came."""
+    """Print the prompt and what follows, up to the first of the texts in `stops`; returns the number of pieces."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     sys.stdout.write(decoder.decode(prompt))
     sys.stdout.flush()
@@ -174,7 +180,7 @@ def _write(prompt: bytes, pieces: Iterable[bytes], stops: list[bytes]) -> int:
 
 
 def _stats(count: int, unit: str, seconds: float, report: DraftReport | None) -> str:
-    """One line about a generation, the prompt's reading included."""
+    """Describe a generation in one line; the time includes reading the prompt."""
     speed = f"{count:,} {unit} in {seconds:.2f} s, {count / max(seconds, 1e-9):.1f} {unit}/s"
     if report is None:
         return speed

@@ -1,4 +1,4 @@
-"""gateloop inspect."""
+"""The command `gateloop inspect`."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ if TYPE_CHECKING:
     from gateloop_transformer.data.tokenizer import Tokenizer
 
 
-HELP = "pictures of a trained model's gates on a text"
+HELP = "draw a trained model's gates on a text"
 DESCRIPTION = (
     "Read a text with a trained model and show its gates: how long each head remembers at each token, where memory is "
-    "reset, the spectrum of the gates, and what is predicted right. Writes index.html, one page that needs nothing "
-    "else, and PNGs."
+    "reset, the spectrum of the gates, and what is predicted right. Writes index.html, a self-contained page, and PNGs."
 )
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", metavar="TEXT", help="the text to read")
     what.add_argument("--file", metavar="PATH", help="the file to read; .gz, .xz and .zst too; - for standard input")
     parser.add_argument("--out", type=folder, metavar="OUT", help="folder for the pictures (default: DIR/inspect)")
     parser.add_argument(
-        "--tokens", type=int, default=512, metavar="N", help="of the text, 2 to 4000 at its start (default: 512)"
+        "--tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens to read from the start of the text, 2 to 4000 (default: 512)",
     )
     add_device(parser)
     add_checkpoint(parser)
@@ -51,7 +54,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Inspect."""
+    """Inspect a model."""
     with importing("torch and matplotlib"):
         from gateloop_transformer.evaluation.reading import text_blocks
         from gateloop_transformer.files import make_folder, write_text
@@ -77,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     with waiting("reading the text"):
         found = report(trace(model, ids), tokenizer)
     make_folder(out)
-    # The page first: it says that the pictures beside it may be replaced.
+    # The page is written first: it marks the pictures next to it as ours to replace.
     write_text(out / "index.html", page(found, _title(arguments), notes))
     with bar("drawing", len(found.figures["layers"]), "layer") as progress:
         images = draw(found, out, progress.update)
@@ -94,7 +97,7 @@ def _check_out(arguments: argparse.Namespace) -> Path:
     """The folder for the pictures.
 
     Raises:
-        ValueError: it is a file, or holds something in their place that is none.
+        ValueError: it is a file, or holds other files under the names of the page or the pictures.
     """
     out: Path = arguments.dir / "inspect" if arguments.out is None else arguments.out
     if out.exists() and not out.is_dir():
@@ -103,29 +106,29 @@ def _check_out(arguments: argparse.Namespace) -> Path:
     page = out / "index.html"
     ours = page.is_file() and b'content="gateloop inspect"' in page.read_bytes()[:1000]
     if page.exists() and not ours:
-        raise ValueError(f"--out: {str(page)!r} is there and is no page of 'gateloop inspect': choose another folder")
+        raise ValueError(f"--out: {str(page)!r} exists and is not a page of 'gateloop inspect': choose another folder")
     for picture in _pictures(out):
         if picture.is_dir() or not ours:
             raise ValueError(
-                f"--out: {str(picture)!r} is there and is not of 'gateloop inspect': choose another folder"
+                f"--out: {str(picture)!r} exists and is not from 'gateloop inspect': choose another folder"
             )
     return out
 
 
 def _pictures(out: Path) -> list[Path]:
-    """What has the name of a picture."""
+    """The files in a folder that have the name of a picture."""
     return [path for name in ("layer-*.png", "spectrum.png", "classes.png") for path in out.glob(name)]
 
 
 def _title(arguments: argparse.Namespace) -> str:
-    """What was read by what."""
+    """The page's title: which model read which text."""
     names = {None: "a text", "-": "standard input"}
     text = names.get(arguments.file) or Path(arguments.file).name
     return as_text(f"{arguments.dir.resolve().name} on {text}")
 
 
 def _first_tokens(tokenizer: Tokenizer, text: Iterable[bytes], count: int) -> tuple[npt.NDArray[np.int64], bool]:
-    """At most `count` tokens of a text given in blocks, and whether it has more."""
+    """The first `count` tokens of a text given in blocks, and whether it has more."""
     import numpy as np
 
     from gateloop_transformer.data.tokenizer import encode_blocks
@@ -140,7 +143,7 @@ def _first_tokens(tokenizer: Tokenizer, text: Iterable[bytes], count: int) -> tu
 
 
 def _described(result: dict[str, Any]) -> str:
-    """A line for each layer, and where the pictures are."""
+    """Describe each layer in a line, and say where the pictures are."""
     lines = [
         f"{result['tokens']:,} tokens: {result['bits_per_byte']:.4f} bits per byte, "
         f"{result['accuracy']:.1%} of the tokens predicted right"

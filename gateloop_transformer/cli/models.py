@@ -1,4 +1,4 @@
-"""A run's model, loaded as a command asks for it."""
+"""Loading a run's model with the device and dtype of the command line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def load(run: Path, weights: Path | None, device: str = "cpu", dtype: str | None = None) -> Transformer:
-    """The model in a run's folder.
+    """Load the model in a run's folder.
 
     Args:
         run: the folder.
         weights: the file of weights; None: the run's own.
-        device: as --device says it.
-        dtype: as --dtype says it; None: as it was trained.
+        device: the value of --device.
+        dtype: the value of --dtype; None: that of training.
 
     Raises:
         ValueError: there is no such model or device.

@@ -1,4 +1,4 @@
-"""What a run needs, in words, before it starts or instead of it."""
+"""Prints what a run needs, before it starts or instead of starting it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ESTIMATING = "estimating what the run needs"
 
 
 def print_needs(config: RunConfig, processes: int, as_json: bool) -> None:
-    """The estimate of a run that is not started; with several processes also for the other way to share the weights.
+    """Print what a run would need; with several processes also for the other way of sharing the weights.
 
     Raises:
-        ValueError: a value without a meaning.
+        ValueError: a setting is out of range.
     """
     from gateloop_transformer.training.estimate import estimate
     from gateloop_transformer.training.needs import Spread
@@ -40,7 +40,7 @@ def print_needs(config: RunConfig, processes: int, as_json: bool) -> None:
 
 
 def needs_of(trainer: Trainer) -> list[str]:
-    """Lines about a run whose model is there: memory and work, and a warning where the memory is not."""
+    """Lines about a run whose model is built: its memory and work, and a warning where memory is too small."""
     from gateloop_transformer.training.estimate import available_memory, estimate
     from gateloop_transformer.training.needs import Spread
 

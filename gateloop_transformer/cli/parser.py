@@ -1,4 +1,4 @@
-"""The parser of the command line: it knows a command's flags only when they are asked for, and the nearest word."""
+"""The parser of the command line: it adds a command's flags when they are needed, and suggests the nearest word."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _is_rare(action: argparse.Action) -> bool:
 
 
 class _Short(argparse.HelpFormatter):
-    """Leaves out rare flags."""
+    """A help formatter that leaves out rare flags."""
 
     def add_usage(
         self,
@@ -40,7 +40,7 @@ class _Short(argparse.HelpFormatter):
 
 
 class _HelpAll(argparse.Action):
-    """--help with rare flags."""
+    """The action of --help-all: help with rare flags."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -52,11 +52,11 @@ class _HelpAll(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line and exit code 2.
+    """An `ArgumentParser` whose errors are one line, with exit code 2.
 
     Args:
-        fill: adds the arguments; called when the parser is used.
-        options: as of `ArgumentParser`.
+        fill: adds the arguments; it is called when the parser is used.
+        options: options of `ArgumentParser`.
     """
 
     def __init__(self, *, fill: Callable[[Parser], None] | None = None, **options: Any) -> None:
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's, but that nothing is left unknown; with neither a command nor anything else it is --help."""
+        """Parse as argparse does, but refuse unknown arguments; without the command that is needed, show help."""
         self._complete()
         self._given = list(sys.argv[1:] if args is None else args)
         if not self._given and any(action.required for action in self._commands()):
@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
+        """Print an error in one line and exit with code 2."""
         let_main_speak()
         near = " and ".join(self._near())
         hint = f"; did you mean {near}?" if near else ""
@@ -103,10 +103,10 @@ class Parser(argparse.ArgumentParser):
         return [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
 
     def _near(self) -> Iterator[str]:
-        """The nearest flags to those given that there are not."""
+        """The known flags nearest to each unknown one that was given."""
         given: Iterable[str] = self._given
         if self._commands():
-            # What comes after a command is the command's.
+            # Flags after a command belong to the command.
             given = itertools.takewhile(lambda word: word.startswith("-"), given)
         for word in itertools.takewhile(lambda word: word != "--", given):
             name = word.partition("=")[0]

@@ -1,4 +1,4 @@
-"""gateloop plot."""
+"""The command `gateloop plot`."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ from gateloop_transformer.waiting import waiting
 
 HELP = "draw the loss of runs against tokens, time and steps"
 DESCRIPTION = (
-    "Draw training losses (smoothed) and validations of one or several runs, finished or still going, in bits per byte."
+    "Draw training losses (smoothed) and validation losses of one or several runs, finished or still going, in bits "
+    "per byte."
 )
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     parser.add_argument("runs", nargs="+", metavar="RUN", type=folder, help="folder of a run")
     parser.add_argument(
-        "--out", type=folder, default=Path("curves.png"), metavar="FILE.png", help="(default: curves.png)"
+        "--out", type=folder, default=Path("curves.png"), metavar="FILE.png", help="file to draw (default: curves.png)"
     )
     parser.add_argument(
-        "--against", choices=("tokens", "time", "steps", "all"), default="all", help="the panels (default: all)"
+        "--against",
+        choices=("tokens", "time", "steps", "all"),
+        default="all",
+        help="what the horizontal axis shows (default: all, one panel each)",
     )
     parser.add_argument(
-        "--json", action="store_true", help='print {"out": ..., "runs": [...]}: how far each run has come, its losses'
+        "--json",
+        action="store_true",
+        help='print {"out": ..., "runs": [...]}: how far each run has come, and its losses',
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plot."""
+    """Plot runs."""
     from gateloop_transformer.runs.curves import AGAINST, read_curves, summary
     from gateloop_transformer.runs.plot import check_png, draw_curves
 

@@ -1,4 +1,4 @@
-"""What is said on standard error while a command is at work."""
+"""Messages and progress bars on standard error while a command is at work."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gateloop_transformer.waiting import LOGGER, Milestones
 
 
 def say(text: str, stream: TextIO) -> None:
-    """Print lines above the bars that are there."""
-    # Timers speak while the main thread may be importing it.
+    """Print lines above the progress bars that are shown."""
+    # A timer may get here while the main thread is importing tqdm.
     bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
     if bars is None:
         print(text, file=stream)
@@ -27,22 +27,22 @@ def say(text: str, stream: TextIO) -> None:
 
 
 class _Lines(logging.Handler):
-    """Says what is logged on standard error, as the command's."""
+    """Prints log messages on standard error under the command's name."""
 
     def __init__(self, command: str) -> None:
         super().__init__(logging.INFO)
         self._command = command
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
-        # The reader may have gone away: that is seen where a result is printed.
+        """Print one message."""
+        # The reader may have gone away; that is reported where a result is printed.
         with contextlib.suppress(OSError, ValueError):
             say(f"gateloop {self._command}: {record.getMessage()}", sys.stderr)
 
 
 @contextlib.contextmanager
 def heard(command: str) -> Iterator[None]:
-    """What the library says of its work is said by this command; of several processes by the main one."""
+    """Print the library's messages under this command's name; of several processes only the main one prints them."""
     if os.environ.get("RANK", "0") != "0":
         yield
         return
@@ -57,21 +57,19 @@ def heard(command: str) -> Iterator[None]:
 
 
 def importing(what: str) -> contextlib.AbstractContextManager[None]:
-    """Around imports that may take seconds, the more where the disk has not been read yet."""
+    """Announce imports that take seconds, as they may where the disk's cache is cold."""
     return waiting.waiting(f"importing {what}")
 
 
 @contextlib.contextmanager
 def bar(what: str, total: int | None = None, unit: str = "byte", initial: int = 0) -> Iterator[Milestones | Bar]:
-    """What is told how far a command is, and shows it.
-
-    It is a progress bar where standard error is a terminal and tqdm is installed, and lines elsewhere.
+    """Show how far a command is: by a bar where standard error is a terminal and tqdm is installed, else by lines.
 
     Args:
-        what: is done.
-        total: of units; None: nobody knows.
+        what: the task.
+        total: number of units; None: unknown.
         unit: a word whose plural ends in s.
-        initial: units that are done already.
+        initial: number of units that are done already.
     """
     kind = _bars()
     if kind is None:
@@ -85,7 +83,7 @@ def bar(what: str, total: int | None = None, unit: str = "byte", initial: int = 
 
 
 def _bars() -> Any:
-    """The class of bars; None: there are to be none."""
+    """The class of progress bars; None: show none."""
     if not (LOGGER.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
         return None
     try:
@@ -96,9 +94,9 @@ def _bars() -> Any:
 
 
 class Bar:
-    """A bar that is there once the work has taken `waiting.PATIENCE` seconds: what is quick needs none.
+    """A progress bar that appears once the work has taken `waiting.PATIENCE` seconds.
 
-    tqdm's own `delay` ends when anything else is written.
+    tqdm's own `delay` would not do: it ends as soon as anything else is written.
     """
 
     def __init__(self, kind: Any, total: int | None, unit: str, initial: int) -> None:
@@ -108,7 +106,7 @@ class Bar:
         self._due = time.monotonic() + waiting.PATIENCE
 
     def update(self, count: int) -> None:
-        """So many units more are done."""
+        """Count further units as done."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -116,11 +114,11 @@ class Bar:
             self._bar = self._make(initial=self._done)
 
     def set_postfix(self, values: dict[str, str], refresh: bool = True) -> None:
-        """What stands behind the bar."""
+        """Set the values shown behind the bar."""
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=refresh)
 
     def close(self) -> None:
-        """The bar stays as it is."""
+        """End the bar; it stays visible."""
         if self._bar is not None:
             self._bar.close()

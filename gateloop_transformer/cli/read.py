@@ -1,4 +1,4 @@
-"""gateloop read."""
+"""The command `gateloop read`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from gateloop_transformer.cli.progress import bar, importing
 
 HELP = "read a text of any length and keep the state"
 DESCRIPTION = (
-    "Read a text with a trained model, in bounded memory, and save the state, from which 'gateloop generate --state' "
-    "continues."
+    "Read a text with a trained model, in bounded memory, and save the state; 'gateloop generate --state' continues "
+    "from it."
 )
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     parser.add_argument("dir", metavar="DIR", type=folder, help="folder of a run")
-    parser.add_argument("text", metavar="FILE", help="any file, .gz, .xz and .zst too; - for standard input")
+    parser.add_argument("text", metavar="FILE", help="any file, also .gz, .xz or .zst; - for standard input")
     parser.add_argument(
         "--state", required=True, type=Path, metavar="FILE", help="where to save the state; may be the file of --after"
     )
-    parser.add_argument("--after", type=Path, metavar="FILE", help="read on from this state, not from the start")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="continue from this state instead of from the start")
     parser.add_argument("--overwrite", action="store_true", help="replace the state file")
     add_device(parser)
     add_dtype(parser)
@@ -36,12 +36,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read."""
+    """Read a text."""
     path = arguments.state
     if path.is_dir():
         raise ValueError(f"--state: {str(path)!r} is a folder, not a file")
     if not path.parent.is_dir():
-        raise ValueError(f"--state: no folder {str(path.parent)!r}")
+        raise ValueError(f"--state: there is no folder {str(path.parent)!r}")
     same = arguments.after is not None and path.resolve() == arguments.after.resolve()
     if path.exists() and not (arguments.overwrite or same):
         raise ValueError(f"{str(path)!r} already exists: replace it with --overwrite")

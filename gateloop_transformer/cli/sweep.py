@@ -1,4 +1,4 @@
-"""gateloop sweep."""
+"""The command `gateloop sweep`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gateloop_transformer.cli.progress import importing
 
 HELP = "train with every combination of some settings"
 DESCRIPTION = (
-    "Train one run after the other, each in DIR/NAME, with every combination of the grid's values. Run again with the "
-    "same flags it goes on where it was. DIR gets results.json, curves.png, lr.png and logs."
+    "Train one run after the other, each in DIR/NAME, with every combination of the grid's values. The same command "
+    "again continues where it stopped. DIR gets results.json, curves.png, lr.png and logs."
 )
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     from gateloop_transformer.configuration import TransformerConfig
     from gateloop_transformer.runs.config import TrainingConfig
     from gateloop_transformer.runs.presets import PRESET_HELP, PRESETS
@@ -37,13 +37,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--preset", default=argparse.SUPPRESS, choices=PRESETS, help=f"{PRESET_HELP} (default: tiny)")
     add_field(parser, argparse.SUPPRESS)
     parser.add_argument("--tokenizer", default=argparse.SUPPRESS, metavar="FILE", help="as for gateloop train")
-    parser.add_argument("--json", action="store_true", help='print {"rows": [...]}, the best first')
-    add_fields(parser, TrainingConfig, "training, of all runs")
-    add_fields(parser, TransformerConfig, "model, of all runs")
+    parser.add_argument("--json", action="store_true", help='print {"rows": [...]}, the best run first')
+    add_fields(parser, TrainingConfig, "training, for all runs")
+    add_fields(parser, TransformerConfig, "model, for all runs")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Sweep."""
+    """Run a sweep."""
     with importing("torch"):
         from gateloop_transformer.training import sweep
 

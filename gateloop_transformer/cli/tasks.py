@@ -1,4 +1,4 @@
-"""gateloop tasks."""
+"""The command `gateloop tasks`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ RESULT, PICTURE = "result.json", "accuracy.png"
 HELP = "train a model on a synthetic task and score it by length"
 DESCRIPTION = (
     "Train a small model on a synthetic task, in minutes on a CPU, and score it by length and by span. "
-    f"DIR gets {RESULT} and {PICTURE}. Without NAME: say which tasks there are."
+    f"DIR gets {RESULT} and {PICTURE}. Without NAME, list the tasks."
 )
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command, and its own commands."""
+    """Add the command's flags, and a subcommand for each task."""
     from gateloop_transformer.tasks.table import TASKS
 
-    parser.add_argument("--list", action="store_true", help="say which tasks there are")
+    parser.add_argument("--list", action="store_true", help="list the tasks")
     names = parser.add_subparsers(dest="task", metavar="NAME")
     for name, task in TASKS.items():
         about = (task.__doc__ or "").splitlines()[0]
@@ -42,7 +42,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _add_arguments(parser: Parser, task: type[Task]) -> None:
-    """Flags of a task."""
+    """Add a task's flags."""
     from gateloop_transformer.configuration import TransformerConfig
     from gateloop_transformer.tasks.settings import TaskTraining, defaults
 
@@ -50,8 +50,8 @@ def _add_arguments(parser: Parser, task: type[Task]) -> None:
         "--out",
         type=folder,
         metavar="DIR",
-        help="where the results go, instead of earlier ones "
-        f"(default: {Path('runs', 'tasks', task.name)}, or where that is taken {task.name}-2 and so on)",
+        help="folder for the results, which replace earlier ones there "
+        f"(default: {Path('runs', 'tasks', task.name)}, or if that is taken {task.name}-2 and so on)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, not as a table")
     start = defaults(task)
@@ -62,7 +62,7 @@ def _add_arguments(parser: Parser, task: type[Task]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run a task, or say which there are."""
+    """Run a task, or list the tasks."""
     from gateloop_transformer.tasks.table import TASKS
 
     if arguments.task is None:
@@ -83,13 +83,13 @@ def run(arguments: argparse.Namespace) -> None:
         usual = Path("runs", "tasks", arguments.task)
         out = _free(usual)
         if out != usual:
-            print(f"gateloop tasks: {str(usual)!r} has results: these go to {str(out)!r}", file=sys.stderr)
+            print(f"gateloop tasks: {str(usual)!r} already has results: these go to {str(out)!r}", file=sys.stderr)
     outcome = _run(experiment, out)
     print(json.dumps(outcome.to_json()) if arguments.json else _table(outcome, out))
 
 
 def _free(folder: Path) -> Path:
-    """The folder, or the first of its followers that has no result yet: none is lost that was not named."""
+    """The folder, or the first numbered one after it without a result, so that no result is replaced unasked."""
     numbered = itertools.chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2)))
     return next(each for each in numbered if not (each / RESULT).exists())
 
@@ -121,7 +121,7 @@ def _show(shown: Any, progress: Progress) -> None:
 
 
 def _table(outcome: Outcome, out: Path) -> str:
-    """A few lines for a reader."""
+    """Describe the outcome in a few lines."""
     result = outcome.to_json()
     first, longest = result["trained_lengths"]
     lines = [

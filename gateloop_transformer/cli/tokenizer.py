@@ -1,4 +1,4 @@
-"""gateloop tokenizer."""
+"""The command `gateloop tokenizer`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DESCRIPTION = "Make a BPE tokenizer."
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     from gateloop_transformer.data.documents import SOURCES
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -40,12 +40,12 @@ def add_arguments(parser: Parser) -> None:
         metavar="DATA",
         help=f"{SOURCES} (default: the sources of this Python's standard library)",
     )
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, at least 257")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of tokens, at least 257")
     train.add_argument("--out", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
     train.add_argument("--overwrite", action="store_true", help="replace the file")
     add_field(train)
     train.add_argument(
-        "--limit-bytes", type=int, metavar="N", help="learn from the first N bytes alone (default: all of them)"
+        "--limit-bytes", type=int, metavar="N", help="learn from the first N bytes only (default: from all)"
     )
     train.add_argument(
         "--json", action="store_true", help='print {"tokens": ..., "bytes": ..., "bytes_per_token": ...}'
@@ -84,11 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    fewer = (
-        ""
-        if tokenizer.size == arguments.vocab_size
-        else f" (the text has no more than that, not {arguments.vocab_size:,})"
-    )
+    fewer = "" if tokenizer.size == arguments.vocab_size else f" (the text does not give {arguments.vocab_size:,})"
     print(
         f"{tokenizer.size:,} tokens{fewer} from {texts.size:,} bytes, {size / tokens:.2f} bytes per token\n"
         f"tokenizer: {path} ({os.path.getsize(path):,} bytes)"
@@ -96,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Texts:
-    """The documents of a source up to a number of bytes; remembers the first few million of these as a sample."""
+    """Reads the documents of a source up to a number of bytes; keeps the first few million bytes as a sample."""
 
     def __init__(self, source: Source, limit: int | None) -> None:
         self._source, self._limit, self._room = source, limit, 1 << 22
@@ -104,7 +100,7 @@ class _Texts:
         self.sample: list[bytes] = []
 
     def read(self, bar: Any, learning: contextlib.ExitStack) -> Iterator[Iterator[bytes]]:
-        """The blocks of each document; `learning` is entered when all are read, as the long part then begins."""
+        """Yield the blocks of each document; when all are read, enter `learning`, as the long part then begins."""
         for document in self._source.documents():
             if self._limit is not None and self.size >= self._limit:
                 break

@@ -1,4 +1,4 @@
-"""gateloop train."""
+"""The command `gateloop train`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 HELP = "train a model on text"
 DESCRIPTION = (
-    "Train a language model on text, byte by byte or on BPE tokens; alone, or under torchrun or accelerate launch on "
-    "many devices. DIR gets model.safetensors, config.json, metrics.jsonl (one object a line), loss.png and "
+    "Train a language model on text, byte by byte or on BPE tokens; in one process, or under torchrun or accelerate "
+    "launch on many devices. DIR gets model.safetensors, config.json, metrics.jsonl (one object a line), loss.png and "
     "checkpoints/."
 )
 
 
 def add_arguments(parser: Parser) -> None:
-    """Flags of the command."""
+    """Add the command's flags."""
     from gateloop_transformer.configuration import TransformerConfig
     from gateloop_transformer.data.documents import SOURCES
     from gateloop_transformer.runs.config import TrainingConfig
@@ -58,20 +58,20 @@ def add_arguments(parser: Parser) -> None:
     how.add_argument(
         "--resume-or-start",
         action="store_true",
-        help=Rare("--resume where DIR holds a run, else start one: the same command for every start of a job"),
+        help=Rare("resume the run in DIR, or start one if there is none, so that every start of a job has one command"),
     )
     how.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="say what the run would need (parameters, memory with this machine's kernels, operations, communication); "
-        "start and write nothing, and do not look at DATA",
+        help="print what the run would need (parameters, memory with this machine's kernels, operations, "
+        "communication); start and write nothing, and do not read DATA",
     )
     parser.add_argument(
         "--processes",
         type=int,
         metavar="N",
-        help=Rare("with --dry-run: as if for N processes (default: those of this job)"),
+        help=Rare("with --dry-run: number of processes to assume (default: those of this job)"),
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_fields(parser, TrainingConfig, "training")
@@ -79,7 +79,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
-    """The configuration that the flags ask for; when resuming, the stored one with what may change."""
+    """The configuration that the flags ask for; when resuming, the stored one with the changes that are allowed."""
     from gateloop_transformer.data.sources import absolute
     from gateloop_transformer.runs import config
     from gateloop_transformer.runs.folder import read_config
@@ -112,12 +112,14 @@ def _run_config(arguments: argparse.Namespace, given: dict[str, Any]) -> Any:
     with named_as_flags(given):
         training = dataclasses.replace(stored.training, **again)
     if training.windows != (windows := stored.training.windows):
-        raise ValueError(f"--resume: a step of this run has {windows} windows: --batch times --accumulate must be that")
-    # Data may have moved; `prepare` compares its hash.
+        raise ValueError(
+            f"--resume: a step of this run has {windows} windows: --batch times --accumulate must give {windows}"
+        )
+    # The data may have moved; `prepare` compares its hash.
     return dataclasses.replace(stored, training=training, data=stored.data if data is None else data)
 
 
-# Flags that are no part of a run's configuration.
+# Flags that are not part of a run's configuration.
 _OWN = {"command", "data", "out", "resume", "resume_or_start", "overwrite", "json", "dry_run", "processes", "tokenizer"}
 
 
@@ -131,7 +133,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 
 def _tokenizer(arguments: argparse.Namespace, config: RunConfig) -> Tokenizer | None:
-    """The tokenizer of --tokenizer; when resuming it can only be the run's."""
+    """The tokenizer of --tokenizer, which must be the run's when resuming."""
     from gateloop_transformer.data.bpe import load_tokenizer_file
 
     if arguments.tokenizer is None:
@@ -143,7 +145,7 @@ def _tokenizer(arguments: argparse.Namespace, config: RunConfig) -> Tokenizer | 
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train."""
+    """Train a model."""
     _check_flags(arguments)
     with importing("torch"):
         from gateloop_transformer.data.documents import count
@@ -182,7 +184,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise KeyboardInterrupt(*(interrupt.args or ["continue with --resume"])) from interrupt
         except LostError as error:
             print(f"gateloop train: failed: {error}", file=sys.stderr, flush=True)
-            # Leaving in order would wait for the process that is gone.
+            # A regular exit would wait for the process that is gone.
             os._exit(1)
         result = trainer.result()
         unit = "bytes" if trainer.config.tokenizer.kind == "bytes" else "tokens"
@@ -203,7 +205,7 @@ def _warn(text: str) -> None:
 
 
 def _report(trainer: Trainer, resumed: bool, stream: TextIO) -> None:
-    """Train, saying on `stream` what and from where, and on standard error how far it is."""
+    """Train; print what and from where on `stream`, and progress on standard error."""
     engine, parameters = trainer.engine, trainer.result().parameters
     say(f"{trainer.corpus.description}\n{parameters:,} parameters on {engine.described()}", stream)
     say("\n".join(needs_of(trainer)), stream)
@@ -215,12 +217,12 @@ def _report(trainer: Trainer, resumed: bool, stream: TextIO) -> None:
 
 
 class _Reporter:
-    """A bar whose messages go to the stream for messages."""
+    """A progress bar whose messages go to `stream`."""
 
     def __init__(self, progress: Any, stream: TextIO) -> None:
         self._stream = stream
         self.update, self.set_postfix = progress.update, progress.set_postfix
 
     def write(self, text: str) -> None:
-        """A message above the bar."""
+        """Print a message above the bar."""
         say(text, self._stream)

@@ -1,4 +1,4 @@
-"""Batches as functions of the step: nothing but the step has to be kept to go on where a run has ended."""
+"""Batches as functions of the step, so that a run can be resumed from the step number alone."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ Numbers = npt.NDArray[np.int64]
 
 _ALL = slice(None)
 _ROUNDS = 6
-# Tell apart what is drawn for shuffles and for streams, from the same seed.
+# Give shuffles and streams different random numbers from the same seed.
 _SHUFFLE, _STREAM = 1, 0
 
 
 class Batch(NamedTuple):
     """Windows of tokens.
 
-    ids: (rows, context + 1), int64. resets: (rows, context + 1), booleans, True where a document begins, so that the
-    state is to be cleared before that token, and no token before is to predict it; None: nowhere.
+    ids: (rows, context + 1), int64. resets: (rows, context + 1), booleans, True where a document begins: the state is
+    cleared before that token, and the token before does not predict it; None: no document begins.
     """
 
     ids: Tensor
     resets: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """Move the batch to a device."""
         return Batch(self.ids.to(device), None if self.resets is None else self.resets.to(device))
 
 
 def batch_at(tokens: Tokens, step: int, *, windows: int, context: int, seed: int, rows: slice = _ALL) -> Batch:
-    """Shuffled windows, each from an empty state; every one once in an epoch.
+    """The shuffled windows of a step, each from an empty state; every window comes once in an epoch.
 
     Window number (step - 1) * windows + row of a run is number (that modulo n) of an epoch of
     n = (len(tokens) - 1) // context windows. Each epoch has its own order, and its own shift of all windows, so
-    that their borders vary. Nothing of the order is kept in memory; it depends on the arguments alone.
+    that their borders vary. The order depends only on the arguments and is not kept in memory.
 
     Args:
-        tokens: at least context + 1.
-        step: from 1 on.
-        windows: in a step.
+        tokens: at least context + 1 tokens.
+        step: number of the step, from 1 on.
+        windows: number of windows in a step.
         context: tokens that a window predicts.
-        seed: of the order.
+        seed: seed of the order.
         rows: which of the step's windows are wanted.
     """
     count = (len(tokens) - 1) // context
@@ -62,10 +62,10 @@ def batch_at(tokens: Tokens, step: int, *, windows: int, context: int, seed: int
 
 
 def stream_at(tokens: Tokens, step: int, *, windows: int, context: int, seed: int, rows: slice = _ALL) -> Batch:
-    """Windows that go on where those of the step before ended, by one token's overlap; arguments as of `batch_at`.
+    """Windows that continue those of the step before, with one token's overlap; arguments are those of `batch_at`.
 
-    Every row is a stream of its own: it begins somewhere, all evenly spread, and comes back to the data's start after
-    its end, with a reset there.
+    Every row is a stream of its own. The streams begin evenly spread over the data; after the data's end a stream
+    returns to the start, with a reset there.
     """
     count = (len(tokens) - 1) // context
     shift = int(np.random.default_rng([seed, _STREAM]).integers(0, len(tokens) - count * context))
@@ -77,11 +77,11 @@ def windows_at(tokens: Tokens, starts: Numbers, context: int, begin: npt.NDArray
     """Windows that begin at `starts` (rows,).
 
     Args:
-        tokens: all there are.
-        starts: places in them.
+        tokens: all tokens.
+        starts: positions in them.
         context: tokens that a window predicts.
-        begin: windows (rows,) that are at the data's start, where others go on from a state; None: each begins with
-            an empty state, so that no reset is needed before its first token.
+        begin: (rows,) booleans, True for windows at the data's start, while others continue from a state; None: each
+            begins with an empty state, so that no reset is needed before its first token.
     """
     ids = np.empty((len(starts), context + 1), dtype=np.int64)
     resets = np.zeros(ids.shape, dtype=bool)
@@ -93,17 +93,17 @@ def windows_at(tokens: Tokens, starts: Numbers, context: int, begin: npt.NDArray
 
 
 def _shuffled(numbers: Numbers, epoch: int, count: int, context: int, seed: int, length: int) -> Numbers:
-    """Where the windows of these numbers of an epoch begin."""
+    """The positions where the windows with these numbers begin in an epoch."""
     keys = np.random.SeedSequence([seed, epoch, _SHUFFLE]).generate_state(_ROUNDS + 1, np.uint64).astype(np.uint64)
     shift = int(keys[-1]) % (length - count * context)
     return shift + permute(numbers, count, keys[:-1]) * context
 
 
 def permute(numbers: Numbers, count: int, keys: npt.NDArray[np.uint64]) -> Numbers:
-    """Distinct numbers in [0, count) for distinct ones, in an order that the keys decide; constant memory.
+    """Permute numbers in [0, count) as the keys decide, in constant memory.
 
-    A Feistel network on pairs of numbers below the root of `count`, rounded up; what falls outside goes through again
-    until it is inside, which keeps it a bijection (cycle walking).
+    This is a Feistel network on pairs of numbers below the root of `count`, rounded up. A result outside the range
+    goes through again until it is inside, which keeps the map a bijection (cycle walking).
 
     Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains (2002).
 
@@ -121,7 +121,7 @@ def permute(numbers: Numbers, count: int, keys: npt.NDArray[np.uint64]) -> Numbe
 
 
 def _feistel(values: npt.NDArray[np.uint64], side: np.uint64, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Distinct numbers below side² for distinct ones."""
+    """Permute numbers below side²."""
     left, right = values // side, values % side
     for key in keys:
         left, right = right, (left + _mix(right ^ key) % side) % side
@@ -129,7 +129,7 @@ def _feistel(values: npt.NDArray[np.uint64], side: np.uint64, keys: npt.NDArray[
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Every bit of the result depends on every bit of x (the finalizer of splitmix64)."""
+    """Mix bits, so that every bit of the result depends on every bit of x (the finalizer of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Byte-level BPE in the file format of Hugging Face, with nothing of a text lost."""
+"""Lossless byte-level BPE in the file format of Hugging Face."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gateloop_transformer.files import write_bytes
 from gateloop_transformer.stored import parse_json
 
 END = "<|endoftext|>"
-# Texts are encoded in pieces of at least this many bytes, where tokens allow; none is longer than the second.
+# Texts are encoded in pieces of at least the first number of bytes, where tokens allow, and at most the second.
 PIECE, LONGEST_PIECE = 1 << 14, 1 << 20
-# A line break that surely no token reaches across: no white space or slash beside it. Some characters beyond ASCII
-# are missed, none is taken wrongly.
+# Finds a line break that no token can cross, as there is no white space or slash next to it. Next to some characters
+# beyond ASCII such a break is missed, but none is found wrongly.
 _CUT = re.compile(rb"(?<=[!-~\x8b-\x9e\xb0-\xbf])\n(?=[!-.0-~\xc3-\xdf\xe4-\xf4])")
-# Pre-tokenizers that cut texts and take nothing out.
+# Pre-tokenizers that cut texts but remove nothing.
 _LOSSLESS = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"}
-# Numbers of tokens up to which most may be of none.
+# Up to this vocabulary size, most token numbers may be unused.
 _SPARSE = 1 << 22
-# What stands for bytes that are not UTF-8 in a text decoded with "surrogateescape".
+# The characters that stand for invalid bytes in a text decoded with "surrogateescape".
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")
 
 
@@ -36,11 +36,11 @@ class BPETokenizer:
     """Byte-level BPE with a token <|endoftext|>; bytes that are not UTF-8 are tokens of their own.
 
     Args:
-        content: of a tokenizer.json.
-        where: it came from, for errors.
+        content: the bytes of a tokenizer.json.
+        where: where they came from, for errors.
 
     Raises:
-        ValueError: it is of another kind, or it would not give every text back; or tokenizers is not installed.
+        ValueError: it is another kind of tokenizer, or it is not lossless; or tokenizers is not installed.
     """
 
     kind = "bpe"
@@ -49,7 +49,7 @@ class BPETokenizer:
         try:
             self._tokenizer = _tokenizers().Tokenizer.from_buffer(content)
         except ValueError as error:
-            raise ValueError(f"{where} is no tokenizer.json: {error}") from error
+            raise ValueError(f"{where} is not a tokenizer.json: {error}") from error
         values = parse_json(content, where)
         reason = _unsuitable(values)
         if reason is not None:
@@ -83,7 +83,7 @@ class BPETokenizer:
         return [self._join(part, encoded) for part in parts]
 
     def _join(self, part: list[str], encoded: Iterator[Any]) -> Ids:
-        """The tokens of stretches of text, and of the bytes between them that are none."""
+        """Join the tokens of stretches of text with those of the invalid bytes between them."""
         ids = [np.array(next(encoded).ids, dtype=self.dtype)]
         for stray in part[1::2]:
             content = stray.encode("utf-8", "surrogateescape")
@@ -108,7 +108,7 @@ class BPETokenizer:
 
 
 def load_tokenizer_file(path: str | os.PathLike[str]) -> BPETokenizer:
-    """A byte-level BPE tokenizer from a tokenizer.json.
+    """Load a byte-level BPE tokenizer from a tokenizer.json.
 
     Raises:
         ValueError: there is none, or it cannot be used; the message says why.
@@ -121,9 +121,9 @@ def load_tokenizer_file(path: str | os.PathLike[str]) -> BPETokenizer:
 
 
 def train_tokenizer(texts: Iterable[Iterable[bytes]], size: int) -> BPETokenizer:
-    """A byte-level BPE tokenizer of at most `size` tokens, learnt from documents given as blocks of bytes.
+    """Learn a byte-level BPE tokenizer of at most `size` tokens from documents given as blocks of bytes.
 
-    The same documents give the same tokenizer. It is smaller where they have too few pairs of tokens to join.
+    The same documents give the same tokenizer. It is smaller where they have too few pairs of tokens to merge.
 
     Raises:
         ValueError: size is below 257 (the bytes and <|endoftext|>) or beyond 2**32; tokenizers is not installed.
@@ -148,10 +148,10 @@ def train_tokenizer(texts: Iterable[Iterable[bytes]], size: int) -> BPETokenizer
 
 
 def cut_text(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """A text in pieces that are encoded alone as they would be within it, however the blocks were cut.
+    """Cut a text into pieces that encode alone as they would within it, however the blocks were cut.
 
-    Pieces end after a line break, the first possible after `PIECE` bytes; a stretch of `LONGEST_PIECE` bytes without
-    a suitable one is cut there, between characters, and a token that would have reached across is two.
+    Pieces end after a line break, the first suitable one after `PIECE` bytes. A stretch of `LONGEST_PIECE` bytes
+    without one is cut there, between characters, and a token that would have crossed the cut becomes two.
     """
     held = b""
     for block in blocks:
@@ -164,7 +164,7 @@ def cut_text(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _place_to_cut(held: bytes) -> int | None:
-    """Where the first piece of a text ends; None: more of the text has to be known."""
+    """The end of the first piece of a text; None: more of the text is needed to know."""
     found = _CUT.search(held, PIECE, LONGEST_PIECE)
     if found is not None:
         return found.end()
@@ -177,7 +177,7 @@ def _place_to_cut(held: bytes) -> int | None:
 
 
 def _stretches(content: bytes) -> list[str]:
-    """Text, then what is not UTF-8, then text, and so on; the latter as lone surrogates."""
+    """Split into text, bytes that are not UTF-8, text, and so on; such bytes become lone surrogates."""
     try:
         return [content.decode("utf-8")]
     except UnicodeDecodeError:
@@ -195,9 +195,9 @@ def _tokenizers() -> Any:
 
 
 def _unsuitable(values: Any) -> str | None:
-    """Why a tokenizer.json is not one of byte-level BPE that gives every text back; None: it is."""
+    """The reason why a tokenizer.json is not lossless byte-level BPE; None: it is."""
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        return "it is no tokenizer.json"
+        return "it is not a tokenizer.json"
     model, steps = values["model"], _parts(values.get("pre_tokenizer"), "pretokenizers")
     if model.get("type") != "BPE":
         return f"its model is {model.get('type')}, not BPE"
@@ -209,16 +209,16 @@ def _unsuitable(values: Any) -> str | None:
         (not any(step.get("add_prefix_space") for step in steps), "it puts a space before texts"),
         (
             all(step.get("type") in _LOSSLESS and step.get("behavior") != "Removed" for step in steps),
-            "its pre-tokenizer takes parts of texts out",
+            "its pre-tokenizer removes parts of texts",
         ),
         (not model.get("dropout"), "its dropout draws tokens at random"),
         (
             not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")),
-            "its tokens have prefixes or suffixes that are not of the text",
+            "its tokens have prefixes or suffixes that are not part of the text",
         ),
         (
             not any(token.get("lstrip") or token.get("rstrip") for token in added if not token["special"]),
-            "added tokens take white space away",
+            "its added tokens remove white space",
         ),
         (any(token["content"] == END and token["special"] for token in added), f"it has no special token {END}"),
     )
@@ -226,7 +226,7 @@ def _unsuitable(values: Any) -> str | None:
 
 
 def _parts(step: Any, name: str) -> list[dict[str, Any]]:
-    """The steps of a sequence of them, or of one."""
+    """Flatten a step that may be a sequence of steps."""
     if not isinstance(step, dict):
         return []
     return [part for inner in step[name] for part in _parts(inner, name)] if name in step else [step]
@@ -236,7 +236,7 @@ def _pieces(values: dict[str, Any], where: str) -> list[bytes]:
     """The bytes of each token of a tokenizer.json.
 
     Raises:
-        ValueError: most numbers up to the highest are of no token, and there are more than memory is there for.
+        ValueError: there are too many unused numbers below the highest token's.
     """
     printed = {name: byte for byte, name in enumerate(printed_bytes())}
     vocabulary: dict[str, int] = values["model"]["vocab"]

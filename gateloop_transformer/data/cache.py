@@ -1,4 +1,4 @@
-"""A folder for what can be made again: each entry is there whole or not at all, however many processes make it."""
+"""A cache of folders: each entry exists whole or not at all, however many processes build it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DAY = 24 * 3600
 
 
 def make_cache_folder(folder: Path) -> None:
-    """The folder is there.
+    """Make a folder of the cache, where it does not exist yet.
 
     Raises:
         ValueError: it cannot be made.
@@ -28,19 +28,19 @@ def make_cache_folder(folder: Path) -> None:
 
 
 def build_once(target: Path, build: Callable[[Path], None], whole: Callable[[Path], bool]) -> None:
-    """Have a whole folder `target`: as it is, or built aside and renamed, so that a kill leaves nothing half done.
+    """Make sure that the folder `target` is whole: keep it, or build it aside and rename it, so that a kill is safe.
 
-    Processes that want the same one wait for the first; where files cannot be locked each builds its own, and one is
-    kept. What killed builds have left is deleted.
+    Processes that want the same folder wait for the first one; where files cannot be locked each builds its own, and
+    one is kept. What killed builds have left is deleted.
 
     Args:
-        target: a folder in a folder of such entries.
+        target: the entry's folder, within the folder of all entries.
         build: fills an empty folder.
-        whole: whether a folder is there and whole.
+        whole: tells whether a folder exists and is whole.
 
     Raises:
         ValueError: the folder around it cannot be made.
-        OSError: it cannot be written.
+        OSError: the entry cannot be written.
     """
     if whole(target):
         return
@@ -58,7 +58,7 @@ def build_once(target: Path, build: Callable[[Path], None], whole: Callable[[Pat
 
 @contextlib.contextmanager
 def spool(folder: Path) -> Iterator[Path]:
-    """A new folder in `folder`, gone at the end; if this process is killed, the next build there deletes it."""
+    """Make a new folder in `folder`, deleted at the end; if this process is killed, the next build there deletes it."""
     make_cache_folder(folder)
     target = folder / f"spool-{secrets.token_hex(8)}"
     try:
@@ -88,7 +88,7 @@ def _publish(folder: Path, target: Path, whole: Callable[[Path], bool]) -> None:
 def _clean(target: Path, trouble: OSError | None) -> None:
     """Delete what killed builds have left: of `target`, which this process has locked, and of what nobody locks.
 
-    Where files cannot be locked, a build a day old is taken for a killed one.
+    Where files cannot be locked, a build that is a day old is taken for a killed one.
     """
     for partial in target.parent.glob(f"*{PARTIAL}"):
         name = partial.name.split(".")[0]

@@ -1,4 +1,4 @@
-"""A source tokenised once into a folder of the cache, its split, and its hash. See docs/architecture.md."""
+"""Corpora: a source is tokenised once into a folder of the cache, split and hashed. See docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from gateloop_transformer.stored import read_json
 
 FORMAT = 1
 _META, _STARTS = "meta.json", "starts.bin"
-# Bytes of text that are encoded at a time.
+# The most bytes of text that are encoded at a time.
 _TOGETHER = 1 << 21
-# And pieces of it.
+# The most pieces of text that are encoded at a time.
 _PIECES = 1 << 13
 
 Report = Callable[[int], object]
@@ -46,7 +46,7 @@ class Corpus:
 
 
 class _Plan(NamedTuple):
-    """What makes two corpora of one source differ."""
+    """The settings in which two corpora of one source can differ."""
 
     tokenizer: Tokenizer
     valid_fraction: float
@@ -59,10 +59,10 @@ class _Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class _Meta:
-    """meta.json: what a finished folder holds.
+    """The content of meta.json, which describes a finished folder.
 
-    shards: name and number of tokens of each. cut: where validation begins. held: documents held out; None: the end
-    of all tokens is. size: bytes of text.
+    shards: name and number of tokens of each file. cut: where validation begins. held: number of documents held out;
+    None: the end of all tokens is held out instead. size: bytes of text.
     """
 
     format: int
@@ -94,23 +94,23 @@ def load_corpus(
 ) -> Corpus:
     """Tokenise a source, or find it in the cache, and split it into training and validation tokens.
 
-    Whole documents are held out: those for which a hash of their names falls below `valid_fraction`. Where that comes
-    to less than half or more than double of the share (a single file, a few books), the end of all tokens is held out
+    Whole documents are held out: those for which a hash of their names falls below `valid_fraction`. Where that gives
+    less than half or more than double the share (a single file, a few books), the end of all tokens is held out
     instead.
 
     Args:
-        source: as in `open_source`.
+        source: what to read, as in `open_source`.
         valid_fraction: share of the tokens held out.
         context: tokens that a training window predicts; the training part must hold one window and a token.
-        tokenizer: of text.
-        field: of records, as in `open_source`.
-        exclude: a folder below the source that is not part of it: that of the run.
-        sha256: of the corpus, where it is known: what came from standard input or the Hub is then found by it in the
-            cache, without either.
-        report: called with numbers of bytes as they are tokenised.
+        tokenizer: turns the text into tokens.
+        field: the field of records that holds the text, as in `open_source`.
+        exclude: a folder below the source that is not part of it, such as that of the run.
+        sha256: the corpus's hash, where it is known: a corpus from standard input or the Hub is then found by it in
+            the cache.
+        report: called with the number of bytes of each piece as it is tokenised.
 
     Raises:
-        ValueError: unreadable, empty or too short data.
+        ValueError: the data is unreadable, empty or too short.
         OSError: the cache cannot be written.
     """
     plan = _Plan(tokenizer, valid_fraction, field)
@@ -162,7 +162,7 @@ def _open(folder: Path, meta: _Meta, tokenizer: Tokenizer, label: str) -> Corpus
 
 
 def _read_meta(folder: Path) -> _Meta | None:
-    """What a folder holds; None where it is not there, or not whole."""
+    """Read a folder's meta.json; None where the folder does not exist or is not whole."""
     try:
         values = read_json(folder / _META)
         meta = _Meta(**{**values, "shards": [Shard(*shard) for shard in values["shards"]]})
@@ -179,7 +179,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _from_standard_input(plan: _Plan, sha256: str | None, report: Report | None) -> Path:
-    """The corpus of what comes; with `sha256`, that of this hash came before and is gone."""
+    """Build the corpus of standard input; with `sha256`, the cache has lost the corpus of this hash."""
     gone = "the text that came from standard input is no longer in the cache" if sha256 else "nothing comes"
     if sys.stdin is None or sys.stdin.isatty():
         raise ValueError(f"{gone}: give it on standard input")
@@ -201,7 +201,7 @@ def _from_standard_input(plan: _Plan, sha256: str | None, report: Report | None)
 
 
 def _find(sha256: str, plan: _Plan) -> Path | None:
-    """A finished corpus of this hash. Those being built have a suffix."""
+    """Find a finished corpus by its hash; folders of unfinished ones have a suffix."""
     for folder in sorted(path for path in _corpora().glob("*") if not path.suffix):
         meta = _read_meta(folder)
         if meta is not None and (meta.sha256, meta.tokenizer) == (sha256, plan.tokenizer.sha256):
@@ -210,7 +210,7 @@ def _find(sha256: str, plan: _Plan) -> Path | None:
 
 
 def _build(folder: Path, source: Source, plan: _Plan, report: Report | None) -> None:
-    """Fill a folder."""
+    """Tokenise a source into a folder."""
     dtype, size = plan.tokenizer.dtype, 0
     with contextlib.ExitStack() as stack:
         parts = [_Part(stack, Writer(folder, name, dtype), plan.tokenizer) for name in ("train", "valid")]
@@ -248,13 +248,13 @@ def _build(folder: Path, source: Source, plan: _Plan, report: Report | None) -> 
 
 
 def _is_held_out(key: str, valid_fraction: float) -> bool:
-    """The same for the same document, whatever else there is."""
+    """Tell whether a document is held out; the answer depends on no other document."""
     digest = hashlib.sha256(os.fsencode(key)).digest()
     return int.from_bytes(digest[:8], "big") < valid_fraction * 2**64
 
 
 def _split(train: Writer, valid: Writer, valid_fraction: float) -> tuple[int, int | None]:
-    """Where validation begins, and how many documents it is; None: it is the end of everything."""
+    """Where validation begins, and its number of documents; None: it is the end of all tokens."""
     total = train.tokens + valid.tokens
     if train.tokens and valid_fraction / 2 <= valid.tokens / total <= 2 * valid_fraction:
         return train.tokens, valid.documents
@@ -262,7 +262,7 @@ def _split(train: Writer, valid: Writer, valid_fraction: float) -> tuple[int, in
 
 
 class _Part:
-    """Training or validation tokens: encodes many pieces at once, and marks where documents begin."""
+    """Writes training or validation tokens: encodes many pieces at once, and marks where documents begin."""
 
     def __init__(self, stack: contextlib.ExitStack, writer: Writer, tokenizer: Tokenizer) -> None:
         stack.callback(writer.close)
@@ -274,7 +274,7 @@ class _Part:
         self._size, self._new = 0, True
 
     def add(self, piece: bytes) -> None:
-        """The next piece of a document."""
+        """Add the next piece of a document."""
         if self._size + len(piece) > _TOGETHER or len(self._pieces) == _PIECES:
             self.flush()
         self._pieces.append(piece)
@@ -283,11 +283,11 @@ class _Part:
         self._size, self._new = self._size + len(piece), False
 
     def end_document(self) -> None:
-        """What comes next begins another."""
+        """End a document: the next piece begins another."""
         self._ends[-1] = self._new = True
 
     def flush(self) -> None:
-        """Write what there is."""
+        """Write the pieces that have been added."""
         if not self._pieces:
             return
         arrays = self._tokenizer.encode_many(self._pieces)

@@ -1,4 +1,4 @@
-"""Documents as a stream of blocks of bytes: what every source gives."""
+"""Sources and the documents they give, each a stream of blocks of bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCES = (
 
 
 def count(number: int, things: str) -> str:
-    """A number of things, whose plural ends in s: "1 file", "2,000 files"."""
+    """Write a number of things whose plural ends in s: "1 file", "2,000 files"."""
     return f"{number:,} {things}{'' if number == 1 else 's'}"
 
 
@@ -25,8 +25,8 @@ def count(number: int, things: str) -> str:
 class Document:
     """One text.
 
-    name: what tells it from the others of its source, whatever folder or single file that is. blocks: its bytes, to
-    be taken once and before the next document; never an empty block.
+    name: tells the document from the others of its source; it does not depend on where the source is. blocks: its
+    bytes, to be read once, before the next document; no block is empty.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Source(ABC):
     """Documents in a fixed order, read as they are asked for.
 
     Attributes:
-        label: for messages.
-        files: that had text, so far; 0 where documents come from no files.
-        empty: files or records without a byte, so far, which are left out.
-        binary: files with zero bytes at their beginning, so far, which are left out.
+        label: name of the source in messages.
+        files: number of files that had text, so far; 0 where documents do not come from files.
+        empty: number of files or records without a byte, so far, which are left out.
+        binary: number of files with zero bytes at their beginning, so far, which are left out.
     """
 
     def __init__(self, label: str) -> None:
@@ -49,12 +49,12 @@ class Source(ABC):
 
     @property
     def left_out(self) -> int:
-        """Files or records that were left out so far."""
+        """The number of files or records that were left out so far."""
         return self.empty + self.binary
 
     @abstractmethod
     def documents(self, binary: bool = False) -> Iterator[Document]:
-        """All documents; with `binary` also files with zero bytes in them.
+        """Yield all documents; with `binary` also files with zero bytes in them.
 
         Raises:
             ValueError: something cannot be read, or there is no text at all.
@@ -62,10 +62,10 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> list[Any]:
-        """Plain values that change when the documents may have, found without reading them."""
+        """Plain values that change when the documents may have changed, found without reading them."""
 
     def size(self) -> int | None:
-        """Bytes of text, where that is known without reading it."""
+        """The number of bytes of text, where that is known without reading it."""
         return None
 
     def _start(self) -> None:
@@ -77,7 +77,7 @@ class Source(ABC):
             raise ValueError(f"{self.label} {what}")
 
     def _texts(self, texts: Iterable[bytes], name: str) -> Iterator[Document]:
-        """Records as documents, numbered."""
+        """Yield records as numbered documents."""
         for number, text in enumerate(texts):
             if text:
                 yield Document(f"{name}#{number}", iter([text]))
@@ -86,10 +86,10 @@ class Source(ABC):
 
 
 def stamp(path: Path) -> list[Any]:
-    """What changes when a file does: path, size, time.
+    """Values that change when a file does: its path, size and time of change.
 
     Raises:
-        ValueError: it cannot be looked at.
+        ValueError: the file cannot be read.
     """
     try:
         about = path.stat()

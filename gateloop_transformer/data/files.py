@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 # Bytes that a reader takes at a time.
 BLOCK = 1 << 20
-# Packed bytes that are unpacked at a time: what comes out of them is in memory at once.
+# Packed bytes that are unpacked at a time; all that they unpack to is in memory at once.
 _PACKED = 1 << 14
 _ZST_LARGEST_WINDOW = 1 << 31
 # How compressed files begin.
@@ -28,7 +28,7 @@ class PackedError(ValueError):
 
 
 def unpacked_suffix(path: PurePath) -> str:
-    """The suffix that says what a file holds, of compressed ones that before .gz, .xz or .zst.
+    """The suffix that says what a file holds; for compressed files, the one before .gz, .xz or .zst.
 
     >>> unpacked_suffix(PurePath("a/b.jsonl.gz")), unpacked_suffix(PurePath("b.txt"))
     ('.jsonl', '.txt')
@@ -37,13 +37,13 @@ def unpacked_suffix(path: PurePath) -> str:
 
 
 def is_packed(path: PurePath) -> bool:
-    """Whether the file is compressed."""
+    """Tell by a file's suffix whether it is compressed."""
     return path.suffix.lower() in _OPENERS
 
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to read bytes from, decompressed as they are read if it ends in .gz, .xz or .zst.
+    """Open a file to read bytes; if it ends in .gz, .xz or .zst, they are decompressed as they are read.
 
     Raises:
         ValueError: it cannot be read or decompressed, now or in the block; or zstandard is not installed.
@@ -54,7 +54,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def open_standard_input() -> Iterator[BinaryIO]:
-    """Standard input, decompressed if it begins as .gz, .xz and .zst files do.
+    """Open standard input; it is decompressed if it begins as .gz, .xz and .zst files do.
 
     Raises:
         ValueError: it is closed, or cannot be read or decompressed.
@@ -67,12 +67,12 @@ def open_standard_input() -> Iterator[BinaryIO]:
 
 
 def packed_suffix(start: bytes) -> str:
-    """The suffix of the kind of compressed file that begins so; none if it is not one."""
+    """The suffix for a compressed file that begins with these bytes; "" if it is not compressed."""
     return next((suffix for mark, suffix in _MARKS.items() if start.startswith(mark)), "")
 
 
 def blocks(opened: contextlib.AbstractContextManager[BinaryIO]) -> Iterator[bytes]:
-    """The bytes of what `open_file` opens, a block at a time; never an empty block.
+    """Yield the bytes of what `open_file` opens, a block at a time; no block is empty.
 
     Raises:
         ValueError: it cannot be read or decompressed.
@@ -98,7 +98,7 @@ def _unpacked(raw: BinaryIO, suffix: str) -> contextlib.AbstractContextManager[B
 
 
 def _open_xz(raw: BinaryIO) -> io.BufferedReader:
-    # Zeros, four or a multiple of that, may stand behind each stream.
+    # Each stream may be followed by zeros, a multiple of four.
     return io.BufferedReader(_Blocks(_frames(raw, lzma.LZMADecompressor, lzma.LZMAError, padding=4)), BLOCK)
 
 
@@ -117,17 +117,19 @@ def _open_zst(raw: BinaryIO) -> io.BufferedReader:
 def _frames(
     raw: BinaryIO, start: Callable[[], Any], failure: type[Exception], padding: int | None = None
 ) -> Iterator[bytes]:
-    """What is in frames one after the other. A last one cut short, or anything else behind one, is an error: Python's
-    own reader of .xz passes over the latter, zstandard's over the former.
+    """Unpack consecutive frames.
+
+    A last frame cut short, or anything else after a frame, is an error: Python's own reader of .xz ignores the latter,
+    zstandard's ignores the former.
 
     Args:
         raw: the packed bytes.
-        start: makes what unpacks one frame.
-        failure: what that raises.
-        padding: zeros may stand behind a frame, so many or a multiple of that.
+        start: makes a decompressor for one frame.
+        failure: the exception that it raises.
+        padding: a frame may be followed by zeros whose number is a multiple of this; None: by none.
 
     Raises:
-        PackedError: it is damaged.
+        PackedError: the data is damaged.
     """
     packed = raw.read(_PACKED)
     while packed:
@@ -147,11 +149,11 @@ def _frames(
             zeros += len(packed) - len(rest)
             packed = rest or raw.read(_PACKED)
         if padding and zeros % padding:
-            raise PackedError(f"{zeros} zeros stand behind a stream, and padding is of {padding} or a multiple")
+            raise PackedError(f"{zeros} zeros follow a stream, but padding must be a multiple of {padding}")
 
 
 class _Blocks(io.RawIOBase):
-    """Blocks of bytes as a file."""
+    """A file made of blocks of bytes."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks, self._ready = blocks, memoryview(b"")
@@ -174,12 +176,12 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".xz": _open
 
 
 def walk(folder: Path, exclude: Collection[Path] = ()) -> list[Path]:
-    """All regular files below a folder in a fixed order; hidden ones, runs, and what is below `exclude` left out."""
+    """List all regular files below a folder in a fixed order, without hidden ones, runs and those below `exclude`."""
     left_out = {path.resolve() for path in exclude}
     found = []
     for base, folders, names in os.walk(folder):
         if Path(base) != folder and {".lock", "config.json"} <= set(names):
-            # The folder of a run: what training wrote is not to be trained on.
+            # This is the folder of a run: files that training wrote are not data.
             folders.clear()
             continue
         folders[:] = sorted(
@@ -192,9 +194,9 @@ def walk(folder: Path, exclude: Collection[Path] = ()) -> list[Path]:
 
 
 def find_files(source: str, exclude: Collection[Path] = ()) -> tuple[list[Path], Path]:
-    """The files that a path or a glob names, and the path that their names are relative to.
+    """Find the files that a path or a glob names, and the path that their names are relative to.
 
-    A file alone is relative to itself: then what it is called means nothing.
+    A single file is relative to itself, so that its name has no effect.
 
     Raises:
         ValueError: there are none, or the path is neither a regular file nor a folder.

@@ -36,7 +36,7 @@ class HuggingFace(Source):
         return ["hf", self.name, self.config, self.split, self._version]
 
     def _load(self) -> None:
-        """The dataset, and what tells its version."""
+        """Load the dataset, and find what identifies its version."""
         if self._dataset is not None:
             return
         try:
@@ -52,7 +52,7 @@ class HuggingFace(Source):
             else:
                 builder = datasets.load_dataset_builder(self.name, self.config)
                 self._version = [builder.hash, str(builder.config.version)]
-                # A part of a split is cut out of what was downloaded; a whole one is read as it comes.
+                # A part of a split needs the whole split downloaded; a whole split is read as a stream.
                 part = self.split is not None and "[" in self.split
                 loaded = datasets.load_dataset(
                     self.name, self.config, split=self.split if part else None, streaming=not part
@@ -75,7 +75,7 @@ class HuggingFace(Source):
 
 
 def parse_hugging_face(source: str) -> tuple[str, str | None, str | None]:
-    """Name or path, configuration and split of "hf:NAME[,CONFIG][:SPLIT]"; what exists as a path is one as a whole.
+    """Parse "hf:NAME[,CONFIG][:SPLIT]" to name, configuration and split; if the rest exists as a path, it is the name.
 
     Raises:
         ValueError: there is no name.

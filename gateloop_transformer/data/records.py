@@ -8,16 +8,16 @@ from typing import Any, BinaryIO
 
 from gateloop_transformer.stored import parse_json
 
-# A line of JSON is parsed in memory; a file without line breaks is no JSON lines.
+# A line of JSON is parsed in memory, so its length is bounded; a file without line breaks is not JSON lines.
 LONGEST_LINE = 1 << 28
 _ROWS = 256
 
 
 def json_lines(file: BinaryIO, where: str, field: str) -> Iterator[bytes]:
-    """The texts of JSON lines, one a line, as UTF-8; empty for null. Blank lines are passed over.
+    """Yield the texts of JSON lines as UTF-8; null gives an empty text, and blank lines are skipped.
 
     Raises:
-        ValueError: a line is no JSON object, or has no text in the field; the message says which line.
+        ValueError: a line is not a JSON object, or has no text in the field; the message says which line.
     """
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
@@ -36,10 +36,10 @@ def json_lines(file: BinaryIO, where: str, field: str) -> Iterator[bytes]:
 
 
 def parquet_rows(path: Path, field: str) -> Iterator[bytes]:
-    """The texts of a Parquet file's rows, as UTF-8; empty for null. One row group is in memory at a time.
+    """Yield the texts of a Parquet file's rows as UTF-8; null gives an empty text. It holds one row group in memory.
 
     Raises:
-        ValueError: it is damaged, or has no column of texts of that name; or pyarrow is not installed.
+        ValueError: the file is damaged or has no text column of that name, or pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -48,7 +48,7 @@ def parquet_rows(path: Path, field: str) -> Iterator[bytes]:
         raise ValueError("Parquet files need the package pyarrow: `pip install gateloop-transformer[data]`") from error
     where = repr(str(path))
     try:
-        # Opened here, as pyarrow takes no name that is not UTF-8.
+        # The file is opened here, because pyarrow takes only names that are UTF-8.
         with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             if field not in file.schema_arrow.names:
                 raise ValueError(_missing(where, field, file.schema_arrow.names))
@@ -62,10 +62,10 @@ def parquet_rows(path: Path, field: str) -> Iterator[bytes]:
 
 
 def dataset_rows(dataset: Any, where: str, field: str) -> Iterator[bytes]:
-    """The texts of a Hugging Face dataset's rows, as UTF-8; empty for null.
+    """Yield the texts of a Hugging Face dataset's rows as UTF-8; null gives an empty text.
 
     Raises:
-        ValueError: it has no column of texts of that name, or cannot be read.
+        ValueError: the dataset has no text column of that name, or cannot be read.
     """
     import datasets
 

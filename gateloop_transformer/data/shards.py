@@ -11,11 +11,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# Bytes of a file of tokens, at most.
+# The most bytes of a file of tokens.
 SHARD = 1 << 28
 # The system may map this many bytes around each place that is read.
 _AROUND = 1 << 21
-# Pages of mappings count as memory of the process: they are given back after this many bytes.
+# Mapped pages count as memory of the process, so they are released after this many bytes.
 _HELD = 1 << 26
 
 Ids = npt.NDArray[Any]
@@ -30,16 +30,16 @@ class Shard(NamedTuple):
 
 
 class Writer:
-    """Appends tokens and the places where documents begin to files of one name.
+    """Appends tokens, and the positions where documents begin, to files of one name.
 
     Args:
-        folder: where they are made.
-        name: of the files, before "-00000.bin" and "-starts.bin".
-        dtype: of the tokens.
-        limit: bytes of a file of tokens.
+        folder: where the files are made.
+        name: the files' name, before "-00000.bin" and "-starts.bin".
+        dtype: dtype of the tokens.
+        limit: most bytes of a file of tokens.
 
     Attributes:
-        tokens, documents: written so far.
+        tokens, documents: numbers written so far.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], limit: int = SHARD) -> None:
@@ -52,7 +52,7 @@ class Writer:
         self.tokens = self.documents = 0
 
     def write(self, ids: Ids, starts: Places) -> None:
-        """Append tokens (N,); `starts`: where in them documents begin."""
+        """Append tokens (N,); `starts` are the positions in them where documents begin."""
         places = (starts + self.tokens).astype("<i8", copy=False).tobytes()
         self._starts.write(places)
         self._hashes[1].update(places)
@@ -76,19 +76,19 @@ class Writer:
         self._file = (self._folder / self.shards[-1].name).open("wb")
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close the files."""
         self._starts.close()
         if self._file is not None:
             self._file.close()
 
     @property
     def digest(self) -> str:
-        """What tells tokens and starts from others, whatever files they are in."""
+        """The hashes of all tokens and starts, whatever files they are in."""
         return " ".join(each.hexdigest() for each in self._hashes)
 
 
 def join_starts(folder: Path, writers: Iterable[Writer], target: Path) -> None:
-    """The starts of several writers, as places in all of their tokens one after the other, in one file."""
+    """Join the starts of several writers in one file, as positions in their concatenated tokens."""
     before = 0
     with target.open("wb") as file:
         for writer in writers:
@@ -101,7 +101,7 @@ def join_starts(folder: Path, writers: Iterable[Writer], target: Path) -> None:
 
 
 class _Store:
-    """Arrays of tokens one after the other, and where documents begin in them."""
+    """Concatenated arrays of tokens, and where documents begin in them."""
 
     def __init__(self, arrays: list[Ids], starts: Places, maps: list[mmap.mmap]) -> None:
         self._arrays, self._starts, self._maps = arrays, starts, maps
@@ -141,7 +141,7 @@ class Tokens:
 
     @classmethod
     def of(cls, ids: npt.ArrayLike, starts: npt.ArrayLike = (0,)) -> Tokens:
-        """Tokens in memory (N,), and the places where documents begin, ascending."""
+        """Hold tokens in memory (N,), and the positions where documents begin, ascending."""
         array = np.asarray(ids)
         return cls(_Store([array], np.asarray(starts, dtype=np.int64), []), 0, len(array))
 
@@ -149,30 +149,30 @@ class Tokens:
         return self._stop - self._start
 
     def read(self, start: int, stop: int) -> Places:
-        """The tokens from `start` to before `stop`, a copy.
+        """Copy the tokens in [start, stop).
 
         Raises:
-            IndexError: they are not all there.
+            IndexError: the range is not within the tokens.
         """
         self._check(start, stop)
         return self._store.read(self._start + start, self._start + stop)
 
     def starts(self, start: int, stop: int) -> Places:
-        """The places in [start, stop) where a document begins, ascending.
+        """The positions in [start, stop) where a document begins, ascending.
 
         Raises:
-            IndexError: they are not all there.
+            IndexError: the range is not within the tokens.
         """
         self._check(start, stop)
         return self._store.starts(self._start + start, self._start + stop) - self._start
 
     def _check(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"tokens {start} to {stop} are not within the {len(self)} that there are")
+            raise IndexError(f"tokens {start} to {stop} are not within the {len(self)} tokens")
 
 
 def open_tokens(folder: Path, shards: Iterable[Shard], dtype: np.dtype[Any], starts: Path, cut: int) -> list[Tokens]:
-    """The tokens of shards, up to `cut` and from there on."""
+    """Open the tokens of shards as two sequences: those up to `cut`, and those from there on."""
     maps, arrays = [], []
     for shard in shards:
         mapped = _map(folder / shard.name)

@@ -1,4 +1,4 @@
-"""Documents from anything: files, folders, globs, records, Hugging Face datasets, standard input. Always a stream."""
+"""Streams of documents from files, folders, globs, records, Hugging Face datasets and standard input."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from gateloop_transformer.data.files import (
 from gateloop_transformer.data.hugging_face import HuggingFace, parse_hugging_face
 from gateloop_transformer.data.records import json_lines, parquet_rows
 
-# Folders of the standard library that hold no ordinary sources.
+# Folders of the standard library whose files are not ordinary sources.
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 _LOOK_FOR_ZEROS = 8192
-# The field of records, unless another is named.
+# The field of records that holds the text, unless another is named.
 TEXT = "text"
 
 
 class FileSource(Source):
-    """Texts and records of files.
+    """The texts and records in files.
 
     Args:
-        label: for messages.
-        files: their paths.
-        root: their keys are relative to it.
-        field: of records.
-        name: of a single file in messages; None: its path.
+        label: name of the source in messages.
+        files: paths of the files.
+        root: the path that the documents' names are relative to.
+        field: the field of records that holds the text.
+        name: name of a single file in messages; None: its path.
     """
 
     def __init__(self, label: str, files: list[Path], root: Path, field: str, name: str | None = None) -> None:
@@ -90,7 +90,7 @@ class FileSource(Source):
 
 
 class StandardInput(FileSource):
-    """What comes on standard input, once: JSON lines if there is a field, else a text."""
+    """Standard input, which can be read once: JSON lines if a field is given, else one text."""
 
     def __init__(self, field: str | None) -> None:
         path = Path("-" if field is None else "-.jsonl")
@@ -111,17 +111,17 @@ class StandardInput(FileSource):
 
 
 def is_standard_input(source: str | None) -> bool:
-    """Whether the source is standard input: "-"."""
+    """Tell whether the source is standard input, "-"."""
     return source == "-"
 
 
 def is_remote(source: str | None) -> bool:
-    """Whether the source is a dataset of Hugging Face that is not a folder here."""
+    """Tell whether the source is a Hugging Face dataset that is not a local folder."""
     return source is not None and source.startswith("hf:") and not os.path.exists(parse_hugging_face(source)[0])
 
 
 def absolute(source: str | None) -> str | None:
-    """The source with a path in it made absolute, so that it means the same in another folder."""
+    """Make a path in the source absolute, so that it means the same in another folder."""
     if not source or is_standard_input(source):
         return source
     if source.startswith("hf:"):
@@ -131,12 +131,12 @@ def absolute(source: str | None) -> str | None:
 
 
 def open_source(source: str | None, *, field: str | None = None, exclude: Collection[Path] = ()) -> Source:
-    """The documents that `source` names: see `documents.SOURCES`; None: the Python standard library's own sources.
+    """Open what `source` names.
 
     Args:
-        source: what to read.
-        field: of records (JSON lines, Parquet, Hugging Face), the one with the text; None: "text". Standard input is
-            JSON lines where one is given.
+        source: what to read, see `documents.SOURCES`; None: the Python standard library's own sources.
+        field: the field of records (JSON lines, Parquet, Hugging Face) that holds the text; None: "text". Where it is
+            given, standard input is JSON lines.
         exclude: folders below the source that are not part of it.
 
     Raises:
@@ -157,7 +157,7 @@ def open_source(source: str | None, *, field: str | None = None, exclude: Collec
 
 
 def standard_library() -> FileSource:
-    """The Python standard library's own sources on this machine, tests left out.
+    """Open the Python standard library's own sources on this machine, without tests.
 
     Raises:
         ValueError: there are none.

@@ -1,4 +1,4 @@
-"""Text as tokens: what every tokenizer is, and that of bytes."""
+"""Text as tokens: the protocol of tokenizers, and the tokenizer of bytes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back.
+    """Turns text into tokens and back.
 
     Attributes:
         kind: "bytes" or "bpe".
-        size: of the vocabulary.
-        pieces: the bytes that each token stands for, none for special ones.
+        size: size of the vocabulary.
+        pieces: the bytes that each token stands for; special tokens stand for none.
         end: the token after each document; None: there is none.
-        sha256: tells it from others.
-        dtype: the smallest type of integers that holds all tokens, little-endian.
+        sha256: a hash that identifies the tokenizer.
+        dtype: the smallest little-endian integer type that holds all tokens.
     """
 
     @property
@@ -48,23 +48,23 @@ class Tokenizer(Protocol):
     def dtype(self) -> np.dtype[Any]: ...
 
     def cut(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
-        """The same text in pieces, each to be encoded alone, however the blocks were cut."""
+        """Cut a text into pieces that can be encoded alone, however the blocks were cut."""
 
     def encode_many(self, pieces: Sequence[bytes]) -> list[Ids]:
-        """The tokens of each piece."""
+        """Encode each piece to its tokens."""
 
     def encode(self, content: bytes) -> Ids:
-        """The tokens of a text, without the end of a document."""
+        """Encode a text, without a token for the document's end."""
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The bytes that tokens stand for."""
+        """Join the bytes that tokens stand for."""
 
     def save(self, folder: Path) -> None:
-        """Write its files into a folder, each whole or not at all."""
+        """Write the tokenizer's files into a folder, each whole or not at all."""
 
 
 class ByteTokenizer:
-    """Each byte is a token."""
+    """The tokenizer for which each byte is a token."""
 
     kind, size, end = "bytes", 256, None
     pieces = [bytes([value]) for value in range(256)]  # noqa: RUF012
@@ -85,34 +85,34 @@ class ByteTokenizer:
         return bytes(map(int, ids))
 
     def save(self, folder: Path) -> None:
-        """Files that tell transformers of it; this class needs none."""
+        """Write the files that transformers needs; this class itself needs none."""
         write_bytes(folder / TOKENIZER, json.dumps(_bytes_as_bpe(), ensure_ascii=False, indent=1).encode())
-        # No text has the byte 0, and much of what works with tokenizers wants such tokens.
+        # No text has the byte 0, and many programs expect padding and end tokens.
         write_config(folder, pad=printed_bytes()[0], end=printed_bytes()[0])
 
 
 def encode_blocks(tokenizer: Tokenizer, blocks: Iterable[bytes]) -> Iterator[Ids]:
-    """The tokens of a text given in blocks, in parts."""
+    """Yield the tokens of a text given in blocks, in parts."""
     for piece in tokenizer.cut(blocks):
         yield tokenizer.encode_many([piece])[0]
 
 
 def encode_document(tokenizer: Tokenizer, blocks: Iterable[bytes]) -> Iterator[Ids]:
-    """The tokens of a whole document given in blocks, in parts, with the one after it."""
+    """Yield the tokens of a document given in blocks, in parts, and the token after it."""
     yield from encode_blocks(tokenizer, blocks)
     if tokenizer.end is not None:
         yield np.array([tokenizer.end], dtype=tokenizer.dtype)
 
 
 def printed_bytes() -> list[str]:
-    """The characters by which byte-level BPE writes bytes: themselves where they print, else those from 256 on."""
+    """The character that byte-level BPE writes for each byte: the byte itself if it prints, else one from 256 on."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
 
 
 def holds_bytes(values: Any) -> bool:
-    """Whether a tokenizer.json is that of bytes."""
+    """Tell whether a tokenizer.json is that of bytes."""
     model = values.get("model") if isinstance(values, dict) else None
     return (
         isinstance(model, dict) and not model.get("merges") and model.get("vocab") == _bytes_as_bpe()["model"]["vocab"]
@@ -120,7 +120,7 @@ def holds_bytes(values: Any) -> bool:
 
 
 def _bytes_as_bpe() -> dict[str, Any]:
-    """A tokenizer.json of byte-level BPE that joins nothing: its tokens are the bytes, with their own numbers."""
+    """A tokenizer.json of byte-level BPE without merges: its tokens are the bytes, numbered by their values."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
@@ -136,12 +136,11 @@ def _bytes_as_bpe() -> dict[str, Any]:
 def write_config(folder: Path, *, pad: str, end: str) -> None:
     """Write what transformers needs to know of a tokenizer besides its tokenizer.json.
 
-    What a text says is text: special tokens are not looked for in it. Padding is put on the left, where generation
-    needs it.
+    Special tokens spelled out in a text are read as text. Padding is put on the left, where generation needs it.
 
     Args:
-        folder: to write to.
-        pad: the token that stands for padding. Padding is masked: a token of the text's can do both.
+        folder: the folder to write to.
+        pad: the token that stands for padding; as padding is masked, it may also be a token of texts.
         end: the token after each document.
     """
     values = {

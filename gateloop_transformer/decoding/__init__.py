@@ -1,1 +1,1 @@
-"""What decoding is made of: sampling, a history to go back in, beams, drafted tokens."""
+"""The parts of decoding: sampling, a history to go back in, beam search and speculative decoding."""

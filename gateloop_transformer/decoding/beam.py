@@ -11,15 +11,15 @@ from torch import Tensor
 from gateloop_transformer.decoding.sampling import Sampling
 from gateloop_transformer.layers.state import TransformerState
 
-# Tokens (B, 1) and the state before them to the logits after them (B, vocabulary) and the state there.
+# Maps tokens (B, 1) and the state before them to the logits after them (B, vocabulary) and the state there.
 Advance = Callable[[Tensor, TransformerState], tuple[Tensor, TransformerState]]
 
 
 def check_beams(num_beams: int, length_penalty: float) -> None:
-    """Both have a meaning.
+    """Check the options of beam search.
 
     Raises:
-        ValueError: one has not.
+        ValueError: one of them is out of range.
     """
     if not isinstance(num_beams, int) or isinstance(num_beams, bool) or num_beams < 1:
         raise ValueError(f"num_beams must be an integer of at least 1, not {num_beams!r}")
@@ -40,27 +40,28 @@ def beam_search(
     pad: int = 0,
     sampling: Sampling | None = None,
 ) -> Tensor:
-    """The best continuation of each row.
+    """Find the best continuation of each row.
 
-    A hypothesis is a continuation; its log-probability is the sum of those of its tokens, its score that sum divided
-    by (number of tokens) ** length_penalty. At first there is one, the empty one. At each step every open hypothesis
-    is continued by every token, and of all these the `num_beams` of largest log-probability stay, less one for each
-    hypothesis that has ended before. A hypothesis ends where its tokens end in a stop sequence. The result is the
-    best score among those that ended and those still open after `steps` tokens; of equal ones, the earliest to end.
+    A hypothesis is a continuation; its log-probability is the sum of those of its tokens, and its score is that sum
+    divided by (number of tokens) ** length_penalty. At first there is only the empty one. At each step every open
+    hypothesis is continued by every token, and of all these the `num_beams` of largest log-probability stay, less one
+    for each hypothesis that has ended before. A hypothesis ends where its tokens end in a stop sequence. The result is
+    the one of best score among those that ended and those still open after `steps` tokens; among equal ones, it is the
+    first to end.
 
     One beam is greedy decoding. A row ends early only where no open hypothesis can reach the best score anymore.
 
     Args:
         advance: the model.
-        logits: after the prompts (B, vocabulary).
-        state: after the prompts.
+        logits: logits after the prompts (B, vocabulary).
+        state: state after the prompts.
         seen: the tokens in the prompts (B, vocabulary), boolean, for the repetition penalty.
-        steps: tokens a hypothesis has at most, at least 1.
-        num_beams: hypotheses of a row.
+        steps: most tokens of a hypothesis, at least 1.
+        num_beams: hypotheses of each row.
         length_penalty: above 0 prefers longer hypotheses, below 0 shorter ones; 1 compares means over tokens.
         stops: sequences of ids that end a hypothesis, and belong to it.
-        pad: what follows a hypothesis that ended.
-        sampling: its repetition penalty is applied to logits before they become log-probabilities.
+        pad: the id that follows a hypothesis that ended.
+        sampling: the settings whose repetition penalty is applied before logits become log-probabilities.
 
     Returns:
         New tokens (B, at most steps).
@@ -73,7 +74,7 @@ def beam_search(
     best: list[tuple[float, list[int]]] = [(-math.inf, [])] * rows
     open_rows = torch.arange(rows, device=logits.device)
     ended = torch.zeros(rows, dtype=torch.long, device=logits.device)
-    # One hypothesis at first: the copies have probability 0.
+    # There is one hypothesis at first: its copies have probability 0.
     sums = logits.new_full((rows, num_beams), -math.inf, dtype=torch.float64)
     sums[:, 0] = 0
     tokens = torch.empty(rows, num_beams, 0, dtype=torch.long, device=logits.device)
@@ -108,7 +109,7 @@ def beam_search(
 
 
 def _ends(tokens: Tensor, stops: Sequence[Sequence[int]]) -> Tensor:
-    """Which of the hypotheses (B, beams, length) end in a stop sequence (B, beams)."""
+    """Mark the hypotheses (B, beams, length) that end in a stop sequence (B, beams)."""
     ends = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     for stop in stops:
         if len(stop) <= tokens.shape[-1]:

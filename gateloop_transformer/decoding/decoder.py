@@ -12,7 +12,7 @@ from gateloop_transformer.layers.state import TransformerState
 
 
 class Decoder(Protocol):
-    """What generation needs of a model: `Transformer` has it."""
+    """The methods that generation calls; `Transformer` has them."""
 
     num_tokens: int
     training: bool
@@ -20,10 +20,10 @@ class Decoder(Protocol):
     def __call__(
         self, ids: Tensor, *, state: TransformerState | None, return_state: bool, mask: Tensor | None = None
     ) -> Any:
-        """(logits (B, T, num_tokens), state); steps of ids where a mask (B, T) is False do not exist."""
+        """Return logits (B, T, num_tokens) and the state; steps where a mask (B, T) is False are skipped."""
 
     def train(self, mode: bool = True) -> Any:
-        """Training or evaluation mode."""
+        """Switch to training or evaluation mode."""
 
     def modules(self) -> Iterator[Any]:
         """All modules, each with a flag `training`."""
@@ -34,9 +34,9 @@ class Decoder(Protocol):
 
 @contextlib.contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode back afterwards.
+    """Switch to evaluation mode, and afterwards give each module its own mode back.
 
-    Walking the modules costs as much as a small layer, so only where the model is training.
+    Walking the modules costs as much as a small layer, so it is done only where the model is training.
     """
     training = [module for module in model.modules() if module.training] if model.training else []
     if training:

@@ -12,7 +12,7 @@ from gateloop_transformer.layers.state import AttentionState, LayerState, Transf
 
 
 class _Read(NamedTuple):
-    """Tokens (B, T) that were read in one block, and the state before them; None: the start."""
+    """The tokens (B, T) that were read in one block, and the state before them; None: the start."""
 
     before: TransformerState | None
     ids: Tensor
@@ -22,15 +22,16 @@ class History:
     """A model, the state after what it has read, and the way back to any of the last `keep` positions.
 
     A step of a gate loop cannot be undone (its gate may be 0), so states are kept: the one before each call of `feed`,
-    as far back as needed. Back to where a call began or ended is that state itself, to the bit. Back into the middle
-    of a call is the state before it, and the call's tokens up to there are read again, together with what is fed next.
+    as far back as needed. Going back to where a call began or ended restores that state to the bit. Going back into
+    the middle of a call restores the state before it, and reads the call's tokens up to there again, together with
+    what is fed next.
 
-    Memory is constant in the length: at most `keep` + 1 states and twice `keep` tokens. Past keys and values of
-    attention layers, which do grow, are kept once for all states.
+    Memory does not grow with the length: at most `keep` + 1 states and twice `keep` tokens are kept. Past keys and
+    values of attention layers, which do grow, are kept once for all states.
 
     Args:
-        model: a `Transformer`, or what behaves like one; put in evaluation mode while it reads, without gradients.
-        keep: how many tokens back from the furthest position must be possible, at least 1.
+        model: a `Transformer`, or what behaves like one; it reads in evaluation mode, without gradients.
+        keep: how many tokens it must be possible to go back from the furthest position, at least 1.
         state: start from here instead of from nothing; there is no way back before it.
 
     Raises:
@@ -45,18 +46,18 @@ class History:
         self.model, self.keep = model, keep
         self._state = state
         self._reads: list[_Read] = []
-        # What `back` left to be read again after `_state`, shape (B, 1 or more).
+        # The tokens that `back` left to be read again after `_state`, shape (B, 1 or more).
         self._pending: Tensor | None = None
 
     @property
     def available(self) -> int:
-        """How many tokens `back` can go: at least to `keep` before the furthest position, or to the start."""
+        """How many tokens `back` can take back: at least to `keep` before the furthest position, or to the start."""
         pending = 0 if self._pending is None else self._pending.shape[1]
         return pending + sum(read.ids.shape[1] for read in self._reads)
 
     @property
     def state(self) -> TransformerState | None:
-        """After all that was fed and not taken back; None where nothing was. States are never changed in place."""
+        """The state after all that was fed and not taken back; None before any. States are never changed in place."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._read(pending)
@@ -69,7 +70,7 @@ class History:
             Logits after each of them (B, T, vocabulary).
 
         Raises:
-            ValueError: ids have another shape or dtype, another B than what was fed before, or are outside the
+            ValueError: ids have the wrong shape or dtype, another B than what was fed before, or are outside the
                 vocabulary.
         """
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] == 0:
@@ -87,7 +88,7 @@ class History:
         long = ids.shape[1] - self.keep
         if long <= 0:
             return self._read(ids)
-        # All or nothing is read.
+        # Checked first, so that all is read or nothing.
         self.model.check_vocabulary(ids.long())
         return torch.cat([self._read(ids[:, :long]), self._read(ids[:, long:])], 1)
 
@@ -95,7 +96,7 @@ class History:
         """Take the last `count` tokens back, as if they had not been fed.
 
         Raises:
-            ValueError: count is no integer, negative, or above `available`.
+            ValueError: count is not an integer, is negative, or is above `available`.
         """
         if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= self.available:
             raise ValueError(f"History: can go back 0 to {self.available} tokens, not {count!r}")
@@ -107,7 +108,7 @@ class History:
             self._pending = self._pending[:, :left] if left else None
 
     def copy(self) -> History:
-        """Another history that stands here, to go its own way; states are shared, for they never change."""
+        """Copy the history, to go on separately; states are shared, for they never change."""
         other = History(self.model, self.keep, self._state)
         other._reads, other._pending = list(self._reads), self._pending
         return other
@@ -131,7 +132,7 @@ class History:
 def _within(
     earlier: TransformerState | None, last: TransformerState, new: TransformerState, steps: int
 ) -> TransformerState | None:
-    """`earlier` with attention's past as views of `new`'s tensors, where they begin with those of `last`."""
+    """Make attention's past in `earlier` views of `new`'s tensors, where these begin with those of `last`."""
     if earlier is None or not any(isinstance(layer, AttentionState) for layer in new.layers):
         return earlier
     return TransformerState(

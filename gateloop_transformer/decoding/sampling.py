@@ -15,7 +15,7 @@ _GREEDY = 1e-6
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from logits, of which -inf excludes a token; applied in the order of the fields.
+    """How the next token is drawn from logits. Fields apply in their order; a logit of -inf excludes its token.
 
     Attributes:
         repetition_penalty: logits of tokens already in the row are divided by it if positive, multiplied if negative;
@@ -33,7 +33,7 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
+        """Refuse values out of range."""
         checks = (
             (self.repetition_penalty > 0, "repetition_penalty must be above 0", self.repetition_penalty),
             (0 <= self.temperature < float("inf"), "temperature must be 0 or more", self.temperature),
@@ -46,33 +46,33 @@ class Sampling:
                 raise ValueError(f"{rule}, not {value}")
 
     def pick(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The next token of each row (B,) from logits (B, vocabulary) and a mask of the tokens seen so far."""
+        """Pick the next token of each row (B,) from logits (B, vocabulary) and a mask of the tokens seen so far."""
         logits = self.penalised(logits.float(), seen)
         return self.draw(logits if self.greedy else self._chances(logits), generator)
 
     def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """What `pick` draws from (B, vocabulary), float32; where it takes the likeliest token, 1 for that token."""
+        """Probabilities that `pick` draws from (B, vocabulary), float32; where greedy, 1 for the likeliest token."""
         logits = self.penalised(logits.float(), seen)
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float() if self.greedy else self._chances(logits)
 
     def draw(self, probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One token of each row (B,), from probabilities (B, vocabulary) up to a factor; the likeliest where greedy."""
+        """Draw a token for each row (B,) from unnormalised probabilities (B, vocabulary); if greedy, the likeliest."""
         if self.greedy:
             return probabilities.argmax(-1)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
     @property
     def greedy(self) -> bool:
-        """The likeliest token is taken; nothing is drawn."""
+        """True where the likeliest token is taken and nothing is drawn."""
         return self.temperature < _GREEDY
 
     def penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Logits (B, vocabulary) after the repetition penalty.
+        """Apply the repetition penalty to logits (B, vocabulary).
 
         Raises:
-            RuntimeError: one is NaN or inf, or a row has nothing but -inf, which excludes a token.
+            RuntimeError: a logit is NaN or inf, or all logits of a row are -inf.
         """
-        # NaN or inf where a row has one, -inf where it has nothing else.
+        # The maximum of a row is NaN or inf where the row has one, and -inf where it has nothing else.
         highest = logits.amax(-1)
         if not torch.isfinite(highest).all():
             if (highest == -torch.inf).any():
@@ -87,7 +87,7 @@ class Sampling:
         return self._filter((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
 
     def _filter(self, logits: Tensor) -> Tensor:
-        """-inf in place of what top_k, top_p and min_p exclude; the likeliest token always stays."""
+        """Set logits that top_k, top_p or min_p exclude to -inf; the likeliest token always stays."""
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)

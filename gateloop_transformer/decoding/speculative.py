@@ -15,7 +15,7 @@ from gateloop_transformer.layers.state import TransformerState
 
 @dataclass
 class DraftReport:
-    """What came of drafted tokens; every generation that is given it adds to it.
+    """Counts of drafted and accepted tokens; every generation that is given the report adds to it.
 
     Attributes:
         blocks: how many times the large model read a block of drafted tokens.
@@ -34,10 +34,10 @@ class DraftReport:
 
 
 def check_draft(model: Decoder, draft: Decoder, tokens: int) -> None:
-    """The draft can propose tokens to the model.
+    """Check that the draft can propose tokens to the model.
 
     Raises:
-        ValueError: the draft is no model or has another vocabulary, or tokens is no integer of at least 1.
+        ValueError: the draft is not a model or has another vocabulary, or tokens is not an integer of at least 1.
     """
     size = getattr(draft, "num_tokens", None)
     if size is None:
@@ -49,11 +49,11 @@ def check_draft(model: Decoder, draft: Decoder, tokens: int) -> None:
 
 
 def count_accepted(p: Tensor, q: Tensor, drafted: Tensor, uniform: Tensor) -> Tensor:
-    """How many leading drafted tokens are kept: each with probability min(1, p/q), up to the first that is not.
+    """Count the leading drafted tokens to keep: each with probability min(1, p/q), up to the first refused one.
 
     Args:
         p: the large model's probabilities where each token was drafted (B, K, vocabulary).
-        q: the draft's there, from which the tokens were drawn (B, K, vocabulary).
+        q: the draft's probabilities there, from which the tokens were drawn (B, K, vocabulary).
         drafted: the tokens (B, K).
         uniform: random numbers in [0, 1), (B, K).
 
@@ -69,9 +69,9 @@ def count_accepted(p: Tensor, q: Tensor, drafted: Tensor, uniform: Tensor) -> Te
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """What the token in place of a refused one is drawn from: max(p - q, 0), its sum brought to 1, over the last dim.
+    """The probabilities for the token in place of a refused one: max(p - q, 0), normalised over the last dim.
 
-    Where p is q but for rounding, and nothing is left: p.
+    Where p and q differ only by rounding and nothing is left, the result is p.
     """
     left = (p - q).clamp(min=0)
     total = left.sum(-1, keepdim=True)
@@ -79,18 +79,18 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 class Speculation:
-    """The tokens of `model`, several for each block that it reads; distributed as if drawn one by one.
+    """Draws tokens of `model`, several for each block that it reads, with the distribution of tokens drawn one by one.
 
-    Rows of a batch go in step: a block ends where the first row refuses a token. That is no bias, for what other rows
-    do is independent of this one's later tokens, which are drafted anew.
+    Rows of a batch go in step: a block ends where the first row refuses a token. This adds no bias, because what other
+    rows do is independent of this row's later tokens, which are drafted anew.
 
     Args:
         model: the large model.
-        states: of both after the prompt, the large one's first.
+        states: the states of both models after the prompt, the large one's first.
         draft: the small model.
-        tokens: drafted at a time.
-        report: is added to.
-        sampling: how tokens are drawn, from both.
+        tokens: number of tokens drafted at a time.
+        report: counts are added to it.
+        sampling: how tokens are drawn from either model.
         generator: source of randomness.
     """
 
@@ -109,14 +109,14 @@ class Speculation:
         self._draft = History(draft, 2 * (tokens + 1), states[1])
         self._tokens, self._sampling, self._generator, self.report = tokens, sampling, generator, report
         self._ready: list[Tensor] = []
-        # What is part of the text but the draft has not read, the newest token aside.
+        # The token of the text that the draft has not read yet, besides the newest.
         self._unread: Tensor | None = None
 
     def next(self, last: Tensor, seen: Tensor, done: Tensor, left: int) -> Tensor:
         """The next token of each row (B,).
 
         Args:
-            last: the one before it (B,); the first time, the token after the prompt.
+            last: the token before it (B,); on the first call, the token after the prompt.
             seen: tokens so far (B, vocabulary), `last` included; boolean.
             done: rows (B,) whose tokens do not matter anymore.
             left: how many tokens are still wanted, at least 1.
@@ -127,7 +127,7 @@ class Speculation:
 
     @torch.no_grad()
     def _block(self, last: Tensor, seen: Tensor, done: Tensor, count: int) -> list[Tensor]:
-        """1 to count + 1 further tokens of each row, after the model has read `count` drafted ones."""
+        """Draft `count` tokens, have the model read them, and return 1 to count + 1 further tokens of each row."""
         fed = last if self._unread is None else torch.cat([self._unread, last], 1)
         ids, masks, chances = [last], [seen], []
         for _ in range(count):
@@ -143,7 +143,7 @@ class Speculation:
         if not count:
             return [self._sampling.draw(p[:, 0], self._generator)]
         q, drafted = torch.stack(chances, 1), block[:, 1:]
-        # With all of the probability on one token nothing depends on chance.
+        # Greedy decoding needs no random numbers.
         uniform = torch.zeros(drafted.shape, device=drafted.device)
         if not self._sampling.greedy:
             uniform.uniform_(generator=self._generator)

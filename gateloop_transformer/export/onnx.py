@@ -1,4 +1,4 @@
-"""A model as ONNX files: one that reads a token, one that reads a block, and a description of both."""
+"""Writes a model as ONNX files: one that reads a token, one that reads a block, and a description of both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def export_onnx(
     tokenizer: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write step.onnx, prompt.onnx and model.json: what `OnnxGenerator` runs, or any runtime that knows ONNX.
+    """Write step.onnx, prompt.onnx and model.json, for `OnnxGenerator` or any other runtime for ONNX.
 
     step.onnx reads one token, ids (B, 1), and prompt.onnx `block` of them, ids (B, block): from ids and the state's
     tensors, in the order of model.json, to logits (B, 1 or block, vocabulary) and the new state's tensors. A prompt is
@@ -45,16 +45,16 @@ def export_onnx(
 
     Args:
         model: a `Transformer` in float32; it stays as it is.
-        folder: made if it is not there.
+        folder: the folder to write to; it is made if it does not exist.
         block: tokens that prompt.onnx reads at a time, at least 2.
-        tokenizer: its kind, "bytes" or "bpe", for model.json.
+        tokenizer: kind of tokenizer, "bytes" or "bpe", for model.json.
         overwrite: replace the files of an earlier export.
 
     Returns:
-        What model.json says.
+        The content of model.json.
 
     Raises:
-        ValueError: the model is no float32 `Transformer` or is quantized, block is below 2, a file is there already,
+        ValueError: the model is not a float32 `Transformer` or is quantized, block is below 2, a file already exists,
             onnx or onnxscript is not installed, or torch is too old.
         OSError: the files cannot be written.
     """
@@ -87,10 +87,10 @@ def export_onnx(
 
 
 def check_free(folder: Path, overwrite: bool, how: str) -> None:
-    """The files of an export are not there yet, or may be replaced; `how` says by what.
+    """Check that the files of an export do not exist or may be replaced; `how` names the option that replaces them.
 
     Raises:
-        ValueError: a file is there and may not be replaced, or the folder is a file.
+        ValueError: a file exists and may not be replaced, or the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is a file, not a folder")
@@ -110,7 +110,7 @@ def _check_installed() -> None:
 
 
 def _translated(reader: Reader, length: int) -> Any:
-    """The ONNX program that reads `length` tokens."""
+    """Translate a model to the ONNX program that reads `length` tokens."""
     # Sizes of 0 and 1 would be taken for constants.
     ids = torch.zeros(2, length, dtype=torch.int64, device=reader.model.token_emb.weight.device)
     given = [
@@ -128,7 +128,7 @@ def _translated(reader: Reader, length: int) -> Any:
             program,
             dynamo=True,
             verbose=False,
-            # What onnxruntime does as well when it loads a file, in a hundredth of the time.
+            # onnxruntime optimises as well when it loads a file, in a hundredth of the time.
             optimize=False,
             opset_version=OPSET,
             input_names=["ids", *names],
@@ -139,14 +139,14 @@ def _translated(reader: Reader, length: int) -> Any:
 
 
 def _axis_names(growing: list[dict[int, Any]]) -> dict[str, Any]:
-    """Each axis named where it first stands: the exporter warns of a name that is said twice."""
+    """Name each axis only where it occurs first, because the exporter warns of a name that is given twice."""
     first = next((n for n, axes in enumerate(growing) if axes), None)
     given = tuple(dict.fromkeys(axes, "past") if n == first else {} for n, axes in enumerate(growing))
     return {"ids": {0: "batch"}, "given": given}
 
 
 def _tidied(program: Any) -> Any:
-    """Constants computed, what is computed twice computed once, and no traces of where the code stood."""
+    """Fold constants, merge repeated computations, and drop traces of where the code stood."""
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
     from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
@@ -179,7 +179,7 @@ def _description(model: Transformer, parts: list[Part], block: int, tokenizer: s
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter logs which operators of torchvision it does without, and torch warns of its own code."""
+    """Silence the exporter's logs about operators of torchvision, and torch's warnings about its own code."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
 
     def other(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""Greedy text from the files of `export_onnx`, by onnxruntime and NumPy alone."""
+"""Greedy decoding with the files of `export_onnx`, by onnxruntime and NumPy alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class OnnxGenerator:
     """A language model that onnxruntime computes on the CPU.
 
     Args:
-        folder: as `export_onnx` wrote it.
-        threads: of onnxruntime; 0: as many as it likes.
+        folder: a folder that `export_onnx` wrote.
+        threads: number of threads of onnxruntime; 0: its own choice.
 
     Raises:
         ValueError: the folder or a file is missing, damaged or of a newer format, or onnxruntime is not installed.
@@ -40,7 +40,7 @@ class OnnxGenerator:
         self._step, self._prompt = (_session(path / name, threads) for name in (STEP, PROMPT))
 
     def start(self, batch: int) -> State:
-        """The state before the first token, for so many rows: zeros in the order of model.json."""
+        """The state before the first token for `batch` rows: zeros in the order of model.json."""
         sizes = {"batch": batch, "past": 0}
         return [np.zeros([sizes.get(n, n) for n in part["shape"]], part["dtype"]) for part in self._parts]
 
@@ -49,13 +49,13 @@ class OnnxGenerator:
 
         Args:
             ids: (B, T), integers, B ≥ 1 and T ≥ 1.
-            state: where an earlier call ended; None: the start. It stays as it is.
+            state: the state that an earlier call returned; None: the start. It is not changed.
 
         Returns:
             Logits after the last token (B, vocabulary), and the state there.
 
         Raises:
-            ValueError: ids have another shape or dtype or are outside the vocabulary.
+            ValueError: ids have the wrong shape or dtype or are outside the vocabulary.
         """
         tokens = self._checked(ids)
         state = self.start(len(tokens)) if state is None else state
@@ -78,7 +78,7 @@ class OnnxGenerator:
             Prompts and new ids (B, T + max_new_tokens).
 
         Raises:
-            ValueError: as `read`, or max_new_tokens is negative.
+            ValueError: ids have the wrong shape or dtype or are outside the vocabulary, or max_new_tokens is negative.
         """
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
@@ -101,7 +101,7 @@ class OnnxGenerator:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What model.json says, where all files that it names are as they were written.
+    """Read model.json, and check that all files that it names are as they were written.
 
     Raises:
         ValueError: they are not, or model.json is missing, damaged or of a newer format.
@@ -136,6 +136,6 @@ def _session(path: Path, threads: int) -> Any:
         raise ValueError("onnxruntime is not installed; `pip install gateloop-transformer[export]`") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Errors only: what it says besides is about its own optimisations.
+    # Only errors are logged; other messages are about onnxruntime's own optimisations.
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""A model as a program of `torch.export`: to save, load, compile or lower elsewhere."""
+"""Exports a model as a program of `torch.export`, to save, load, compile or lower elsewhere."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gateloop_transformer.model import Transformer
 
 
 def export_program(model: Transformer, *, portable: bool = False, max_length: int = 65536) -> ExportedProgram:
-    """A program that maps ids (B, T) to logits (B, T, vocabulary), for every B ≥ 1 and T ≥ 1, in evaluation mode.
+    """Export a program that maps ids (B, T) to logits (B, T, vocabulary), for B ≥ 1 and T ≥ 1, in evaluation mode.
 
     By default the program names this library's operators, with the backend that computes them: it is as fast and as
     exact as the model, and whoever loads it says `import gateloop_transformer.model` before `torch.export.load`. A
     portable program is of torch's own operators alone, and runs where this library is not installed, on every device.
 
     Args:
-        model: a `Transformer`; it stays as it is. The program is of its device, and has copies of no weights.
+        model: a `Transformer`; it stays as it is. The program runs on its device and shares its weights.
         portable: only torch's own operators. No loop runs over time: chunks of 64 steps are matrix products, and states
             are carried over chunks in log₂(chunks) rounds, so some memory is spent.
         max_length: the longest T of a portable program.
@@ -32,7 +32,7 @@ def export_program(model: Transformer, *, portable: bool = False, max_length: in
         The program: `program.module()(ids)`, `torch.export.save(program, "model.pt2")`.
 
     Raises:
-        ValueError: the model is no `Transformer` or is quantized, max_length is below 2, or torch is too old.
+        ValueError: the model is not a `Transformer` or is quantized, max_length is below 2, or torch is too old.
     """
     check_model("export_program", model)
     if max_length < 2:
@@ -41,7 +41,7 @@ def export_program(model: Transformer, *, portable: bool = False, max_length: in
         check_release("export_program: a portable program", "torch", torch.__version__, "2.11")
     longest = {"most": max_length} if portable else {}
     dims = {0: dimension("batch", 1), 1: dimension("length", 1, **longest)}
-    # Two sizes, and not 0 or 1: these would be taken for constants.
+    # The two sizes differ, and neither is 0 or 1, because equal sizes would be merged and 0 and 1 taken for constants.
     example = torch.zeros(3, 2, dtype=torch.int64, device=model.token_emb.weight.device)
     with evaluating(model), PlainOperators(max_length) if portable else contextlib.nullcontext():
         return torch.export.export(_Whole(model), (example,), dynamic_shapes={"ids": dims})

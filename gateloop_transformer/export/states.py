@@ -21,7 +21,7 @@ Mixer = GateLoopedAttention | CausalFullAttention
 
 
 class Part(NamedTuple):
-    """A tensor of a state. shape: without the batch; None: the steps read so far, 0 at the start."""
+    """A tensor of a state. shape: its shape without the batch; None: it is the steps read so far, 0 at the start."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -29,10 +29,10 @@ class Part(NamedTuple):
 
 
 def check_model(caller: str, model: object) -> Transformer:
-    """A model that can be exported.
+    """Check that a model can be exported, and return it.
 
     Raises:
-        ValueError: it is no `Transformer`, or its weights are quantized.
+        ValueError: it is not a `Transformer`, or its weights are quantized.
     """
     refuse(caller, "call it outside of the block")
     if not isinstance(model, Transformer):
@@ -43,7 +43,7 @@ def check_model(caller: str, model: object) -> Transformer:
 
 
 def dimension(name: str, least: int, most: int = 2**31 - 1) -> Any:
-    """One of any size. Torch 2.6 exports none without a largest size."""
+    """A dynamic dimension; torch 2.6 exports none without a largest size."""
     return Dim(name, min=least, max=most)
 
 
@@ -53,12 +53,12 @@ def mixers(model: Transformer) -> list[Mixer]:
 
 
 def start_state(model: Transformer, like: Tensor, extra: int = 0) -> TransformerState:
-    """What a model knows that has read nothing: zeros.
+    """The state of a model that has read nothing: zeros.
 
     Args:
-        model: whose state it is.
-        like: (B, ...), of its batch size and on its device.
-        extra: keys of attention layers, none of them ever seen, beyond those that the window asks for.
+        model: the model.
+        like: a tensor (B, ...) with the state's batch size and device.
+        extra: number of keys in attention layers beyond those of the window, none of them ever seen.
     """
     dtype = model.token_emb.weight.dtype
 
@@ -80,7 +80,7 @@ def start_state(model: Transformer, like: Tensor, extra: int = 0) -> Transformer
 
 
 def window(model: Transformer) -> int | None:
-    """That of the attention layers, which have it in common; None: none, or there are no such layers."""
+    """The window that all attention layers share; None: they have none, or there are no such layers."""
     windows = [mixer.window for mixer in mixers(model) if isinstance(mixer, CausalFullAttention)]
     return windows[0] if windows else None
 
@@ -111,7 +111,7 @@ class Reader(nn.Module):
         super().__init__()
         self.model = model
         self.parts = list(_parts(model))
-        # Of all tensors, those without elements too.
+        # The names of all tensors, including those without elements.
         self.names = [name for name, _ in _named(start_state(model, model.token_emb.weight[:1, 0]))]
 
     def forward(self, ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
@@ -119,7 +119,7 @@ class Reader(nn.Module):
 
         Args:
             ids: (B, T).
-            given: a tensor for each of `parts`, (B, ...).
+            given: the state: a tensor (B, ...) for each of `parts`.
 
         Returns:
             Logits (B, T, vocabulary), and a tensor for each of `parts`.

@@ -1,4 +1,4 @@
-"""What PEFT adapts in these models where it is not told."""
+"""The modules that PEFT adapts in these models unless it is told otherwise."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ CACHE_NAME = next(
 
 
 def check_cache(cache: Any, mixers: Sequence[nn.Module]) -> None:
-    """The cache is one that these models can use.
+    """Check that these models can use a cache.
 
     Args:
-        cache: what a model was given.
-        mixers: its layers.
+        cache: the cache that a model was given.
+        mixers: the model's time mixers.
 
     Raises:
-        ValueError: it is not.
+        ValueError: they cannot.
     """
     if not isinstance(cache, Cache):
         raise ValueError(
@@ -38,8 +38,8 @@ def check_cache(cache: Any, mixers: Sequence[nn.Module]) -> None:
         )
     if len(cache.layers) != len(mixers):
         raise ValueError(
-            f"GateLoopModel: past_key_values has {len(cache.layers)} layers, the model {len(mixers)}: make it with "
-            "DynamicCache(config=model.config)"
+            f"GateLoopModel: past_key_values has {len(cache.layers)} layers, but the model has {len(mixers)}: "
+            "make it with DynamicCache(config=model.config)"
         )
     if any(
         isinstance(layer, StaticLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
@@ -69,10 +69,10 @@ def load(cache: Cache, n: int, mixer: nn.Module, seen: Tensor | None) -> GateLoo
     """The state of layer n, None before its first step.
 
     Args:
-        cache: that holds it.
+        cache: the cache that holds it.
         n: the layer's number.
         mixer: the layer.
-        seen: (B,) how many steps of each row were no padding; None: all.
+        seen: (B,) number of steps in each row that were not padding; None: all of them.
     """
     layer = cache.layers[n]
     if isinstance(mixer, GateLoopedAttention):
@@ -87,7 +87,7 @@ def load(cache: Cache, n: int, mixer: nn.Module, seen: Tensor | None) -> GateLoo
         return GateLoopState(parts[:, 0], parts[:, 1], inputs)
     if not layer.get_seq_length():
         return None
-    # Back from where an offloaded cache has put them.
+    # An offloaded cache brings the layer's tensors back.
     layer.prefetch()
     keys, values = layer.keys, layer.values
     if seen is None:
@@ -107,11 +107,11 @@ def store(cache: Cache, n: int, state: GateLoopState | AttentionState, steps: in
     """Replace the state of layer n.
 
     Args:
-        cache: to hold it.
+        cache: the cache to write to.
         n: the layer's number.
-        state: after the latest steps.
-        steps: how many there were, padding included.
-        padded: some of them were padding.
+        state: the state after the latest steps.
+        steps: number of latest steps, padding included.
+        padded: whether some of them were padding.
     """
     if isinstance(state, GateLoopState):
         _count(cache.layers[n], state.inputs, steps)
@@ -123,7 +123,7 @@ def store(cache: Cache, n: int, state: GateLoopState | AttentionState, steps: in
     keys = torch.cat([state.keys, state.keys_imaginary], -1) if complex_keys else state.keys
     cache.update(_latest(keys, steps), _latest(state.values, steps), n)
     if padded or complex_keys:
-        # Padding stands before all else in a row, wherever it was; complex keys are decayed by every step.
+        # Padding is moved to the start of its row, wherever it was; complex keys are decayed by every step.
         layer: Any = cache.layers[n]
         width = layer.keys.shape[2]
         layer.keys, layer.values = _latest(keys, width), _latest(state.values, width)

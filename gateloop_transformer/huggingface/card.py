@@ -1,4 +1,4 @@
-"""What others need of a run: a folder that transformers loads, with a model card that says what it is."""
+"""Publishing a run: a folder that transformers loads, with a model card that describes it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARD = "README.md"
 
 
 def convert(run: str | os.PathLike[str], **options: Any) -> GateLoopForCausalLM:
-    """The model of a run (or of any folder that `load_model` reads) as transformers has it, in evaluation mode.
+    """Load the model of a run (or of any folder that `load_model` reads) for transformers, in evaluation mode.
 
     Args:
         run: the folder.
@@ -46,14 +46,14 @@ def convert(run: str | os.PathLike[str], **options: Any) -> GateLoopForCausalLM:
 
 
 def export(run: str | os.PathLike[str], out: str | os.PathLike[str], max_shard_size: str | int = "50GB") -> None:
-    """Write a run as a folder for others: weights, configuration, tokenizer, model card and curve.
+    """Write a run as a folder to publish: weights, configuration, tokenizer, model card and curve.
 
     `AutoModelForCausalLM`, `AutoTokenizer` and `load_model` read it, and it can be pushed to a hub as it is.
 
     Args:
         run: the folder of a run.
-        out: the folder to write; made where it is not there.
-        max_shard_size: of a file of weights, as transformers takes it.
+        out: the folder to write; it is made if it does not exist.
+        max_shard_size: largest size of a file of weights, as transformers takes it.
 
     Raises:
         ValueError: the folder holds no run with weights, or `out` is not empty.
@@ -62,7 +62,7 @@ def export(run: str | os.PathLike[str], out: str | os.PathLike[str], max_shard_s
     config, tokenizer = read_config(source), load_tokenizer(source)
     model = convert(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{str(target)!r} is there already and not empty: choose another folder")
+        raise ValueError(f"{str(target)!r} already exists and is not empty: choose another folder")
     make_folder(target)
     with _without_bars():
         model.save_pretrained(target, max_shard_size=max_shard_size)
@@ -77,7 +77,7 @@ def export(run: str | os.PathLike[str], out: str | os.PathLike[str], max_shard_s
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """transformers shows no bars of its own: the command line shows what is done."""
+    """Hide transformers' own progress bars, as the command line shows progress itself."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -12,9 +12,9 @@ from gateloop_transformer.configuration import TransformerConfig
 from gateloop_transformer.runs.config import FOREIGN, FORMAT, IDENTITY, RunConfig, read_flat
 
 _OWN = {item.name for item in dataclasses.fields(TransformerConfig)}
-# What a configuration of transformers may hold besides.
+# Further fields that a configuration of transformers may hold.
 _THEIRS = {item.name for item in dataclasses.fields(PreTrainedConfig)} | FOREIGN
-# Where it was read and what wrote it.
+# Fields that say where a configuration was read and what wrote it.
 _ORIGIN = {"_name_or_path", "_commit_hash", "transformers_version"}
 
 
@@ -25,7 +25,7 @@ class GateLoopConfig(PreTrainedConfig):
     sliding_window (attn_window). A config.json of `gateloop train` is read as well as one that transformers wrote.
 
     Args:
-        vocab_size: tokens.
+        vocab_size: number of tokens.
         use_cache: return the state for continuing.
         pad_token_id: the token of padding, for classification.
         bos_token_id: the token that generation starts from where it is given no prompt.
@@ -84,14 +84,14 @@ class GateLoopConfig(PreTrainedConfig):
         super().__init__(**{name: value for name, value in kwargs.items() if name not in own})
 
     def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
-        """Keep what transformers would replace in a class of a user's own: the constructor, and what is equal."""
+        """Keep the constructor and `__eq__`, which transformers would replace in a user's subclass."""
         own = set(vars(cls))
         super().__init_subclass__(*args, **kwargs)
         for name in {"__init__", "__eq__"} - own:
             delattr(cls, name)
 
     def __eq__(self, other: object) -> bool:
-        """The same kind with all fields equal, wherever it was read."""
+        """Tell whether kind and fields are equal, wherever the configurations were read."""
         if type(self) is not type(other):
             return NotImplemented
         one, two = self.to_dict(), other.to_dict()
@@ -117,7 +117,7 @@ class GateLoopConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What transformers' caches keep for each layer.
+        """The kind of state that transformers' caches keep for each layer.
 
         They count steps by the keys of an attention layer; in a model without one the first layer, "hybrid", is given
         keys for that, which take no memory.

@@ -52,23 +52,23 @@ class GateLoopPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def keep(to_logits: nn.Module) -> nn.Module:
-        """What of the library's `to_logits` the model has: the norm before the last matrix, where there is one."""
+        """Keep the part of the library's `to_logits` that this model has: the norm before the last matrix, if any."""
         return to_logits[:1] if isinstance(to_logits, nn.Sequential) else nn.Identity()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, from safetensors alone.
+        """Load a model as transformers does, but only from safetensors.
 
         Raises:
-            ValueError: use_safetensors is False: files of another kind are pickles, which could hold anything.
+            ValueError: use_safetensors is False: files of another kind are pickles, which can run any code.
         """
         if kwargs.setdefault("use_safetensors", True) is False:
-            raise ValueError(f"{cls.__name__}: weights are read from safetensors alone, use_safetensors must be True")
+            raise ValueError(f"{cls.__name__}: weights are read only from safetensors: use_safetensors must be True")
         kwargs["use_safetensors"] = True
         return super().from_pretrained(*args, **kwargs)
 
     def finish(self) -> None:
-        """At the end of a constructor: what it has made needs no further start."""
+        """End a constructor: the weights that it has made need no further initialisation."""
         for parameter in self.parameters():
             if parameter.device.type != "meta":
                 parameter._is_hf_initialized = True
@@ -76,7 +76,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights that no file gave: those of a new library model, and of a new matrix for classes."""
+        """Initialise weights that no file gave: like a new library model, or as a new matrix for classes."""
         name = next((name for name, each in super().named_modules() if each is module), None)
         if name == "":
             return
@@ -102,7 +102,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """The mask as it is: every layer takes it so."""
+        """Return the mask as it is, which is how every layer takes it."""
         return attention_mask
 
     def get_input_embeddings(self) -> Any:
@@ -114,7 +114,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """All modules but what stands in a projection's place and is none: a container, or nothing at all.
+        """List all modules except those in a projection's place that are none: containers and empty ones.
 
         PEFT is told what to adapt by the ends of names, and to_qkv and to_out are Linear layers of gate loops, but
         around those of attention, whose Linear layers are to_qkv.0 and to_out.1.
@@ -125,7 +125,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are computed again in the backward pass; PEFT still asks for it by this name."""
+        """Tell whether blocks are recomputed in the backward pass; PEFT still uses this name."""
         return bool(getattr(self.layers, "gradient_checkpointing", False))
 
     def run(
@@ -142,22 +142,22 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the last norm, of all steps.
+        """Compute the hidden states of all steps after the last norm.
 
         Args:
             input_ids: (B, T) tokens; or
             inputs_embeds: (B, T, dim) in their place.
-            attention_mask: (B, L) with L ≥ T, of all steps so far, 0 for padding on whatever side: padded steps change
+            attention_mask: (B, L) with L ≥ T, for all steps so far, 0 for padding on whatever side: padded steps change
                 no state, and their hidden states are 0.
-            position_ids: (B, T). Where they do not go on by 1 and there is no mask, documents are packed in a row, and
-                each begins from an empty state. Positions count for nothing else.
+            position_ids: (B, T). Where they do not increase by 1 and there is no mask, documents are packed in a row,
+                and each begins from an empty state. Positions have no other effect.
             past_key_values: `DynamicCache(config=model.config)` as the call before left it.
-            use_cache: return it; None: as configured, and not in training.
-            output_hidden_states: return what goes into each block, and the last output; None: as configured.
+            use_cache: return the cache; None: as configured, but not in training.
+            output_hidden_states: return the input of each block, and the last output; None: as configured.
             cu_seq_lens_q: (N + 1,) bounds of the documents packed in a batch of one row.
             seq_idx: (B, T) the number of each step's document, where there is neither a mask nor bounds.
             cache: past_key_values by the name that it has from transformers 5.24 on.
-            kwargs: passed over.
+            kwargs: ignored.
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, past_key_values and a cache, or a shape or a

@@ -1,1 +1,1 @@
-"""Looking into a trained model: its gates on a text, where it forgets, what it predicts."""
+"""Inspecting a trained model: its gates on a text, where it forgets, and what it predicts."""

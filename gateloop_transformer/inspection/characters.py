@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-# In the order in which they are shown. A token is of every class that a byte of it is of.
+# The classes in the order in which they are shown. A token belongs to every class that one of its bytes belongs to.
 CLASSES = (
     "newline",
     "first of a line",
@@ -23,13 +23,13 @@ _NEWLINES = "\n\r\v\f\x85\u2028\u2029"
 
 
 def classes_of(pieces: Sequence[bytes]) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which tokens are of which class.
+    """Find which tokens belong to which class.
 
     Args:
         pieces: the bytes of the T tokens of a text, in its order.
 
     Returns:
-        For each of `CLASSES` that there is, (T,).
+        Booleans (T,) for each of `CLASSES` that occurs.
 
     >>> {name: found.tolist() for name, found in classes_of([b"a", b" b", b"?"]).items() if name != "letter"}
     {'first of a line': [True, False, False], 'space': [False, True, False], \
@@ -46,7 +46,7 @@ def classes_of(pieces: Sequence[bytes]) -> dict[str, npt.NDArray[np.bool_]]:
 
 
 def _classes_of_bytes(text: bytes) -> npt.NDArray[np.bool_]:
-    """(classes, bytes): the bytes of a character are of its classes; what is not UTF-8 is other."""
+    """Booleans (classes, bytes): the bytes of a character have its classes; bytes that are not UTF-8 are "other"."""
     classes = np.zeros((len(CLASSES), len(text)), dtype=bool)
     place, before = 0, "\n"
     for character in text.decode("utf-8", "surrogateescape"):
@@ -62,7 +62,7 @@ def _classes_of_bytes(text: bytes) -> npt.NDArray[np.bool_]:
 
 
 def _kind(character: str) -> str:
-    """The one class that does not depend on what is around it."""
+    """The one class of a character that does not depend on its neighbours."""
     if character in _NEWLINES:
         return "newline"
     if character.isspace():

@@ -1,4 +1,4 @@
-"""The same as on the page, as PNGs."""
+"""Draws the pictures of the page as PNGs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def draw(report: Report, folder: Path, done: Callable[[int], object] | None = No
 
     Args:
         report: what to draw.
-        folder: where.
-        done: called after each layer with 1.
+        folder: where to write the files.
+        done: called with 1 after each layer.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -49,7 +49,7 @@ def draw(report: Report, folder: Path, done: Callable[[int], object] | None = No
 
 
 def _draw_layer(gates: Gates, title: str, target: Path) -> None:
-    """Half-lives and phases of all heads at all tokens."""
+    """Draw half-lives and phases of all heads at all tokens."""
     load_matplotlib()
     from matplotlib.colors import LogNorm
 
@@ -81,7 +81,7 @@ def _matrix(axes: Axes, values: npt.NDArray[np.float64], **options: Any) -> Any:
 
 
 def _range(lives: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Between which half-lives colours differ."""
+    """The range of half-lives that the colours span."""
     ended = lives[np.isfinite(lives)]
     if not len(ended):
         return 1.0, 2.0
@@ -90,7 +90,7 @@ def _range(lives: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _draw_spectra(layers: dict[int, Gates], target: Path) -> None:
-    """Each layer's gates in the complex plane."""
+    """Draw each layer's gates in the complex plane."""
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     figure = empty_figure(0.5 + 3 * columns, 0.6 + 3.1 * rows)
@@ -110,7 +110,7 @@ def _draw_spectra(layers: dict[int, Gates], target: Path) -> None:
 
 
 def _draw_classes(report: Report, target: Path) -> None:
-    """How fast memory fades at tokens of each class, against each layer's average."""
+    """Draw how fast memory fades at tokens of each class, relative to each layer's average."""
     layers = [layer for layer in report.figures["layers"] if layer["heads"]]
     names = list(layers[0]["by_class"])
     ratios = np.array([[layer["by_class"][name]["ratio"] for layer in layers] for name in names], float)

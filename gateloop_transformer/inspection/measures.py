@@ -12,7 +12,7 @@ import numpy.typing as npt
 Gates = npt.NDArray[np.complex128]
 Reals = npt.NDArray[np.float64]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# Below it a magnitude counts as this: the logarithm of 0 has no mean.
+# Smaller magnitudes count as this one, because the logarithm of 0 has no mean.
 _TINY = float(np.finfo(np.float32).tiny)
 # Half-lives of a histogram, as powers of 2: from 1/8 token to a million.
 _SHORTEST, _LONGEST = -3, 20
@@ -21,13 +21,13 @@ CELLS = 48
 
 
 def decays(gates: Gates) -> Reals:
-    """-log|a|, in nats per token: 0 keeps everything."""
+    """The decay -log|a|, in nats per token; 0 keeps everything."""
     magnitude: Reals = -np.log(np.clip(np.abs(gates), _TINY, None))
     return np.clip(magnitude, 0, None)
 
 
 def half_lives(gates: Gates) -> Reals:
-    """After how many tokens like this one half of the memory is left: log 2 / -log|a|; infinite where |a| is 1.
+    """The number of tokens like this one after which half of the memory is left: log 2 / -log|a|; infinite at |a| = 1.
 
     >>> half_lives(np.array([0.5, -0.5, 1.0, 0.0])).round(3).tolist()
     [1.0, 1.0, inf, 0.008]
@@ -38,27 +38,28 @@ def half_lives(gates: Gates) -> Reals:
 
 
 def phases(gates: Gates) -> Reals:
-    """Radians in (-π, π]; of a real gate 0 or π."""
+    """The phases in radians, in (-π, π]; that of a real gate is 0 or π."""
     angles: Reals = np.angle(gates)
-    # A real part below 0 with a negative zero beside it.
+    # A negative real part with an imaginary part of -0.0 gives -π.
     return np.where(angles <= -math.pi, math.pi, angles)
 
 
 def quantiles(values: Reals, axis: int | None = None) -> Reals:
-    """Those of `QUANTILES`, each a value that there is: infinite ones have no mean."""
+    """The `QUANTILES` of values, each one of the values, because infinite ones cannot be interpolated."""
     return np.quantile(values, QUANTILES, axis=axis, method="nearest")
 
 
 def finite(value: float) -> float | str:
-    """A number for JSON: an infinite one is "∞"."""
+    """Make a number fit for JSON: infinity becomes "∞"."""
     return "∞" if math.isinf(value) else float(value)
 
 
 class ClassFigures(NamedTuple):
     """The gates of one layer at the tokens of a class.
 
-    tokens: how many. half_life: the median over tokens and heads. decay: the mean of -log|a|, nats per token. ratio: of
-    the decay to that at all tokens; above 1 more is forgotten than elsewhere; None: nothing ever is.
+    tokens: number of tokens. half_life: the median over tokens and heads. decay: the mean of -log|a|, nats per token.
+    ratio: ratio of the decay to that over all tokens; above 1, more is forgotten than elsewhere; None: nothing is
+    forgotten anywhere.
     """
 
     tokens: int
@@ -67,7 +68,7 @@ class ClassFigures(NamedTuple):
     ratio: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The figures as plain values."""
         return {**self._asdict(), "half_life": finite(self.half_life)}
 
 

@@ -1,4 +1,4 @@
-"""The JAX side of the library: the operators, gates, layers and the Transformer as functions, importing no torch.
+"""The JAX side of the library: operators, gates, layers and the Transformer as functions; it imports no torch.
 
 Layers are descriptions without arrays: `layer.init(key)` gives parameters, `layer.apply(parameters, x)` computes.
 `gateloop_transformer.jax.modules` has them as Equinox modules.

@@ -1,4 +1,4 @@
-"""Causal attention as a description with `init` and `apply`: the torch layer's arguments, parameters and numbers."""
+"""Causal attention as a description with `init` and `apply`, with the torch layer's arguments and results."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from gateloop_transformer.jax.states import AttentionState, check_state
 class View(NamedTuple):
     """Which keys, `past` old and T new ones, each of T steps sees.
 
-    positions: of the steps in their sequence, (T,) or (B, 1, T); seen: (B,) steps since the start of the sequence,
-    after the last step; old: (B, past), the old keys that belong to it, or None; segment: (B, T), how many sequences
-    began up to a step, or None: none.
+    positions: positions of the steps in their sequence, (T,) or (B, 1, T); seen: (B,) steps from the start of the
+    sequence to the end of the last step; old: (B, past), True for old keys of the current sequence; None: all are;
+    segment: (B, T), number of sequences that began up to a step; None: no sequence began.
     """
 
     past: int
@@ -34,7 +34,7 @@ class View(NamedTuple):
 
     @staticmethod
     def of(x: Array, past: int, before: Array | None, resets: Array | None) -> View:
-        """That of x (B, T, dim) after `before` (B,) steps, of which the last `past` have keys."""
+        """The view of x (B, T, dim) after `before` (B,) steps, of which the last `past` have keys."""
         B, T = x.shape[:2]
         steps = jnp.arange(T)
         if before is None:
@@ -49,7 +49,7 @@ class View(NamedTuple):
         return View(past, since[:, None], since[:, -1] + 1, old, resets.cumsum(1))
 
     def mask(self, window: int | None) -> Array:
-        """(B or 1, 1, T, past + T), True where a step sees a key."""
+        """The mask of scores (B or 1, 1, T, past + T), True where a step sees a key."""
         T = self.positions.shape[-1]
         query, key = jnp.arange(T)[:, None], jnp.arange(-self.past, T)
         seen = (key <= query)[None, None]
@@ -65,7 +65,7 @@ class View(NamedTuple):
 
 
 def rotary(x: Array, positions: Array, freqs: Array) -> Array:
-    """x (B, heads, T, dim): the channel pair (2i, 2i+1) turned by position · freqs[i] radians.
+    """Rotate each channel pair (2i, 2i+1) of x (B, heads, T, dim) by position · freqs[i] radians.
 
     Source: Su et al., RoFormer (2021), section 3.2.
     """
@@ -81,9 +81,9 @@ def rotary(x: Array, positions: Array, freqs: Array) -> Array:
 class CausalFullAttention:
     """Causal attention over all past steps; the defaults are the original's.
 
-    Scores of all steps with all keys are in memory: T² of them, also with a window. What a step does not see is
-    multiplied by a weight of 0, as in torch's own attention: a key or value that is not finite spoils its whole row,
-    earlier steps and other documents too. The other layers keep it where it belongs.
+    The scores of all steps with all keys are in memory: T² of them, even with a window. A key that a step does not see
+    gets a weight of 0, as in torch's own attention: a key or value that is not finite therefore spoils its whole row,
+    including earlier steps and other documents. In the other layers it reaches only the results that depend on it.
 
     Args:
         dim: width of input and output.
@@ -94,13 +94,13 @@ class CausalFullAttention:
         data_dependent_rel_pos: False; True: as released by the original, a product of gates over channel pairs; or
             "gate_loop": as the paper means it, scores Re(q[i] k[j] Π_{j<m≤i} a[m]) with the product over time and one
             gate per channel pair.
-        frac_gradient_data_dependent_rel_pos: the gradient into that gate's projection is scaled by this.
+        frac_gradient_data_dependent_rel_pos: factor on the gradient into that gate's projection.
         softmax_normalize: softmax over the scores, or the bare scores; None: softmax unless data_dependent_rel_pos.
         qk_norm: RMS norm of each head's queries and keys, before the rotary embedding.
-        window: every step sees this many steps at most, itself included: memory in decoding is constant; None: all.
+        window: most steps that a step sees, itself included, so that decoding needs constant memory; None: all.
 
     Raises:
-        ValueError: sizes are not positive, dim_head is odd where pairs of channels are needed, or an unknown option.
+        ValueError: sizes are not positive, dim_head is odd where pairs of channels are needed, or an option is unknown.
     """
 
     dim: int
@@ -116,7 +116,7 @@ class CausalFullAttention:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse options that are out of range or do not fit together."""
         if self.window is not None and self.window < 1:
             raise ValueError(f"CausalFullAttention: window must be at least 1 step, not {self.window}")
         if min(self.dim, self.dim_head, self.heads) < 1:
@@ -145,7 +145,7 @@ class CausalFullAttention:
         return self.heads * self.dim_head
 
     def init(self, key: Array) -> Params:
-        """Parameters to start from."""
+        """Draw initial parameters."""
         keys = jax.random.split(key, 4)
         params: Params = {}
         if self.rotary_emb:
@@ -162,11 +162,11 @@ class CausalFullAttention:
         return params
 
     def initial_state(self, batch: int, dtype: Any = jnp.float32) -> AttentionState:
-        """The state before the first step, a call from which computes what a call without a state does.
+        """The state before the first step: a call with it computes the same as a call without a state.
 
         Args:
             batch: B, or the number of documents.
-            dtype: of the layer's inputs.
+            dtype: dtype of the layer's inputs.
         """
         values = jnp.zeros((batch, self.heads, 0, self.dim_head), dtype)
         # Keys that are multiplied by gates are float32 or better.
@@ -190,14 +190,14 @@ class CausalFullAttention:
         """Mix over time.
 
         Args:
-            params: as `init` gives them.
+            params: parameters as `init` gives them.
             x: (B, T, dim), B and T may be 0.
-            state: where an earlier call with return_state ended; None: the start.
-            ablate_state_transition: no data-dependent position.
-            resets: (B, T) booleans: such a step sees none before it; None: never.
-            cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row. Not together
-                with a state, in or out: give documents as rows where a state is wanted.
-            ablate_complex: its gates are real.
+            state: the state that an earlier call returned; None: the start.
+            ablate_state_transition: use no data-dependent position.
+            resets: (B, T) booleans, True where a step sees none before it; None: nowhere.
+            cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row. It cannot be
+                combined with a state, given or returned: where a state is wanted, give documents as rows.
+            ablate_complex: make the gates of data-dependent positions real.
             return_state: return (y, state) instead of y.
             axis_name: attention cannot be sharded over time here; anything but None is an error.
 
@@ -205,7 +205,7 @@ class CausalFullAttention:
             y (B, T, dim) in x's dtype, or (y, state).
 
         Raises:
-            ValueError: x, state, resets or cu_seqlens has another shape or kind.
+            ValueError: x, state, resets or cu_seqlens has the wrong shape or dtype.
             NotImplementedError: states of packed documents, or a sharded time axis.
         """
         x = check_input("CausalFullAttention", x, self.dim)
@@ -252,7 +252,7 @@ class CausalFullAttention:
         ablate_complex: bool,
         ablate_state_transition: bool,
     ) -> tuple[Array, AttentionState]:
-        """The heads' outputs (B, heads, T, dim_head), and the keys and values of all steps, old and new."""
+        """Compute the heads' outputs (B, heads, T, dim_head), and the keys and values of all steps, old and new."""
         past = 0 if state is None else state.keys.shape[2]
         view = View.of(x, past, None if state is None else state.seen, resets)
         q, k, v = self._project(params, x, view.positions)
@@ -270,7 +270,7 @@ class CausalFullAttention:
         return self._attend(scores, values, view), AttentionState(keys, imaginary, values, view.seen)
 
     def _attend(self, scores: Array, values: Array, view: View) -> Array:
-        """Weights from scores (B, heads, T, past + T), of what is seen, times values."""
+        """Turn the scores of seen keys (B, heads, T, past + T) into weights, and multiply them by the values."""
         seen = view.mask(self.window)
         if not self.softmax_normalize:
             return (jnp.where(seen, scores, 0) @ values.astype(scores.dtype)).astype(values.dtype)
@@ -280,7 +280,7 @@ class CausalFullAttention:
         return (weights @ values.astype(weights.dtype)).astype(values.dtype)
 
     def _recent(self, state: AttentionState) -> AttentionState:
-        """Without the keys and values that no later step can see."""
+        """Drop the keys and values that no later step can see."""
         past = state.keys.shape[2]
         if self.window is None or past < self.window:
             return state
@@ -295,7 +295,7 @@ class CausalFullAttention:
             q, k = rms_norm(q, params["q_norm"]["gamma"]), rms_norm(k, params["k_norm"]["gamma"])
         q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
         if self.rotary_emb:
-            # The frequencies are no parameters to be trained.
+            # The frequencies are not trained.
             freqs = jax.lax.stop_gradient(params["rotary_emb"]["freqs"])
             q, k = rotary(q, positions, freqs), rotary(k, positions, freqs)
         return q * self.dim_head**-0.5, k, v
@@ -308,7 +308,7 @@ class CausalFullAttention:
         return Pair(*polar(real, jnp.zeros_like(imaginary) if ablate_complex else imaginary))
 
     def _channel_gates(self, params: Params, x: Array, q: Array, k: Array, ablate_complex: bool) -> tuple[Array, Array]:
-        """As released: q times the real part of the product of gates over channel pairs, k by its inverse.
+        """Scale as released: q by the real part of the product of gates over channel pairs, k by its inverse.
 
         Both in float32 or better: the inverse reaches 1e10.
         """

@@ -1,4 +1,4 @@
-"""What the JAX side accepts, said in one error when it is not met. Values that JAX traces are not looked at."""
+"""Checks of arguments on the JAX side, each with one clear error. Values that JAX traces are not checked."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gateloop_transformer.jax.pairs import Array
 
 
 def array(operator: str, name: str, value: Any) -> Array:
-    """`value` as an array of JAX.
+    """Convert `value` to an array of JAX.
 
     Raises:
-        ValueError: it is no array.
+        ValueError: it is not an array.
     """
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         return jnp.asarray(value)
@@ -25,7 +25,7 @@ def array(operator: str, name: str, value: Any) -> Array:
 
 
 def dims(operator: str, name: str, x: Array, names: str) -> None:
-    """`x` has as many dimensions as `names` has words.
+    """Check that `x` has as many dimensions as `names` has words.
 
     Raises:
         ValueError: it has not.
@@ -36,7 +36,7 @@ def dims(operator: str, name: str, x: Array, names: str) -> None:
 
 
 def same_shape(operator: str, name: str, x: Array, expected: tuple[int, ...], meaning: str) -> None:
-    """`x` has the shape that the other arguments demand.
+    """Check that `x` has the shape that the other arguments demand.
 
     Raises:
         ValueError: it has not.
@@ -46,7 +46,7 @@ def same_shape(operator: str, name: str, x: Array, expected: tuple[int, ...], me
 
 
 def floating(operator: str, real_only: tuple[str, ...] = (), **arrays: Array | None) -> None:
-    """All arrays are floating point; complex ones only where not named in `real_only`.
+    """Check that all arrays are floating point, and that those named in `real_only` are real.
 
     Raises:
         ValueError: one is not.
@@ -64,7 +64,7 @@ class Layout:
     """Where sequences begin inside a batch (B, T, ...): resets (B, T), or documents packed in one row.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or cu_seqlens with more than one row.
+        ValueError: shapes or dtypes do not fit, or cu_seqlens comes with more than one row.
     """
 
     def __init__(self, operator: str, x: Array, resets: Any, cu_seqlens: Any) -> None:
@@ -95,16 +95,16 @@ class Layout:
 
     @property
     def states(self) -> int:
-        """How many initial and final states there are."""
+        """The number of initial and final states."""
         return self.rows if self.packed is None else self.packed.number
 
     @property
     def letter(self) -> str:
-        """What the first dimension of a state is called."""
+        """The name of a state's first dimension."""
         return "B" if self.packed is None else "N"
 
     def forgets(self, ndim: int) -> Array | None:
-        """Which rows (B, 1, ..., 1), `ndim` dimensions, are reset somewhere; None: none is."""
+        """Mark the rows that are reset somewhere (B, 1, ..., 1), in `ndim` dimensions; None: none is."""
         if self.resets is None:
             return None
         return self.resets.any(1).reshape(self.rows, *[1] * (ndim - 1))
@@ -113,7 +113,7 @@ class Layout:
 def real_pair(
     operator: str, name: str, value: Any, expected: tuple[int, ...], meaning: str
 ) -> tuple[Array, Array] | None:
-    """A tuple of two real arrays of one shape, or None.
+    """Check that a value is a tuple of two real arrays of one shape, or None.
 
     Raises:
         ValueError: it is neither.
@@ -130,10 +130,10 @@ def real_pair(
 
 
 def packed_inputs(operator: str, name: str, x: Any) -> Array:
-    """Three arrays side by side (B, T, 3·D), real.
+    """Check that x holds three real arrays side by side (B, T, 3·D).
 
     Raises:
-        ValueError: they are not.
+        ValueError: it does not.
     """
     x = array(operator, name, x)
     dims(operator, name, x, "B T 3·D")

@@ -17,13 +17,13 @@ from gateloop_transformer.jax.pairs import Array, Pair, alike
 
 
 class Packed(NamedTuple):
-    """Documents in one row: their bounds (N + 1,), ascending from 0 to T."""
+    """Documents packed in one row, by their bounds (N + 1,), ascending from 0 to T."""
 
     bounds: Array
 
     @property
     def number(self) -> int:
-        """N."""
+        """The number of documents, N."""
         return self.bounds.shape[0] - 1
 
     def documents(self, T: int) -> Array:
@@ -31,7 +31,7 @@ class Packed(NamedTuple):
         return jnp.searchsorted(self.bounds[1:], jnp.arange(T), side="right")
 
     def lengths(self) -> Array:
-        """Steps of each (N,)."""
+        """The number of steps of each document (N,)."""
         return jnp.diff(self.bounds)
 
 
@@ -63,9 +63,9 @@ def decay_products(gates: Pair) -> Pair:
 
 
 def _decay_backward(D: Pair, grad: Pair) -> tuple[Pair]:
-    """da[t] = Σ_{i ≥ t > j} W[i, j] conj(D[i, t] D[t-1, j]), without a quotient.
+    """Differentiate without a quotient: da[t] = Σ_{i ≥ t > j} W[i, j] conj(D[i, t] D[t-1, j]).
 
-    JAX's own way back through the doubling is five times slower.
+    JAX's own gradient through the doubling is five times slower.
     """
     adjoint = D.conj().map(_turned)
     X = Pair(adjoint.re @ grad.re)
@@ -90,7 +90,8 @@ def _grown(low: Array, corner: Array, high: Array) -> Array:
 def _chunk(state: Pair, part: _Part, marks: Array | None) -> tuple[Pair, Array]:
     """The state (B, H, K, V) after a chunk, and the chunk's outputs (B, H, C, V).
 
-    What no step sees is multiplied by 0, gates of 0 are enough of a reset: right where all results are finite.
+    Values that no step sees are multiplied by 0, and a reset is a gate of 0: this is right where all results are
+    finite.
     """
     q, k, v, a = part
     decay = decay_products(a)
@@ -108,7 +109,7 @@ def _chunk(state: Pair, part: _Part, marks: Array | None) -> tuple[Pair, Array]:
 
 
 def _chunk_by_steps(state: Pair, part: _Part, marks: Array | None) -> tuple[Pair, Array]:
-    """The same by definition, one step after the other; `marks` (B, 1, 1, C) are resets."""
+    """Compute `_chunk` by definition, one step after the other; `marks` (B, 1, 1, C) are resets."""
 
     def step(state: Pair, now: tuple[_Part, Array | None]) -> tuple[Pair, Array]:
         (q, k, v, a), began = now
@@ -124,12 +125,12 @@ def _chunk_by_steps(state: Pair, part: _Part, marks: Array | None) -> tuple[Pair
 
 
 def chunk_length(K: int, V: int, per_channel: bool) -> int:
-    """Steps of a chunk: near the size of a state, so that products inside and with states cost the same."""
+    """Choose the steps of a chunk: near the size of a state, so that products inside and with states cost the same."""
     return 16 if per_channel else min(64, max(16, 1 << (max(K, V) - 1).bit_length()))
 
 
 def _cut(x: Array, C: int, slots: Array | None, length: int, fill: float) -> Array:
-    """(B, T, H, n) → (chunks, B, H, C, n), filled up to `length` steps; with `slots` (T,) step t goes to slots[t]."""
+    """Cut into chunks, padded: (B, T, H, n) → (chunks, B, H, C, n); step t goes to slots[t], if given."""
     B, T, H, n = x.shape
     if slots is None:
         x = jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0)), constant_values=fill)
@@ -154,19 +155,19 @@ def chunked_loop(
     resets: Array | None,
     packed: Packed | None,
 ) -> tuple[Array, Pair]:
-    """Outputs (B, T, H, V) and the last state (B, H, K, V), or (N, H, K, V).
+    """Compute outputs (B, T, H, V) and the last state (B, H, K, V), or (N, H, K, V).
 
-    A number that is not finite, or a product that overflows, reaches the results that depend on it and no others:
-    where there is one, everything is computed again step by step, and so are gradients.
+    A number that is not finite, or a product that overflows, reaches only the results that depend on it: where there
+    is one, everything is computed again step by step, and so are gradients.
 
     Args:
         queries: q (B, T, H, K).
         keys: k (B, T, H, K).
         values: v (B, T, H, V).
         gates: a (B, T, H, G); without imaginary part where all are real.
-        initial: S before the first step (B, H, K, V), or of each document (N, H, K, V), complex where gates are.
-        resets: (B, T) booleans: state and gate before such a step count as 0, whatever they were; None: never.
-        packed: documents, in a batch of one row.
+        initial: S before the first step (B, H, K, V), or before each document (N, H, K, V), complex where gates are.
+        resets: (B, T) booleans, True at steps whose gate, and the state before, count as 0; None: nowhere.
+        packed: the documents in a batch of one row.
     """
     queries, keys, values, gates, initial, resets = alike(queries, keys, values, gates, initial, resets)
     T, K, V = queries.shape[1], queries.shape[-1], values.shape[-1]
@@ -183,7 +184,7 @@ def chunked_loop(
 
 @jax.custom_vjp
 def _loop(initial: Pair, parts: _Part, marks: Array | None, packed: Packed | None) -> tuple[Array, Pair]:
-    """Outputs (chunks, B, H, C, V) and the last state."""
+    """Compute outputs (chunks, B, H, C, V) and the last state."""
     found = _over_chunks(_chunk, initial, parts, marks, packed)
     return _or_else(found, found, _exactly, initial, parts, marks, packed)
 
@@ -199,7 +200,7 @@ def _loop_forward(
 def _loop_backward(kept: tuple[Any, ...], grad: tuple[Array, Pair]) -> tuple[Pair, _Part, None, None]:
     back, *arguments = kept
     d_initial, d_parts = back(grad)
-    # All products, those that are masked too, go into the gradient of the gates: a look at it is enough, and cheap.
+    # All products, masked ones too, go into the gradient of the gates, so checking only that is enough, and cheap.
     return *_or_else((d_initial, d_parts), d_parts.gates, _gradients_exactly, grad, *arguments), None, None
 
 
@@ -218,9 +219,10 @@ def _gradients_exactly(
 
 
 def _or_else(found: Any, looked_at: Any, exactly: Callable[..., Any], *arguments: Any) -> Any:
-    """`found` where all numbers that are looked at are finite, else what `exactly` gives.
+    """Return `found` where all numbers in `looked_at` are finite, else the result of `exactly`.
 
-    A loop of one round or none: `lax.cond` would compute both under `vmap`. It has no gradient; that of `found` serves.
+    This is a loop of at most one round, because `lax.cond` would compute both under `vmap`. The loop has no gradient;
+    that of `found` is used.
     """
     fine = functools.reduce(jnp.logical_and, (jnp.isfinite(x).all() for x in jax.tree.leaves(looked_at)))
     first, held = jax.lax.stop_gradient((found, arguments))
@@ -241,7 +243,7 @@ def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
 def _over_chunks(
     step: Callable[..., Any], initial: Pair, parts: _Part, marks: Array | None, packed: Packed | None
 ) -> tuple[Array, Pair]:
-    """Chunks one after the other; kept for the gradient are the states between them."""
+    """Compute chunks one after the other, keeping the states between them for the gradient."""
     step = jax.checkpoint(step)
     with jax.default_matmul_precision("highest"):
         if packed is not None:
@@ -251,7 +253,7 @@ def _over_chunks(
 
 
 def _slots(packed: Packed, T: int, C: int) -> tuple[Array, int]:
-    """Where each step goes so that every document begins with a chunk, and how much room that takes at most."""
+    """The slot of each step, such that every document begins with a chunk, and the most slots that this takes."""
     document = packed.documents(T)
     chunks = -(-packed.lengths() // C)
     begin = (jnp.cumsum(chunks) - chunks) * C
@@ -262,7 +264,7 @@ def _slots(packed: Packed, T: int, C: int) -> tuple[Array, int]:
 def _documents(
     step: Callable[..., Any], initial: Pair, parts: _Part, marks: Array | None, packed: Packed
 ) -> tuple[Array, Pair]:
-    """Chunks one after the other, each document from its own state; the state after each is looked up at its end."""
+    """Compute chunks one after the other, each document from its own state; its last state is looked up at its end."""
     chunks = -(-packed.lengths() // parts.q.shape[-2])
     ends = jnp.cumsum(chunks)
     numbers = jnp.arange(parts.q.shape[0])

@@ -1,4 +1,4 @@
-"""Parameters to and from safetensors and the folders that the torch side reads and writes: to the bit, no torch."""
+"""Saves and loads parameters in the files and folders of the torch side, to the bit and without torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gateloop_transformer.stored import check_seal, opened_tensors, read_json, w
 
 
 def flatten(params: Params) -> dict[str, Array]:
-    """A tree of parameters as arrays by torch's names.
+    """Flatten a tree of parameters to arrays by torch's names.
 
     >>> flatten({"to_out": {"1": {"bias": jnp.zeros(2)}}}).keys()
     dict_keys(['to_out.1.bias'])
@@ -44,7 +44,7 @@ def flatten(params: Params) -> dict[str, Array]:
 
 
 def unflatten(tensors: dict[str, Any]) -> Params:
-    """The inverse of `flatten`: arrays by torch's names (of JAX, NumPy, or torch's `.numpy()`) as a tree.
+    """Undo `flatten`: make a tree of arrays (of JAX, NumPy, or torch's `.numpy()`) by torch's names.
 
     >>> unflatten({"to_out.1.bias": jnp.zeros(2)})["to_out"]["1"]["bias"].shape
     (2,)
@@ -53,7 +53,7 @@ def unflatten(tensors: dict[str, Any]) -> Params:
 
 
 def _nested(values: dict[str, Any]) -> Params:
-    """Values by names with dots as dictionaries within dictionaries."""
+    """Nest values by names with dots as dictionaries within dictionaries."""
     tree: Params = {}
     for name, value in values.items():
         *path, last = name.split(".")
@@ -65,7 +65,7 @@ def _nested(values: dict[str, Any]) -> Params:
 
 
 def save_params(path: str | os.PathLike[str], params: Params) -> None:
-    """Write a tree of parameters, of a model or of a layer, to a safetensors file that torch's `load_state_dict` fits.
+    """Write the parameters of a model or a layer to a safetensors file whose names fit torch's `load_state_dict`.
 
     Raises:
         OSError: it cannot be written.
@@ -78,16 +78,16 @@ def _write(path: Path, params: Params, metadata: dict[str, str]) -> None:
 
 
 def load_params(path: str | os.PathLike[str]) -> Params:
-    """The parameters in a safetensors file, in the types that they have there.
+    """Load the parameters in a safetensors file, in the dtypes that they have there.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it holds float64 and JAX is not set to have that.
+        ValueError: there is no such file, it is damaged, or it holds float64 and JAX is not set to use that.
     """
     return _nested(_read(Path(path))[0])
 
 
 def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """The arrays of a safetensors file by name, and what else it says."""
+    """Read the arrays of a safetensors file by name, and its metadata."""
     with opened_tensors(path, "flax") as file:
         wide = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F64"]  # noqa: SIM118
         metadata = file.metadata() or {}
@@ -103,10 +103,10 @@ def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
 
 
 def save_model(folder: str | os.PathLike[str], model: Transformer, params: Params) -> None:
-    """Write config.json and model.safetensors: what `gateloop_transformer.load_model` and transformers read.
+    """Write config.json and model.safetensors, which `gateloop_transformer.load_model` and transformers read.
 
     Args:
-        folder: made if it is not there.
+        folder: the folder to write to; it is made if it does not exist.
         model: the description.
         params: its parameters.
 
@@ -123,10 +123,10 @@ def save_model(folder: str | os.PathLike[str], model: Transformer, params: Param
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
-    """The model in a folder that `gateloop train`, transformers or `save_model` wrote.
+    """Load the model in a folder that `gateloop train`, transformers or `save_model` wrote.
 
     Returns:
-        The description, and its parameters in the types that they are stored in.
+        The description, and its parameters in the dtypes that they are stored in.
 
     Raises:
         ValueError: the folder holds no model, has no weights yet, or a file is damaged or does not fit.
@@ -135,7 +135,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
     if path.is_file():
         raise ValueError(f"{str(folder)!r} is a file, not the folder of a model")
     if not path.is_dir():
-        raise ValueError(f"no folder {str(folder)!r}")
+        raise ValueError(f"there is no folder {str(folder)!r}")
     if not (path / CONFIG).is_file():
         raise ValueError(f"{str(folder)!r} holds no model: it has no {CONFIG}")
     values, where = read_json(path / CONFIG), repr(str(path / CONFIG))
@@ -158,7 +158,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[Transformer, Params]:
 
 
 def check_fit(model: Transformer, params: Params, where: str) -> None:
-    """A tree has the names and shapes of a model's parameters.
+    """Check that a tree has the names and shapes of a model's parameters.
 
     Raises:
         ValueError: it has not.
@@ -169,10 +169,11 @@ def check_fit(model: Transformer, params: Params, where: str) -> None:
 
 
 def parameter_groups(params: Params) -> Params:
-    """For each parameter how it is trained, in words, as `optax.multi_transform` takes them.
+    """Label each parameter by how it is trained, for `optax.multi_transform`.
 
-    "gate": what decides the gates, to be trained with a lower learning rate and no weight decay; "matrix": weights of
-    linear maps, decayed; "other": norms, biases, embeddings and convolutions; "fixed": not trained.
+    "gate": parameters that only make gates, to be trained with a lower learning rate and no weight decay; "matrix":
+    weights of linear maps, with weight decay; "other": norms, biases, embeddings and convolutions; "fixed": not
+    trained.
     """
 
     def group(name: str, x: Any) -> str:

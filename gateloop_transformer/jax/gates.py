@@ -1,4 +1,4 @@
-"""From projections to complex gates: polar, paper, ring. Pure functions on pairs (real, imaginary).
+"""Complex gates from projections: polar, paper and ring, as pure functions on pairs (real, imaginary).
 
 All compute in float32 or better and return that precision. `jax.lax.complex(*polar(re, im))` is the gate as one complex
 array; `gate_loop` takes the pair as it is.
@@ -60,7 +60,7 @@ def _polar(re: Array, im: Array) -> tuple[Array, Array]:
 
 
 def _direction(re: Array, im: Array) -> tuple[Array, Array, Array]:
-    """z/|z| and |z|; 1 and 0 where |z| is too small to be squared."""
+    """Compute z/|z| and |z|; they are 1 and 0 where |z| is too small to be squared."""
     scale = jnp.maximum(jnp.abs(re), jnp.abs(im))
     zero = scale < jnp.finfo(re.dtype).tiny ** 0.5
     scale = jnp.where(zero, 1.0, scale)
@@ -71,7 +71,7 @@ def _direction(re: Array, im: Array) -> tuple[Array, Array, Array]:
 
 @_polar.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Along z the magnitude changes by σ'(|z|), across it the phase by 1/|z|; where |z| counts as 0 nothing changes."""
+    """Differentiate: along z the magnitude changes by σ'(|z|), across it the phase by 1/|z|; at |z| = 0 neither."""
     x, y, size = _direction(*primals)
     (dx, dy), magnitude, zero = tangents, jax.nn.sigmoid(size), size == 0
     along = jnp.where(zero, 0.0, magnitude * (1 - magnitude)) * (x * dx + y * dy)
@@ -83,8 +83,8 @@ def paper(logit: Array, phase: Array) -> tuple[Array, Array]:
     """a = σ(logit)·e^{i·phase}: the gate of the paper, |a| in (0, 1), phase in radians and unbounded.
 
     Args:
-        logit: of the magnitude, any shape.
-        phase: radians, the same shape.
+        logit: logit of the magnitude, any shape.
+        phase: phase in radians, the same shape.
 
     Returns:
         The real and imaginary parts of a.
@@ -106,8 +106,8 @@ def ring(logit: Array, phase: Array) -> tuple[Array, Array]:
     length, phases learned per head) and the scale of the inputs.
 
     Args:
-        logit: of the magnitude, any shape.
-        phase: radians, the same shape.
+        logit: logit of the magnitude, any shape.
+        phase: phase in radians, the same shape.
 
     Returns:
         The real and imaginary parts of a.
@@ -127,7 +127,7 @@ def ring_input_scale(logit: Array) -> Array:
     Computed from the logit, not from |a|: near |a| = 1 it keeps its digits and its gradient stays below ½.
 
     Args:
-        logit: of the magnitude, any shape.
+        logit: logit of the magnitude, any shape.
 
     Returns:
         The scale, same shape, in float32 or better.
@@ -142,7 +142,7 @@ def _input_scale(logit: Array) -> Array:
 
 @_input_scale.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """-|a|² √((1 - |a|) / (1 + |a|)): no quotient that vanishes."""
+    """Differentiate: -|a|² √((1 - |a|) / (1 + |a|)), whose denominator never vanishes."""
     (logit,), (tangent,) = primals, tangents
     magnitude, rest = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
     slope = -magnitude * magnitude * jnp.sqrt(rest / (1.0 + magnitude))
@@ -155,10 +155,10 @@ def ring_start(key: Array, heads: int, max_memory: float, min_memory: float = 1.
     Phases are uniform in ±π, scaled by 1-|a|: a state turns about once in its own memory at most.
 
     Args:
-        key: of JAX's random numbers, for the phases.
-        heads: how many gates.
-        max_memory: the end of the range in steps, above 1.
-        min_memory: its start, from 1 to below max_memory.
+        key: key of JAX's random numbers, for the phases.
+        heads: number of gates.
+        max_memory: the longest memory in steps, above 1.
+        min_memory: the shortest memory in steps, from 1 to below max_memory.
 
     Returns:
         logits (heads,) and phases (heads,) in radians.
@@ -178,7 +178,7 @@ def ring_start(key: Array, heads: int, max_memory: float, min_memory: float = 1.
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def scale_gradient(x: Array, fraction: float) -> Array:
-    """x itself, with its gradient multiplied by `fraction`."""
+    """Return x itself, with its gradient multiplied by `fraction`."""
     return x
 
 
@@ -199,15 +199,14 @@ def head_gates(
     fraction: float = 1.0,
     real: bool = False,
 ) -> tuple[Array, Array | None, Array | None]:
-    """Gates for `gate_loop` from projections, and the scale of the keys that goes with them, in float32 or better.
+    """Compute gates for `gate_loop` from projections, and the scale of their keys, in float32 or better.
 
     Args:
-        projections: pairs, neighbours in memory (..., 2·H): of `polar` (real, imaginary), of `paper` and `ring`
-            (logit, phase).
+        projections: adjacent pairs (..., 2·H): (real, imaginary) for `polar`, (logit, phase) for `paper` and `ring`.
         gate: "polar", "paper" or "ring".
-        bias: (H,) each, added to the projections; for "ring" only, which needs it.
+        bias: (H,) each, added to the projections; only "ring" takes it, and needs it.
         fraction: the gradient of the projections (not that of the bias) is multiplied by this.
-        real: gates are real: the imaginary projection or the phase counts as 0.
+        real: make gates real: the imaginary projection or the phase counts as 0.
 
     Returns:
         Real part, imaginary part (None if `real`) and, for "ring", `ring_input_scale` (None for others), each (..., H).
@@ -234,10 +233,10 @@ def head_gates(
 
 
 def check_gate(caller: str, gate: str) -> None:
-    """`gate` is in the table.
+    """Check that a kind of gate of that name exists.
 
     Raises:
-        ValueError: it is not.
+        ValueError: there is none.
     """
     if gate not in GATES:
         raise ValueError(f"{caller}: gate must be one of {', '.join(GATES)}, not {gate!r}")

@@ -14,7 +14,7 @@ from gateloop_transformer.jax.pairs import Array
 from gateloop_transformer.jax.parts import Params
 from gateloop_transformer.jax.states import AttentionState, TransformerState
 
-# Temperatures below it could only overflow on the way to the same choice.
+# Below this temperature the likeliest token is taken; dividing by less could only overflow.
 _GREEDY = 1e-6
 
 
@@ -31,28 +31,28 @@ def generate(
     key: Array | None = None,
     dtype: Any = None,
 ) -> Array:
-    """Prompt and continuation.
+    """Continue prompts.
 
-    Compiled once for a model, a shape of the prompt and the options. Layers of attention without a window keep all
-    steps, as many as there will be from the first on; with gate loops alone the state's size does not depend on length.
+    This is compiled once for a model, a shape of the prompt and the options. Attention layers without a window keep
+    all steps and reserve room for them at the start; with gate loops alone the state's size does not depend on length.
 
     Args:
         model: the description.
         params: its parameters.
         ids: (B, T) integers, at least one row and one token.
-        max_new_tokens: how many to add, 0 or more.
-        temperature: logits are divided by it; 0 (or below 1e-6) takes the likeliest token.
+        max_new_tokens: number of tokens to add, 0 or more.
+        temperature: divisor of the logits; 0 (or below 1e-6) takes the likeliest token.
         top_k: keep the k likeliest tokens.
         top_p: keep the likeliest tokens whose probabilities sum to at least p, in (0, 1].
         min_p: keep tokens at least min_p times as likely as the likeliest, in [0, 1].
-        key: of JAX's random numbers; None where the likeliest token is taken.
-        dtype: what layers compute in; None: that of the embedding.
+        key: key of JAX's random numbers; None where the likeliest token is taken.
+        dtype: dtype that layers compute in; None: that of the embedding.
 
     Returns:
-        (B, T + max_new_tokens).
+        Prompts and new tokens (B, T + max_new_tokens).
 
     Raises:
-        ValueError: a number out of its range, or ids that are no prompt.
+        ValueError: a number is out of range, or ids are not a prompt.
     """
     ids = array("generate", "ids", ids)
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
@@ -107,7 +107,7 @@ def _generate(
 
 
 def _with_room(model: Transformer, state: TransformerState, count: int) -> TransformerState:
-    """Keys and values of attention filled up in front for `count` more steps; `seen` tells that they are none."""
+    """Pad attention's keys and values in front, for `count` more steps; `seen` tells that the padding holds none."""
 
     def room(layer: Any) -> Any:
         if not isinstance(layer, AttentionState):
@@ -120,7 +120,7 @@ def _with_room(model: Transformer, state: TransformerState, count: int) -> Trans
 
 
 def _of_one_size(before: TransformerState, after: TransformerState) -> TransformerState:
-    """The state after a step in the shapes and types of that before it: what falls out at the front is room."""
+    """Give the state after a step the shapes and dtypes of that before it; only padding drops out in front."""
 
     def crop(old: Any, new: Any) -> Any:
         if isinstance(new, AttentionState):
@@ -139,7 +139,7 @@ def pick(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Array:
-    """The next token of each row (B,) from logits (B, vocabulary); arguments as in `generate`."""
+    """Pick the next token of each row (B,) from logits (B, vocabulary); arguments are those of `generate`."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if temperature < _GREEDY:
         return logits.argmax(-1)

@@ -32,7 +32,7 @@ from gateloop_transformer.jax.states import GateLoopState, SimpleGateLoopState, 
 
 
 def check_input(layer: str, x: Any, dim: int) -> Array:
-    """x is a floating-point array (B, T, dim).
+    """Check that x is a floating-point array (B, T, dim).
 
     Raises:
         ValueError: it is not.
@@ -47,7 +47,7 @@ def check_input(layer: str, x: Any, dim: int) -> Array:
 
 @dataclass(frozen=True)
 class GateLoopedAttention:
-    """y = out(SiLU(gates(x)) · norm(Re(q S))) with S[t] = a(x[t]) S[t-1] + k ⊗ v, per head.
+    """A gate loop layer: y = out(SiLU(gates(x)) · norm(Re(q S))) with S[t] = a(x[t]) S[t-1] + k ⊗ v, per head.
 
     The defaults are the original's. Memory is linear in T; a sequence may be fed in pieces of any length through
     `state`.
@@ -59,27 +59,28 @@ class GateLoopedAttention:
         checkpoint_gate_looped_attn: accepted for compatibility; memory is linear either way.
         add_swish_gating: multiply by SiLU(Linear(x)) before the output projection.
         sub_ln: LayerNorm over the merged heads.
-        frac_gradient_state_transition: the gradient into the gate projection is scaled by this.
+        frac_gradient_state_transition: factor on the gradient into the gate projection.
         gate: "polar" (the original's, |a| ≥ ½), "paper" (|a| in (0, 1), free phase) or "ring" (starts with memories
             spread up to `max_memory`, inputs scaled by √(1-|a|²)).
         head_norm: RMS norm of each head's output, before the swish gate. Head size above 1.
         qk_norm: RMS norm of each head's queries and keys. Head size above 1.
         conv_size: taps of a causal depthwise convolution before q, k, v and the gate; 0 for none.
-        conv_silu: SiLU after the convolution, which then starts at random rather than as the identity, as in Mamba.
-        qkv_bias: q, k and v have a bias that starts at 1 for q and k.
-        max_memory: steps; the longest memory that a spread start has.
-        min_memory: steps; the shortest.
-        phase_spread: radians; the standard deviation of what the data adds to the phases of a spread start.
-        spread_start: gates start with memories spread log-uniformly up to `max_memory` rather than with a Linear's own
-            weights; "ring" and "paper" only. None: "ring" does.
-        gate_rank: the gates depend on this many numbers of each input, as in Mamba: their projection is a product of
-            two, (2·heads, gate_rank) and (gate_rank, dim). None: one of full rank, (2·heads, dim).
+        conv_silu: SiLU after the convolution, whose weights then start at random, as in Mamba, instead of near the
+            identity.
+        qkv_bias: biases of q, k and v; those of q and k start at 1.
+        max_memory: the longest memory of a spread start, in steps.
+        min_memory: the shortest memory of a spread start, in steps.
+        phase_spread: standard deviation of what the data first adds to the phases of a spread start, in radians.
+        spread_start: gates start with memories spread log-uniformly up to `max_memory` instead of with a Linear's own
+            weights; only "ring" and "paper" can. None: only "ring" does.
+        gate_rank: rank of the gate projection, which is then a product of two, (2·heads, gate_rank) and
+            (gate_rank, dim), as in Mamba. None: one matrix of full rank, (2·heads, dim).
         fixed_gates: gates are learned but do not depend on the data, as in an LRU; "ring" only.
-        reverse: run from the last step to the first, the convolution too; a state is then what comes after x.
+        reverse: run from the last step to the first, the convolution too; a state then stands for what comes after x.
 
     Raises:
-        ValueError: heads do not divide dim_inner, an unknown gate, an option that head size 1 rules out, or a number
-            out of its range.
+        ValueError: heads do not divide dim_inner, the gate is unknown, head size 1 rules an option out, or a number is
+            out of range.
 
     Source: T. Katsch, GateLoop (2023), arXiv 2311.01927.
     """
@@ -107,7 +108,7 @@ class GateLoopedAttention:
     reverse: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse options that are out of range or do not fit together."""
         dim_inner = self.dim if self.dim_inner is None else self.dim_inner
         heads = dim_inner if self.heads is None else self.heads
         if min(self.dim, dim_inner, heads) < 1 or dim_inner % heads:
@@ -152,7 +153,7 @@ class GateLoopedAttention:
         return self.inner // self.count
 
     def init(self, key: Array) -> Params:
-        """Parameters to start from."""
+        """Draw initial parameters."""
         keys = iter(jax.random.split(key, 8))
         params: Params = {}
         if self.conv_size:
@@ -179,17 +180,17 @@ class GateLoopedAttention:
         return params
 
     def initial_state(self, batch: int, dtype: Any = jnp.float32) -> GateLoopState:
-        """The state before the first step, a call from which computes what a call without a state does.
+        """The state before the first step: a call with it computes the same as a call without a state.
 
         Args:
             batch: B, or the number of documents.
-            dtype: of the layer's inputs.
+            dtype: dtype of the layer's inputs.
         """
         real = jnp.zeros((batch, self.count, self.dim_head, self.dim_head), compute_dtype(dtype))
         return GateLoopState(real, real, jnp.zeros((batch, max(self.conv_size - 1, 0), self.dim), dtype))
 
     def _new_projection(self, key: Array) -> Params:
-        """From inputs to the numbers that gates are made of, through `gate_rank` of about the inputs' mean square."""
+        """Draw the gate projection; with a `gate_rank`, the numbers in between keep about the inputs' mean square."""
         bias = self.gate != "ring"
         if self.gate_rank is None:
             return {"0": new_linear(key, self.dim, 2 * self.count, bias=bias)}
@@ -198,7 +199,7 @@ class GateLoopedAttention:
         return {"0": {"weight": down}, "1": new_linear(second, self.gate_rank, 2 * self.count, bias=bias)}
 
     def _spread(self, params: Params, key: Array, noise: Array) -> None:
-        """Memories and phases from `ring_start`; phases depend on the data as far as `phase_spread` says."""
+        """Set memories and phases by `ring_start`; phases depend on the data as far as `phase_spread` says."""
         logits, phases = ring_start(key, self.count, self.max_memory, self.min_memory)
         if self.fixed_gates:
             phases = phases + self.phase_spread * jax.random.normal(noise, phases.shape)
@@ -228,23 +229,23 @@ class GateLoopedAttention:
         """Mix over time.
 
         Args:
-            params: as `init` gives them.
+            params: parameters as `init` gives them.
             x: (B, T, dim), B and T may be 0.
-            state: where an earlier call with return_state ended; None: the start.
+            state: the state that an earlier call returned; None: the start.
             ablate_state_transition: all gates are 1.
-            resets: (B, T) booleans: the state is cleared before such a step; None: never.
+            resets: (B, T) booleans, True where the state is cleared before a step; None: nowhere.
             cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
                 being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
             ablate_complex: gates are real: the imaginary projection ("polar") or the phase is dropped.
             return_state: return (y, state) instead of y.
-            axis_name: inside of `jax.shard_map`: T is sharded along this axis of the mesh, states are the same
+            axis_name: the axis of the mesh along which T is sharded, inside of `jax.shard_map`; states are the same
                 everywhere.
 
         Returns:
             y (B, T, dim) in x's dtype, or (y, state).
 
         Raises:
-            ValueError: x, state, resets or cu_seqlens has another shape or kind.
+            ValueError: x, state, resets or cu_seqlens has the wrong shape or dtype.
         """
         x = check_input("GateLoopedAttention", x, self.dim)
         layout = Layout("GateLoopedAttention", x, resets, cu_seqlens)
@@ -276,7 +277,7 @@ class GateLoopedAttention:
     def _channels(
         self, params: Params, x: Array, mixed: Array, state: GateLoopState | None, marks: dict[str, Any]
     ) -> tuple[Array, tuple[Array, Array]]:
-        """Head size 1: output and the state's parts (B, heads)."""
+        """Mix at head size 1: output and the state's parts (B, heads)."""
         # A norm between the recurrence and its SiLU gate keeps the two apart.
         fused = self.add_swish_gating and not self.sub_ln
         initial = None
@@ -328,7 +329,7 @@ class GateLoopedAttention:
         return y, parts
 
     def _projections(self, params: Params, x: Array) -> Array:
-        """What gates are made of besides the bias, pairs (B, T, 2·heads)."""
+        """Project to the pairs that gates are made of, without the bias (B, T, 2·heads)."""
         if self.fixed_gates:
             return jnp.zeros((*x.shape[:2], 2 * self.count), x.dtype)
         for name in sorted(params["to_a"]):
@@ -339,7 +340,7 @@ class GateLoopedAttention:
         return (params["ring_logit"], params["ring_phase"]) if self.gate == "ring" else None
 
     def _output(self, params: Params, x: Array, y: Array) -> Array:
-        """Norms, swish gate and output projection of the heads' outputs (B, T, heads, dim_head)."""
+        """Apply norms, swish gate and output projection to the heads' outputs (B, T, heads, dim_head)."""
         if self.head_norm:
             y = rms_norm(y, params["head_norm"]["gamma"])
         y = y.reshape(*y.shape[:2], self.inner)
@@ -352,9 +353,9 @@ class GateLoopedAttention:
 
 @dataclass(frozen=True)
 class SimpleGateLoopLayer:
-    """y = q · h with h[t] = σ(a[t]) h[t-1] + kv[t], per channel; q, kv, a are projections of the normalised input.
+    """The simple layer: y = q · h with h[t] = σ(a[t]) h[t-1] + kv[t], per channel.
 
-    The original's layer. There is no residual inside.
+    This is the original's layer: q, kv and a are projections of the normalised input. There is no residual inside.
 
     Args:
         dim: width.
@@ -362,10 +363,10 @@ class SimpleGateLoopLayer:
         use_heinsen: accepted for compatibility; the scan is the same.
         use_jax_associative_scan: accepted for compatibility.
         post_ln: LayerNorm of the output.
-        reverse: run time backwards; a state is then what comes after x.
+        reverse: run time backwards; a state then stands for what comes after x.
 
     Raises:
-        ValueError: dim below 1.
+        ValueError: dim is below 1.
     """
 
     dim: int
@@ -381,17 +382,17 @@ class SimpleGateLoopLayer:
             raise ValueError(f"SimpleGateLoopLayer: dim must be positive, not {self.dim}")
 
     def init(self, key: Array) -> Params:
-        """Parameters to start from."""
+        """Draw initial parameters."""
         params: Params = {"norm": {"gamma": jnp.ones(self.dim)}} if self.prenorm else {}
         params["to_qkva"] = {"0": new_linear(key, self.dim, 3 * self.dim, bias=False)}
         return params | ({"maybe_post_ln": new_layer_norm(self.dim)} if self.post_ln else {})
 
     def initial_state(self, batch: int, dtype: Any = jnp.float32) -> SimpleGateLoopState:
-        """The state before the first step, a call from which computes what a call without a state does.
+        """The state before the first step: a call with it computes the same as a call without a state.
 
         Args:
             batch: B, or the number of documents.
-            dtype: of the layer's inputs.
+            dtype: dtype of the layer's inputs.
         """
         return SimpleGateLoopState(jnp.zeros((batch, self.dim), compute_dtype(dtype)))
 
@@ -409,19 +410,19 @@ class SimpleGateLoopLayer:
         """Mix over time.
 
         Args:
-            params: as `init` gives them.
+            params: parameters as `init` gives them.
             x: (B, T, dim), B and T may be 0.
-            state: where an earlier call with return_state ended; None: h = 0.
-            resets: (B, T) booleans: the state is cleared before such a step; None: never.
+            state: the state that an earlier call returned; None: h = 0.
+            resets: (B, T) booleans, True where the state is cleared before a step; None: nowhere.
             cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row.
             return_state: return (y, state).
-            axis_name: inside of `jax.shard_map`: T is sharded along this axis of the mesh.
+            axis_name: the axis of the mesh along which T is sharded, inside of `jax.shard_map`.
 
         Returns:
             y (B, T, dim) in x's dtype, or (y, state).
 
         Raises:
-            ValueError: x, state, resets or cu_seqlens has another shape or kind.
+            ValueError: x, state, resets or cu_seqlens has the wrong shape or dtype.
         """
         x = check_input("SimpleGateLoopLayer", x, self.dim)
         layout = Layout("SimpleGateLoopLayer", x, resets, cu_seqlens)

@@ -1,4 +1,4 @@
-"""Transformer: token embedding, depth × (time mixer, feed-forward), logits: a description, its `init` and `apply`."""
+"""The Transformer as a description with `init` and `apply`: token embedding, depth × (mixer, feed-forward), logits."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Transformer:
         depth: number of blocks, each a time mixer and a feed-forward.
         dim_head: size of an attention head.
         heads: number of attention heads.
-        ff_mult: inner width of the feed-forward as a multiple of dim; 0: blocks have none.
+        ff_mult: inner width of the feed-forward as a multiple of dim; 0: blocks have no feed-forward.
         checkpoint_gate_looped_attn: accepted for compatibility; memory is linear either way.
-        use_gate_looped_attn: gate loop layers; False: attention layers.
+        use_gate_looped_attn: mix time by gate loop layers; False: by attention layers.
         gate_loop_heads: heads of the gate loop layers; None: as many as their inner width.
         attn_add_swish_gating: SiLU gate on the output of every time mixer.
         dim_gate_looped_attn: inner width of the gate loop layers; None: dim.
-        attn_softmax_normalize: softmax in attention; None: unless data_dependent_rel_pos.
-        data_dependent_rel_pos: of the attention layers: False, True (as released) or "gate_loop" (over time).
-        frac_gradient_state_transition: gradient into the gate projections is scaled by this.
+        attn_softmax_normalize: softmax in attention; None: softmax unless data_dependent_rel_pos is set.
+        data_dependent_rel_pos: relative positions in attention: False, True (as released) or "gate_loop" (over time).
+        frac_gradient_state_transition: factor on the gradient into the gate projections.
         ablate_complex: gates are real, unless a call says otherwise.
         ablate_state_transition: gates are 1, unless a call says otherwise.
         rotary_emb: rotary position embedding in attention.
@@ -51,23 +51,24 @@ class Transformer:
         sub_ln: LayerNorm on the merged heads of gate loop layers.
         layer_pattern: mixers in turn, repeated up to depth, for example "gate gate attention"; None: all alike, as
             use_gate_looped_attn says.
-        gate: of the gate loop layers: "polar" (the original's), "paper" or "ring".
+        gate: kind of gate in gate loop layers: "polar" (the original's), "paper" or "ring".
         head_norm: RMS norm on each gate loop head's output.
         qk_norm: RMS norm on queries and keys of every mixer.
         conv_size: taps of the causal convolution in gate loop layers; 0 for none.
-        conv_silu: SiLU after that convolution, which then starts at random.
-        qkv_bias: biases of q, k and v in gate loop layers, which start at 1 for q and k.
-        max_memory: steps; the longest memory that gates with a spread start begin with.
-        min_memory: steps; the shortest.
-        phase_spread: radians; how far the data turns the phases of gates with a spread start at first.
-        spread_start: gates begin with memories spread up to max_memory; None: "ring" gates do.
-        gate_rank: the gates of gate loop layers depend on this many numbers of each input; None: on all of it.
+        conv_silu: SiLU after that convolution, whose weights then start at random.
+        qkv_bias: biases of q, k and v in gate loop layers; those of q and k start at 1.
+        max_memory: the longest memory that gates with a spread start begin with, in steps.
+        min_memory: the shortest memory that they begin with, in steps.
+        phase_spread: how far the data first turns the phases of gates with a spread start, in radians.
+        spread_start: gates begin with memories spread up to max_memory; None: only "ring" gates do.
+        gate_rank: rank of the gate projection in gate loop layers: how many numbers, computed from each input, the
+            gates depend on; None: full rank.
         fixed_gates: "ring" gates are learned but do not depend on the data, as in an LRU.
-        attn_window: steps that attention layers see at most, so that decoding needs constant memory; None: all.
-        dropout: probability of zeroing what a block adds, in training.
+        attn_window: most steps that attention layers see, so that decoding needs constant memory; None: all steps.
+        dropout: probability of zeroing an element of what a layer adds, in training.
 
     Raises:
-        ValueError: a number is out of its range, heads do not divide, or an option is unknown.
+        ValueError: a number is out of range, a width is not divisible by its heads, or an option is unknown.
     """
 
     dim: int
@@ -107,7 +108,7 @@ class Transformer:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit together."""
+        """Refuse options that are out of range or do not fit together."""
         names = (
             *("dim", "num_tokens", "depth", "dim_head", "heads"),
             *("gate_loop_heads", "dim_gate_looped_attn", "attn_window"),
@@ -123,15 +124,15 @@ class Transformer:
         check_gate("Transformer", self.gate)
         check_start("Transformer", self.gate, self.spread_start, self.fixed_gates)
         check_rank("Transformer", self.gate_rank, self.fixed_gates)
-        # Built once here, so that what does not fit is refused here.
+        # The mixers are built once here, so that options that do not fit are refused here.
         _ = self.mixers
 
     @classmethod
     def of(cls, config: TransformerConfig, num_tokens: int = 256) -> Transformer:
-        """The model that a configuration describes, of a vocabulary of that size.
+        """The model that a configuration describes, with a vocabulary of that size.
 
         Raises:
-            ValueError: as the constructor.
+            ValueError: an option is out of range or unknown, as in the constructor.
         """
         return cls(**config.arguments(num_tokens))
 
@@ -188,7 +189,7 @@ class Transformer:
         )
 
     def init(self, key: Array) -> Params:
-        """Parameters to start from."""
+        """Draw initial parameters."""
         keys = jax.random.split(key, self.depth + 2)
         to_logits = new_linear(keys[-1], self.dim, self.num_tokens, bias=False)
         return {
@@ -210,11 +211,11 @@ class Transformer:
         return new_layer_norm(self.dim) if self.post_ln_norm else {"gamma": jnp.ones(self.dim)}
 
     def initial_state(self, batch: int, dtype: Any = jnp.float32) -> TransformerState:
-        """The state before the first token, a call from which computes what a call without a state does.
+        """The state before the first token: a call with it computes the same as a call without a state.
 
         Args:
             batch: B, or the number of documents.
-            dtype: that the layers compute in.
+            dtype: dtype that the layers compute in.
         """
         return TransformerState(tuple(mixer.initial_state(batch, dtype) for mixer in self.mixers))
 
@@ -236,27 +237,27 @@ class Transformer:
         """Logits of the next token at every step.
 
         Args:
-            params: as `init` gives them.
+            params: parameters as `init` gives them.
             ids: (B, T) integers in [0, num_tokens); B and T may be 0.
-            state: where an earlier call with return_state ended; None: the start.
+            state: the state that an earlier call returned; None: the start.
             ablate_complex: gates are real; None: as constructed.
             ablate_state_transition: gates are 1; None: as constructed.
-            resets: (B, T) booleans: such a token begins a document; None: never.
+            resets: (B, T) booleans, True where a token begins a document; None: each row is one document.
             cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
-                being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N
-                rows, and layers of attention have none then.
+                being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows, and
+                models with attention layers take and return none.
             return_state: return (logits, state).
-            axis_name: inside of `jax.shard_map`: T is sharded along this axis of the mesh.
-            dtype: what layers compute in, for example jnp.bfloat16; gates, states and norms stay float32 or better,
-                parameters as they are. None: that of the embedding.
-            key: of JAX's random numbers, for dropout; None: nothing is dropped.
+            axis_name: the axis of the mesh along which T is sharded, inside of `jax.shard_map`.
+            dtype: dtype that layers compute in, for example jnp.bfloat16; gates, states and norms stay float32 or
+                better, and parameters stay as they are. None: that of the embedding.
+            key: key of JAX's random numbers, for dropout; None: nothing is dropped.
 
         Returns:
             Logits (B, T, num_tokens), or (logits, state).
 
         Raises:
-            ValueError: ids have another shape or dtype or are outside the vocabulary (not checked under `jit`), or the
-                state does not fit.
+            ValueError: ids have the wrong shape or dtype or are outside the vocabulary (not checked under `jit`), or
+                the state does not fit.
         """
         ids = self._check(ids, state)
         Layout("Transformer", ids, resets, cu_seqlens)
@@ -295,7 +296,7 @@ class Transformer:
         return x if self.post_ln_norm else rms_norm(x, block["norm"]["gamma"])
 
     def _after(self, block: Params, x: Array, y: Array, key: Array | None) -> Array:
-        """The residual, and the norm after it where it stands there."""
+        """Add the residual, and apply the norm after it where there is one."""
         if key is not None:
             kept = jax.random.bernoulli(key, 1 - self.dropout, y.shape)
             y = jnp.where(kept, y / (1 - self.dropout), 0).astype(y.dtype)
@@ -308,8 +309,8 @@ class Transformer:
         if state is not None and not isinstance(state, TransformerState):
             raise ValueError(f"Transformer: state must be a TransformerState, not {type(state).__name__}")
         if state is not None and len(state.layers) != self.depth:
-            raise ValueError(f"Transformer: state has {len(state.layers)} layers, the model {self.depth}")
-        # JAX takes what lies beyond a table from its end, without a word.
+            raise ValueError(f"Transformer: state has {len(state.layers)} layers, but the model has {self.depth}")
+        # JAX would silently take the last row of a table for an index beyond it.
         if ids.size and not isinstance(ids, jax.core.Tracer):
             known = np.asarray(ids)
             low, high = int(known.min()), int(known.max())
@@ -329,16 +330,16 @@ class Transformer:
         key: Array | None = None,
         return_state: bool = False,
     ) -> Any:
-        """The mean cross entropy (nats) of predicting ids[:, 1:] from ids[:, :-1].
+        """Compute the mean cross entropy (nats) of predicting ids[:, 1:] from ids[:, :-1].
 
-        Arguments as in `apply`; no document is asked for the first token of the next. A returned state has read
-        ids[:, :-1]; with cu_seqlens all ids.
+        Arguments are those of `apply`. A document's last token does not predict the first token of the next. A returned
+        state has read ids[:, :-1], or all ids with cu_seqlens.
 
         Returns:
-            A scalar in float32 or better, or (that, state).
+            The loss, a scalar in float32 or better, or (loss, state).
 
         Raises:
-            ValueError: as `apply`, or ids are no two steps long.
+            ValueError: arguments do not fit, as in `apply`, or ids are shorter than two steps.
         """
         ids = self._check(ids, state)
         B, T = ids.shape

@@ -1,4 +1,4 @@
-"""Equinox modules: a description and its parameters in one object that is a tree to JAX.
+"""Equinox modules: each holds a description and its parameters in one object that JAX sees as a tree.
 
     model = modules.Transformer(128, num_tokens=256, depth=4, key=jax.random.key(0))
     logits = model(ids)
@@ -22,10 +22,10 @@ __all__ = ["CausalFullAttention", "GateLoopedAttention", "Module", "SimpleGateLo
 
 
 class Module(eqx.Module):
-    """Any description with its parameters.
+    """Any description together with its parameters.
 
     Args:
-        description: what has `init` and `apply`.
+        description: an object with `init` and `apply`.
         params: its parameters, for example from a file.
     """
 
@@ -33,12 +33,12 @@ class Module(eqx.Module):
     params: Params
 
     def __call__(self, x: Array, *arguments: Any, **options: Any) -> Any:
-        """`description.apply` with the parameters."""
+        """Call `description.apply` with the parameters."""
         return self.description.apply(self.params, x, *arguments, **options)
 
 
 class _New(Module):
-    """A description of its `kind` with parameters of its own."""
+    """A new description of its `kind` with newly drawn parameters."""
 
     kind: ClassVar[type]
 
@@ -48,32 +48,32 @@ class _New(Module):
 
 
 class GateLoopedAttention(_New):
-    """`gateloop_transformer.jax.GateLoopedAttention` with parameters of its own; its arguments, and a key."""
+    """`gateloop_transformer.jax.GateLoopedAttention` with new parameters; takes its arguments and a key."""
 
     kind = layers.GateLoopedAttention
 
 
 class CausalFullAttention(_New):
-    """`gateloop_transformer.jax.CausalFullAttention` with parameters of its own; its arguments, and a key."""
+    """`gateloop_transformer.jax.CausalFullAttention` with new parameters; takes its arguments and a key."""
 
     kind = attention.CausalFullAttention
 
 
 class SimpleGateLoopLayer(_New):
-    """`gateloop_transformer.jax.SimpleGateLoopLayer` with parameters of its own; its arguments, and a key."""
+    """`gateloop_transformer.jax.SimpleGateLoopLayer` with new parameters; takes its arguments and a key."""
 
     kind = layers.SimpleGateLoopLayer
 
 
 class Transformer(_New):
-    """`gateloop_transformer.jax.Transformer` with parameters of its own; its arguments, and a key."""
+    """`gateloop_transformer.jax.Transformer` with new parameters; takes its arguments and a key."""
 
     kind = _model.Transformer
 
     def loss(self, ids: Array, *arguments: Any, **options: Any) -> Any:
-        """`Transformer.loss` with the parameters."""
+        """Call `Transformer.loss` with the parameters."""
         return self.description.loss(self.params, ids, *arguments, **options)
 
     def generate(self, ids: Array, max_new_tokens: int, **options: Any) -> Array:
-        """`generate` with the parameters."""
+        """Call `generate` with the parameters."""
         return _generation.generate(self.description, self.params, ids, max_new_tokens, **options)

@@ -1,4 +1,4 @@
-"""CausalFullAttention: quadratic attention, with the gate loop's relative position on request."""
+"""CausalFullAttention: quadratic attention, optionally with the gate loop's relative positions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RotaryEmbedding(nn.Module):
         return 10000.0 ** (-torch.arange(0, self.dim, 2).float() / self.dim)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (B, heads, T, dim), at positions (T,) or (B, 1, T)."""
+        """Rotate x (B, heads, T, dim) at positions (T,) or (B, 1, T)."""
         wide = compute_dtype(x.dtype)
         # In a module of half precision the parameter has lost the digits that positions of a thousand steps need.
         exact = self.freqs.dtype in (torch.float32, torch.float64)
@@ -63,9 +63,9 @@ class RotaryEmbedding(nn.Module):
 class View(NamedTuple):
     """Which of the keys, `past` old and T new ones, each of T steps sees.
 
-    positions: of the steps in their sequence, (T,) or (B, 1, T); seen: (B,) steps since the start of the sequence,
-    after the last step; old: (B, past), the old keys that belong to it, or None: all; segment: (B, T), how many resets
-    there were up to a step, or None: none.
+    positions: positions of the steps in their sequence, (T,) or (B, 1, T); seen: (B,) steps from the start of the
+    sequence to the end of the last step; old: (B, past), True for old keys of the current sequence; None: all are;
+    segment: (B, T), number of resets up to a step; None: there are none.
     """
 
     past: int
@@ -77,7 +77,7 @@ class View(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, past: int, before: Tensor | None, resets: Tensor | None, window: int | None) -> View:
-        """That of x (B, T, dim) after `before` (B,) steps, of which the last `past` have keys."""
+        """The view of x (B, T, dim) after `before` (B,) steps, of which the last `past` have keys."""
         B, T = x.shape[:2]
         steps = torch.arange(T, device=x.device)
         if before is None:
@@ -98,18 +98,19 @@ class View(NamedTuple):
         return View(past, since[:, None], seen, old, segment, window)
 
     def causal(self) -> bool:
-        """Nothing but causal: every step sees all before it, and there are no old keys."""
+        """True where every step sees all steps before it, and there are no old keys."""
         T = self.positions.shape[-1]
         return self.past == 0 and self.segment is None and (self.window is None or self.window >= T)
 
     def all(self) -> Tensor:
-        """`mask` of all steps and keys."""
+        """The mask of all steps and keys."""
         T = self.positions.shape[-1]
         return self.mask(0, T, 0, self.past + T)
 
     def mask(self, start: int, end: int, first: int, last: int) -> Tensor:
-        """(B or 1, 1, end - start, last - first), True where a step sees a key, of steps from `start` to `end` and keys
-        from `first` to `last`, the old ones counted first.
+        """The mask (B or 1, 1, end - start, last - first), True where a step sees a key.
+
+        Steps are those from `start` to `end`, keys those from `first` to `last`, where old keys count first.
         """
         device = self.positions.device
         query = torch.arange(start, end, device=device)[:, None]
@@ -150,12 +151,12 @@ def _arguments(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class CausalFullAttention(nn.Module):
-    """Causal attention over all past steps; the defaults are the original's, weights and numbers included.
+    """Causal attention over all past steps; the defaults are the original's, initial weights and results included.
 
-    Inside of `ops.context_parallel` keys and values of all ranks are gathered: what is sent grows with T.
+    Inside of `ops.context_parallel` keys and values of all ranks are gathered, so communication grows with T.
 
     As in torch's own attention, values that a step must not see are multiplied by 0: one that is not finite makes the
-    outputs of earlier steps, and of steps behind a reset, NaN. Packed documents (`cu_seqlens`) are apart.
+    outputs of earlier steps, and of steps after a reset, NaN. It does not reach other packed documents (`cu_seqlens`).
 
     Args:
         dim: width of input and output.
@@ -166,14 +167,14 @@ class CausalFullAttention(nn.Module):
         data_dependent_rel_pos: False; True: as released by the original, a product of gates over channel pairs; or
             "gate_loop": as the paper means it, scores Re(q[i] k[j] Π_{j<m≤i} a[m]) with the product over time and one
             gate per channel pair.
-        frac_gradient_data_dependent_rel_pos: the gradient into that gate's projection is scaled by this.
+        frac_gradient_data_dependent_rel_pos: factor on the gradient into that gate's projection.
         softmax_normalize: softmax over the scores, or the bare scores; None: softmax unless data_dependent_rel_pos.
         qk_norm: RMS norm of each head's queries and keys, before the rotary embedding.
-        window: every step sees this many steps at most, itself included: memory in decoding is constant; None: all.
-        backend: of the gate loop in data_dependent_rel_pos="gate_loop".
+        window: most steps that a step sees, itself included, so that decoding needs constant memory; None: all.
+        backend: backend of the gate loop in data_dependent_rel_pos="gate_loop".
 
     Raises:
-        ValueError: sizes are not positive, dim_head is odd where pairs of channels are needed, or an unknown option.
+        ValueError: sizes are not positive, dim_head is odd where pairs of channels are needed, or an option is unknown.
     """
 
     def __init__(
@@ -268,21 +269,21 @@ class CausalFullAttention(nn.Module):
 
         Args:
             x: (B, T, dim), B and T may be 0.
-            state: where an earlier call with return_state ended; None: the start. A bool in this place is the
-                original's second argument, ablate_complex.
-            ablate_state_transition: no data-dependent position.
-            resets: (B, T) booleans: such a step sees none before it; None: never.
+            state: the state that an earlier call returned; None: the start. A bool in this place is the original's
+                second argument, ablate_complex.
+            ablate_state_transition: use no data-dependent position.
+            resets: (B, T) booleans, True where a step sees none before it; None: nowhere.
             cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
                 being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
             mask: (B, T) booleans, False for padding, on whatever side: such steps change no state and give 0.
-            ablate_complex: its gates are real.
+            ablate_complex: make the gates of data-dependent positions real.
             return_state: return (y, state) instead of y.
 
         Returns:
-            y (B, T, dim) in x's dtype (under autocast: what a Linear gives), or (y, state).
+            y (B, T, dim) in x's dtype (under autocast, that of a Linear's output), or (y, state).
 
         Raises:
-            ValueError: x, state, resets, cu_seqlens or mask has another shape or kind.
+            ValueError: x, state, resets, cu_seqlens or mask has the wrong shape or dtype.
         """
         if isinstance(state, int):
             ablate_complex, state = bool(state), None
@@ -308,15 +309,15 @@ class CausalFullAttention(nn.Module):
     def initial_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> AttentionState:
-        """The state before the first step: a call that is given it computes what a call without a state does.
+        """The state before the first step: a call with it computes the same as a call without a state.
 
         Args:
             batch: B, or the number of documents.
-            device: of the layer's inputs; None: of its weights.
-            dtype: of the layer's inputs; None: of its weights.
+            device: device of the layer's inputs; None: that of its weights.
+            dtype: dtype of the layer's inputs; None: that of its weights.
 
         Raises:
-            ValueError: batch is no integer, or negative.
+            ValueError: batch is not an integer, or is negative.
         """
         device, dtype = start_of(self, batch, device, dtype)
         shape = (batch, self.heads, 0, self.dim_head)
@@ -329,9 +330,9 @@ class CausalFullAttention(nn.Module):
     def _rows(
         self, x: Tensor, state: AttentionState | None, resets: Tensor | None, there: Tensor | None, flags: _Flags
     ) -> tuple[Tensor, AttentionState]:
-        """The heads' outputs (B, heads, T, dim_head), and the keys and values of all steps, old and new.
+        """Compute the heads' outputs (B, heads, T, dim_head), and the keys and values of all steps, old and new.
 
-        `there` (B, T): False behind the end of a row.
+        `there` (B, T) is False after the end of a row.
         """
         earlier = Earlier.of(x, state, resets)
         view = View.of(x, earlier.past, earlier.before, resets, self.window)
@@ -362,7 +363,7 @@ class CausalFullAttention(nn.Module):
         return y, AttentionState(keys, imaginary, values, view.seen if earlier.after is None else earlier.after)
 
     def _recent(self, state: AttentionState) -> AttentionState:
-        """Without the keys and values that no later step can see."""
+        """Drop the keys and values that no later step can see."""
         past = state.keys.shape[2]
         if self.window is None or past < self.window:
             return state
@@ -373,8 +374,9 @@ class CausalFullAttention(nn.Module):
     def _documents(
         self, x: Tensor, state: AttentionState | None, layout: Layout, flags: _Flags, return_state: bool
     ) -> tuple[Tensor, AttentionState]:
-        """Documents as rows of batches, those of like length together; the state, if wanted, has a row for each, as
-        long as the longest.
+        """Compute packed documents as rows of batches, each of documents of similar length.
+
+        The state, if wanted, has a row for each document, as long as the longest needs.
         """
         N, T = layout.states(1), x.shape[1]
         bounds = layout.bounds(T)
@@ -421,7 +423,7 @@ class CausalFullAttention(nn.Module):
             )
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads·dim_head) → (B, heads, T, dim_head)."""
+        """Split heads: (B, T, heads·dim_head) → (B, heads, T, dim_head)."""
         heads: Tensor = x.unflatten(-1, (self.heads, self.dim_head))
         return heads.transpose(1, 2)
 
@@ -444,7 +446,7 @@ class CausalFullAttention(nn.Module):
         return Pair(*polar(real, torch.zeros_like(imaginary) if ablate_complex else imaginary))
 
     def _channel_gates(self, x: Tensor, q: Tensor, k: Tensor, ablate_complex: bool) -> tuple[Tensor, Tensor]:
-        """As released: q times the real part of the product of gates over channel pairs, k by its inverse.
+        """Scale as released: q by the real part of the product of gates over channel pairs, k by its inverse.
 
         Both in float32 or better: the inverse reaches 1e10.
         """
@@ -493,7 +495,7 @@ class CausalFullAttention(nn.Module):
         return scores.transpose(1, 2), keys, imaginary
 
     def _attend(self, scores: Tensor, values: Tensor, view: View) -> Tensor:
-        """Weights from scores (B, heads, T, past + T), of what is seen, times values."""
+        """Turn the scores of seen keys (B, heads, T, past + T) into weights, and multiply them by the values."""
         seen = view.all()
         if not self.softmax_normalize:
             return (scores.masked_fill(~seen, 0) @ values.to(scores.dtype)).to(values.dtype)
@@ -509,7 +511,7 @@ class CausalFullAttention(nn.Module):
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=view.all(), scale=1.0)
 
     def _local_attention(self, q: Tensor, keys: Tensor, values: Tensor, view: View, window: int) -> Tensor:
-        """Stretches of queries with the keys that they can see: linear in time and memory."""
+        """Attend by stretches of queries to the keys that they can see, linear in time and memory."""
         parts, length = [], min(max(window, 128), 1024)
         for start in range(0, max(q.shape[2], 1), length):
             end = min(start + length, q.shape[2])
@@ -523,7 +525,7 @@ class CausalFullAttention(nn.Module):
         return torch.cat(parts, 2)
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Swish gate and output projection of the heads' outputs (B, heads, T, dim_head)."""
+        """Apply swish gate and output projection to the heads' outputs (B, heads, T, dim_head)."""
         y = y.transpose(1, 2).flatten(-2)
         if self.to_gates is not None:
             y = y * self.to_gates(x)
@@ -540,7 +542,7 @@ class CausalFullAttention(nn.Module):
         nn.Module.__setstate__(self, state)
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """What decides the gates: to be trained with a lower learning rate and no weight decay."""
+        """The parameters that only make gates, to be trained with a lower learning rate and no weight decay."""
         return list(self.to_a.parameters()) if self.data_dependent_rel_pos else []
 
     def extra_repr(self) -> str:

@@ -18,7 +18,7 @@ MERGES = ("sum", "concat")
 
 
 def _mark_after(resets: Tensor) -> Tensor:
-    """Whether the step after the last one begins a sequence (B, 1): over ranks that is the first of a later part."""
+    """Mark the rows in which a sequence begins right after the last step, on one of the next ranks (B, 1)."""
     mark = resets.new_zeros(resets.shape[0], 1)
     if (ranks := current()) is None:
         return mark
@@ -30,18 +30,20 @@ def _mark_after(resets: Tensor) -> Tensor:
 
 
 class Bidirectional(nn.Module):
-    """y[t] of a layer that has read x[0] to x[t], and of another that has read x[T-1] to x[t]: every step sees all.
+    """A layer that reads x[0] to x[t] and another that reads x[T-1] to x[t], merged: every step sees all steps.
 
-    The two have parameters of their own. There is no state: what comes later decides the output of the first step.
+    Each of the two has its own parameters. There is no state, because the output of the first step depends on all
+    later ones.
 
     Args:
-        layer: GateLoopedAttention or SimpleGateLoopLayer, the class.
+        layer: the class GateLoopedAttention or SimpleGateLoopLayer.
         dim: width of the input, and of each direction's output.
-        merge: "sum" of both outputs, or "concat": beside each other, the forward layer's first, as in nn.GRU.
-        options: of both layers, all that the class takes but reverse.
+        merge: "sum" adds both outputs; "concat" concatenates them, the forward layer's first, as in nn.GRU.
+        options: arguments for both layers: any that the class takes, except reverse.
 
     Raises:
-        ValueError: another layer, another merge, reverse among the options, or what the layer refuses.
+        ValueError: layer is another class, merge has another value, options contain reverse, or the layer refuses
+            one of them.
 
     Source: M. Schuster and K. K. Paliwal, Bidirectional Recurrent Neural Networks (1997), section II.
     """
@@ -62,7 +64,7 @@ class Bidirectional(nn.Module):
         if merge not in MERGES:
             raise ValueError(f"Bidirectional: merge must be 'sum' or 'concat', not {merge!r}")
         if "reverse" in options:
-            raise ValueError("Bidirectional: reverse is no option; there is one layer of each direction")
+            raise ValueError("Bidirectional: reverse is not an option here: there is one layer for each direction")
         self.dim, self.merge = dim, merge
         self.forward_layer = layer(dim, **options)
         self.backward_layer = layer(dim, reverse=True, **options)
@@ -79,46 +81,46 @@ class Bidirectional(nn.Module):
 
         Args:
             x: (B, T, dim), B and T may be 0.
-            resets: (B, T) booleans: such a step is the first of a sequence; neither direction sees across; None: one
-                sequence per row.
+            resets: (B, T) booleans, True at the first step of each sequence; neither direction sees across it. None:
+                each row is one sequence.
             cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
                 being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone.
-            mask: (B, T) booleans, False for padding, on whatever side: such steps are not there and give 0; a reset at
-                one counts for nothing.
+            mask: (B, T) booleans, False for padding, on whatever side: padded steps are skipped and their output is 0;
+                a reset at one has no effect.
 
         Returns:
-            y (B, T, dim), or (B, T, 2·dim) with "concat", in x's dtype (under autocast: what a Linear gives).
+            y (B, T, dim), or (B, T, 2·dim) with "concat", in x's dtype (under autocast, that of a Linear's output).
 
         Raises:
-            ValueError: x, resets, cu_seqlens or mask has another shape or kind.
+            ValueError: x, resets, cu_seqlens or mask has the wrong shape or dtype.
         """
         check_input("Bidirectional", x, self.dim, self)
-        # Without padding the step before a reset is the one that is there.
+        # Padding goes first, so that the step before a reset is a real one.
         y: Tensor = over_steps("Bidirectional", x, (resets, cu_seqlens, mask), self._both, False)
         return y
 
     def initial_state(self, batch: int, **options: Any) -> NoReturn:
-        """There is none.
+        """Refuse: a bidirectional layer has no state.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "Bidirectional: has no state, as what comes later decides the output of the first step; its forward_layer "
-            "alone has one"
+            "Bidirectional: has no state, because the output of the first step depends on all later steps; "
+            "only its forward_layer has one"
         )
 
     def _both(self, x: Tensor, layout: Layout) -> Tensor:
         resets, cu_seqlens = layout
-        # The last step of a sequence is where the backward layer begins anew. A mark that falls into the document
-        # before stands at its end, where nothing is remembered yet.
+        # The backward layer starts afresh at the last step of each sequence. A reset at the first step of a document
+        # moves to the last step of the document before, where that layer remembers nothing yet, and does no harm.
         ends = None if resets is None else torch.cat([resets, _mark_after(resets)], 1)[:, 1:]
         y = self.forward_layer(x, resets=resets, cu_seqlens=cu_seqlens)
         z = self.backward_layer(x, resets=ends, cu_seqlens=cu_seqlens)
         return y + z if self.merge == "sum" else torch.cat([y, z], -1)
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """What decides the gates of both layers, where that is apart from the rest; none of SimpleGateLoopLayer."""
+        """The parameters of both layers that only make gates; a SimpleGateLoopLayer has none."""
         both = (self.forward_layer, self.backward_layer)
         return [parameter for layer in both for parameter in getattr(layer, "gate_parameters", list)()]
 

@@ -1,4 +1,4 @@
-"""The keys and values that attention sees besides those of its own steps: of a state, and of ranks before this one."""
+"""The earlier keys and values that attention sees: those in its state, and those of the ranks before this one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from gateloop_transformer.ops.context_parallel import Ranks, current
 
 
 class Earlier(NamedTuple):
-    """What stands around the T steps of a part.
+    """Where the T steps of one part stand among the keys of the whole sequence.
 
-    past: how many keys stand before its own; total: how many there are of all parts together; before: (B,) steps since
-    the start of the sequence, before the part; None: it starts here; after: the same after all parts; None: this is
-    the only one; ranks, lengths: who holds the others, and the keys that each has.
+    past: number of keys before those of the part; total: number of keys of all parts together; before: (B,) steps from
+    the start of the sequence to the part; None: the sequence starts here; after: (B,) steps from the start of the
+    sequence to the end of the last part; None: there is only this part; ranks: the ranks that hold the other parts;
+    lengths: number of keys on each rank.
     """
 
     past: int
@@ -31,18 +32,18 @@ class Earlier(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, state: AttentionState | None, resets: Tensor | None) -> Earlier:
-        """That of x (B, T, dim) after `state`."""
+        """Locate the steps of x (B, T, dim), which follow `state`."""
         past = 0 if state is None else state.keys.shape[2]
         if (ranks := current()) is not None:
             return _over_ranks(ranks, x, state, past, resets)
         return Earlier(past, past + x.shape[1], None if state is None else state.seen)
 
     def join(self, stored: Sequence[Tensor] | None, own: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors of all keys (B, heads, total, d), from those in a state and those of the part."""
+        """Join the tensors of a state with those of the part, and over ranks: one (B, heads, total, d) for each."""
         if self.ranks is None:
             return list(own) if stored is None else [torch.cat(pair, 2) for pair in zip(stored, own, strict=True)]
         if stored is not None:
-            # Where the state is not used, the graph still reaches it, as on the rank where it is.
+            # Only the first rank uses the state, but the graph must reach it on every rank.
             kept = slice(None) if self.ranks.first else slice(0)
             own = [torch.cat([old[:, :, kept], new], 2) for old, new in zip(stored, own, strict=True)]
         together = torch.cat(list(own), -1)
@@ -54,7 +55,7 @@ class Earlier(NamedTuple):
 
 
 def _over_ranks(ranks: Ranks, x: Tensor, state: AttentionState | None, past: int, resets: Tensor | None) -> Earlier:
-    """Every rank tells how many keys and steps it has, and how many steps since its last reset."""
+    """Exchange between ranks how many keys and steps each has, and how many steps since its last reset."""
     B, T = x.shape[:2]
     ranks.compare(f"attention, B = {B}, dim = {x.shape[2]}, {x.dtype}", x.device)
     since = torch.full((B,), -1, device=x.device)

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from gateloop_transformer.ops.dispatch import direct
 
-# Numbers below which waking a thread costs more than it saves.
+# For at most this many numbers, waking a thread costs more than it saves.
 _FEW = 1 << 12
 
 
 class GELU(nn.GELU):
-    """Exact GELU. Of the few numbers of a decoded token as x·Φ(x): torch's own wakes all threads for them."""
+    """Exact GELU. For the few numbers of a decoded token it is x·Φ(x), as torch's own GELU would wake all threads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
+        """Apply GELU to each element of x, of any shape."""
         if x.device.type == "cpu" and x.dtype == torch.float32 and direct(x) and x.numel() <= _FEW:
             y: Tensor = x * torch.special.ndtr(x)
             return y

@@ -26,7 +26,7 @@ from gateloop_transformer.ops.pairs import compute_dtype
 
 
 def check_input(layer: str, x: Tensor, dim: int, module: nn.Module) -> None:
-    """x is (B, T, dim) and floating point, float64 only where the module's parameters are.
+    """Check that x is floating point (B, T, dim), and float64 only where the module's parameters are.
 
     Raises:
         ValueError: it is not.
@@ -48,7 +48,7 @@ def check_input(layer: str, x: Tensor, dim: int, module: nn.Module) -> None:
 
 
 def _gate_projection(dim: int, rank: int | None, out: int, bias: bool) -> nn.Sequential:
-    """From inputs to the numbers that gates are made of, through `rank` of about the inputs' mean square."""
+    """Make the gate projection; with a `rank`, the numbers in between keep about the inputs' mean square."""
     if rank is None:
         return nn.Sequential(nn.Linear(dim, out, bias=bias))
     down = nn.Linear(dim, rank, bias=False)
@@ -70,10 +70,10 @@ def _arguments(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class GateLoopedAttention(nn.Module):
-    """y = out(SiLU(gates(x)) · norm(Re(q S))) with S[t] = a(x[t]) S[t-1] + k ⊗ v, per head.
+    """A gate loop layer: y = out(SiLU(gates(x)) · norm(Re(q S))) with S[t] = a(x[t]) S[t-1] + k ⊗ v, per head.
 
-    The defaults are the original's, weights and numbers included. Memory is linear in T; a sequence may be fed in
-    pieces of any length through `state`.
+    The defaults are the original's, initial weights and results included. Memory is linear in T; a sequence may be
+    fed in pieces of any length through `state`.
 
     Args:
         dim: width of input and output.
@@ -82,32 +82,33 @@ class GateLoopedAttention(nn.Module):
         checkpoint_gate_looped_attn: accepted for compatibility; memory is linear either way.
         add_swish_gating: multiply by SiLU(Linear(x)) before the output projection.
         sub_ln: LayerNorm over the merged heads.
-        frac_gradient_state_transition: the gradient into the gate projection is scaled by this.
+        frac_gradient_state_transition: factor on the gradient into the gate projection.
         gate: "polar" (the original's, |a| ≥ ½), "paper" (|a| in (0, 1), free phase) or "ring" (starts with memories
             spread up to `max_memory`, inputs scaled by √(1-|a|²)).
         head_norm: RMS norm of each head's output, before the swish gate. Head size above 1.
         qk_norm: RMS norm of each head's queries and keys. Head size above 1.
         conv_size: taps of a causal depthwise convolution before q, k, v and the gate; 0 for none.
-        conv_silu: SiLU after the convolution, which then starts at random rather than as the identity, as in Mamba.
-        qkv_bias: q, k and v have a bias that starts at 1 for q and k: the layer starts near a gated sum of its values,
-            what came before weighs on y from the first step of training.
-        max_memory: steps; the longest memory that a spread start has.
-        min_memory: steps; the shortest.
-        phase_spread: radians; the standard deviation, over inputs of mean square 1, of what the data adds to the phases
-            of a spread start (over heads, where gates are fixed). 0: nothing.
+        conv_silu: SiLU after the convolution, whose weights then start at random, as in Mamba, instead of near the
+            identity.
+        qkv_bias: biases of q, k and v; those of q and k start at 1, so that the layer starts near a gated sum of its
+            values, and the past affects y from the first step of training.
+        max_memory: the longest memory of a spread start, in steps.
+        min_memory: the shortest memory of a spread start, in steps.
+        phase_spread: standard deviation, over inputs of mean square 1, of what the data first adds to the phases of a
+            spread start (over heads, where gates are fixed), in radians; 0: nothing.
         spread_start: gates start with memories spread log-uniformly up to `max_memory` and phases that do not depend
-            on the data, rather than with a Linear's own weights, memories of about two steps; "ring" and "paper" only.
-            None: "ring" does.
-        gate_rank: the gates depend on this many numbers of each input, as in Mamba: their projection is a product of
-            two, (2·heads, gate_rank) and (gate_rank, dim). None: one of full rank, (2·heads, dim).
-        fixed_gates: gates are learned but do not depend on the data, as in an LRU; "ring" only. Trained with a learning
-            rate of 0 for `gate_parameters` they stay where they start, as in RetNet.
-        reverse: run from the last step to the first, the convolution too; a state is then what comes after x.
+            on the data, instead of with a Linear's own weights, which give memories of about two steps; only "ring"
+            and "paper" can. None: only "ring" does.
+        gate_rank: rank of the gate projection, which is then a product of two, (2·heads, gate_rank) and
+            (gate_rank, dim), as in Mamba. None: one matrix of full rank, (2·heads, dim).
+        fixed_gates: gates are learned but do not depend on the data, as in an LRU; "ring" only. With a learning rate of
+            0 for `gate_parameters` they stay where they start, as in RetNet.
+        reverse: run from the last step to the first, the convolution too; a state then stands for what comes after x.
         backend: "auto", or a backend's name.
 
     Raises:
-        ValueError: heads do not divide dim_inner, an unknown gate, an option that head size 1 rules out, or a number
-            out of its range.
+        ValueError: heads do not divide dim_inner, the gate is unknown, head size 1 rules an option out, or a number is
+            out of range.
 
     Source: T. Katsch, GateLoop (2023), arXiv 2311.01927.
     """
@@ -182,7 +183,7 @@ class GateLoopedAttention(nn.Module):
 
     @torch.no_grad()
     def _spread(self, max_memory: float, min_memory: float, phase_spread: float) -> None:
-        """Memories and phases from `ring_start`; phases depend on the data as far as `phase_spread` says."""
+        """Set memories and phases by `ring_start`; phases depend on the data as far as `phase_spread` says."""
         logits, phases = ring_start(self.heads, max_memory, min_memory)
         if self.to_a is None:
             phases = phases + phase_spread * torch.randn_like(phases) if phase_spread else phases
@@ -241,21 +242,21 @@ class GateLoopedAttention(nn.Module):
 
         Args:
             x: (B, T, dim), B and T may be 0.
-            state: where an earlier call with return_state ended; None: the start. A bool in this place is the
-                original's second argument, ablate_complex.
-            ablate_state_transition: all gates are 1.
-            resets: (B, T) booleans: the state is cleared before such a step; None: never.
+            state: the state that an earlier call returned; None: the start. A bool in this place is the original's
+                second argument, ablate_complex.
+            ablate_state_transition: set all gates to 1.
+            resets: (B, T) booleans, True where the state is cleared before a step; None: nowhere.
             cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
                 being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
             mask: (B, T) booleans, False for padding, on whatever side: such steps change no state and give 0.
-            ablate_complex: gates are real: the imaginary projection ("polar") or the phase is dropped.
+            ablate_complex: make gates real: the imaginary projection ("polar") or the phase is dropped.
             return_state: return (y, state) instead of y.
 
         Returns:
-            y (B, T, dim) in x's dtype (under autocast: what a Linear gives), or (y, state).
+            y (B, T, dim) in x's dtype (under autocast, that of a Linear's output), or (y, state).
 
         Raises:
-            ValueError: x, state, resets, cu_seqlens or mask has another shape or kind.
+            ValueError: x, state, resets, cu_seqlens or mask has the wrong shape or dtype.
         """
         if isinstance(state, int):
             ablate_complex, state = bool(state), None
@@ -299,15 +300,15 @@ class GateLoopedAttention(nn.Module):
     def initial_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> GateLoopState:
-        """The state before the first step: a call that is given it computes what a call without a state does.
+        """The state before the first step: a call with it computes the same as a call without a state.
 
         Args:
             batch: B, or the number of documents.
-            device: of the layer's inputs; None: of its weights.
-            dtype: of the layer's inputs; None: of its weights.
+            device: device of the layer's inputs; None: that of its weights.
+            dtype: dtype of the layer's inputs; None: that of its weights.
 
         Raises:
-            ValueError: batch is no integer, or negative.
+            ValueError: batch is not an integer, or is negative.
         """
         device, dtype = start_of(self, batch, device, dtype)
         shape = (batch, self.heads, self.dim_head, self.dim_head)
@@ -326,7 +327,7 @@ class GateLoopedAttention(nn.Module):
     def _channels(
         self, x: Tensor, mixed: Tensor, state: GateLoopState | None, layout: Layout
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Head size 1: output and the state's parts (B, heads), gates and recurrence in one pass."""
+        """Mix at head size 1, gates and recurrence in one pass: output and the state's parts (B, heads)."""
         swish, qkv = self._swish(), self.to_qkv(mixed)
         y, final = channel_gate_loop(
             qkv,
@@ -378,7 +379,7 @@ class GateLoopedAttention(nn.Module):
         return real, imaginary, k if scale is None else k * scale.to(k.dtype).unsqueeze(-1)
 
     def _projections(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What gates are made of besides the bias, pairs (B, T, 2·heads); `dtype`: of x's other projections."""
+        """Project to the pairs that gates are made of, without the bias (B, T, 2·heads); `dtype` is that of q, k, v."""
         if self.to_a is None:
             return x.new_zeros(*x.shape[:2], 2 * self.heads, dtype=dtype)
         return cast(Tensor, self.to_a(x))
@@ -396,10 +397,10 @@ class GateLoopedAttention(nn.Module):
         """The gates a[t] that `forward` multiplies its state by, given the same arguments; it takes no mask.
 
         Returns:
-            (B, T, heads), complex; real gates have phases of 0 or π. A reset is no gate: it is not seen here.
+            (B, T, heads), complex; real gates have phases of 0 or π. A reset is not a gate, and does not show here.
 
         Raises:
-            ValueError: as `forward`.
+            ValueError: an argument has the wrong shape or dtype, as in `forward`.
         """
         if isinstance(state, int):
             ablate_complex, state = bool(state), None
@@ -412,11 +413,11 @@ class GateLoopedAttention(nn.Module):
         return torch.complex(real, torch.zeros_like(real) if imaginary is None else imaginary)
 
     def _bias(self) -> tuple[Tensor, Tensor] | None:
-        """What is added to the gate projections."""
+        """The bias that is added to the gate projections; None: there is none."""
         return (self.ring_logit, self.ring_phase) if self.gate == "ring" else None
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Norms, swish gate and output projection of the heads' outputs (B, T, heads, dim_head)."""
+        """Apply norms, swish gate and output projection to the heads' outputs (B, T, heads, dim_head)."""
         if self.head_norm is not None:
             y = self.head_norm(y)
         y = self.maybe_sub_ln(y.flatten(-2))
@@ -439,7 +440,7 @@ class GateLoopedAttention(nn.Module):
         return rows.transpose(1, 2).flatten(-2)
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """What decides the gates: to be trained with a lower learning rate and no weight decay."""
+        """The parameters that only make gates, to be trained with a lower learning rate and no weight decay."""
         ring = [self.ring_logit, self.ring_phase] if self.gate == "ring" else []
         return [*(self.to_a.parameters() if self.to_a is not None else ()), *ring]
 

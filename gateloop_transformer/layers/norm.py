@@ -1,4 +1,4 @@
-"""Norms, and the wrappers that put one before or after a layer with a residual around both."""
+"""Norms, and the residual wrappers that put a norm before or after a layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateloop_transformer.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / max(‖x‖₂, 1e-12) · √dim · gamma over the last dimension.
+    """RMS norm over the last dimension: x / max(‖x‖₂, 1e-12) · √dim · gamma.
 
     Args:
         dim: the size of the last dimension.
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) → (..., dim), under autocast in its type: that of the products which follow."""
+        """Normalise x (..., dim) → (..., dim); under autocast in autocast's dtype, as matrix products follow."""
         return rms_norm(x, self.gamma, dtype=autocast_dtype(x))
 
 
@@ -33,7 +33,7 @@ class HeadRMSNorm(nn.Module):
 
     Args:
         heads: number of heads.
-        dim_head: size of a head, above 1: normalising a single number leaves its sign.
+        dim_head: size of a head, above 1: normalising a single number leaves only its sign.
     """
 
     def __init__(self, heads: int, dim_head: int) -> None:
@@ -48,7 +48,7 @@ class HeadRMSNorm(nn.Module):
 
 
 class _Residual(nn.Module):
-    """Common to both wrappers: dropout on what `fn` adds, and its state passed through."""
+    """What both wrappers share: dropout on the output of `fn`."""
 
     # Also of a wrapper that the original pickled.
     dropout: float = 0.0
@@ -67,11 +67,11 @@ class _Residual(nn.Module):
 
 
 class PreNorm(_Residual):
-    """x + fn(RMSNorm(x)).
+    """Residual with the norm before the layer: x + fn(RMSNorm(x)).
 
     Args:
         dim: width.
-        fn: the layer; if called with return_state=True it must return (y, state), as this then does.
+        fn: the layer; called with return_state=True it must return (y, state), and so does this wrapper.
         dropout: probability of zeroing an element of fn's output in training.
     """
 
@@ -79,7 +79,7 @@ class PreNorm(_Residual):
         super().__init__(fn, RMSNorm(dim), dropout)
 
     def forward(self, x: Tensor, *, return_state: bool = False, **kwargs: Any) -> Any:
-        """(B, T, dim) → (B, T, dim), or (that, state)."""
+        """Map (B, T, dim) → (B, T, dim); with return_state=True the result is that and the state."""
         if not return_state:
             return self.drop(self.fn(self.norm(x), **kwargs)) + x
         y, state = self.fn(self.norm(x), return_state=True, **kwargs)
@@ -87,11 +87,11 @@ class PreNorm(_Residual):
 
 
 class PostNorm(_Residual):
-    """LayerNorm(x + fn(x)).
+    """Residual with the norm after it: LayerNorm(x + fn(x)).
 
     Args:
         dim: width.
-        fn: the layer; if called with return_state=True it must return (y, state), as this then does.
+        fn: the layer; called with return_state=True it must return (y, state), and so does this wrapper.
         dropout: probability of zeroing an element of fn's output in training.
     """
 
@@ -99,7 +99,7 @@ class PostNorm(_Residual):
         super().__init__(fn, nn.LayerNorm(dim), dropout)
 
     def forward(self, x: Tensor, *, return_state: bool = False, **kwargs: Any) -> Any:
-        """(B, T, dim) → (B, T, dim), or (that, state)."""
+        """Map (B, T, dim) → (B, T, dim); with return_state=True the result is that and the state."""
         if not return_state:
             return self.norm(self.drop(self.fn(x, **kwargs)) + x)
         y, state = self.fn(x, return_state=True, **kwargs)

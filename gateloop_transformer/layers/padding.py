@@ -1,4 +1,4 @@
-"""Batches with padding: their steps packed without it, and put back."""
+"""Batches with padding: packing their steps without it, and unpacking the results."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def over_steps(
 
 
 class Padding:
-    """What is left of a batch (B, T, ...) when padded steps are taken out: one row, a document for each row.
+    """Takes the padded steps out of a batch (B, T, ...): each row becomes a document of one packed row.
 
     Args:
-        layer: named in errors.
+        layer: name of the layer, for errors.
         x: the batch (B, T, ...).
         mask: (B, T) booleans, False for padding.
-        resets: (B, T) booleans, as the layer takes them; those at padded steps count for nothing.
+        resets: (B, T) booleans, as the layer takes them; those at padded steps have no effect.
         cu_seqlens: must be None.
 
     Raises:
-        ValueError: mask or resets have another shape or kind, or cu_seqlens is given.
+        ValueError: mask or resets has the wrong shape or dtype, or cu_seqlens is given.
     """
 
     def __init__(self, layer: str, x: Tensor, mask: Tensor, resets: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -67,11 +67,11 @@ class Padding:
         self.layout = Layout(None if resets is None else self.pack(resets), self.bounds)
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, T, ...) → (1, steps, ...)."""
+        """Take the padded steps out: (B, T, ...) → (1, steps, ...)."""
         return x[self.mask].unsqueeze(0)
 
     def unpack(self, y: Tensor) -> Tensor:
-        """(1, steps, ...) → (B, T, ...), 0 at padded steps; a number of all steps, such as a loss, as it is."""
+        """Put the steps back: (1, steps, ...) → (B, T, ...), with 0 at padded steps; a number of all steps stays."""
         if not y.ndim:
             return y
         result = y.new_zeros(*self.mask.shape, *y.shape[2:])

@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Up to this many rows torch's product with 8-bit weights is faster than converting them for a bfloat16 product.
 _FEW_ROWS = 8
-# It reads its operands in pieces of this many columns, the last one past the end.
+# That product reads its operands in pieces of this many columns, and so past the end of a narrower last piece.
 _COLUMNS = 16
 
 
@@ -39,7 +39,8 @@ class SmallLinear(nn.Module):
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
         weight, scale = linear.weight.detach(), None
         if kind == "int8":
-            # Rounded first: so rounding the scale costs nothing. A row of zeros stays one, whatever its scale.
+            # The scale is rounded before the weight is divided by it, so that its rounding adds no error. A row of
+            # zeros stays a row of zeros, whatever its scale.
             scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-30).to(torch.bfloat16)
             weight = (weight.float() / scale.float().unsqueeze(1)).round().clamp(-127, 127)
         self.register_buffer("weight", weight.to(torch.int8 if kind == "int8" else torch.bfloat16))
@@ -47,7 +48,7 @@ class SmallLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) → (..., out_features)."""
+        """Multiply and add the bias: (..., in_features) → (..., out_features)."""
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
         if self.scale is None:
             y = F.linear(rows, self.weight)
@@ -66,7 +67,7 @@ class SmallLinear(nn.Module):
 
 
 def check_kind(kind: str) -> None:
-    """It is one of WEIGHT_KINDS.
+    """Check that kind is one of WEIGHT_KINDS.
 
     Raises:
         ValueError: it is not.
@@ -76,18 +77,18 @@ def check_kind(kind: str) -> None:
 
 
 def quantize(model: Model, kind: str) -> Model:
-    """A copy of a model with smaller weights, which decodes faster; the original stays as it is.
+    """Copy a model with smaller weights, which decodes faster; the original stays as it is.
 
-    Linear layers become `SmallLinear`. Those that make gates do not: a gate near 1 is a long memory, and bfloat16 has
+    Linear layers become `SmallLinear`, except those that make gates: a gate near 1 is a long memory, and bfloat16 has
     no number between 0.996 and 1. Gates, states, embeddings, convolutions and norms are float32. The copy is for
-    inference: its Linear layers have no gradients, and their weights are no parameters.
+    inference: its small layers have no gradients, and their weights are not parameters.
 
     Args:
-        model: a `Transformer`, or any module whose gate projections are named by a method `gate_parameters`.
+        model: a `Transformer`, or any module whose method `gate_parameters` lists its gate projections.
         kind: "int8", "bfloat16", or "float32", which changes no layer.
 
     Raises:
-        ValueError: another kind, or a model that is no module.
+        ValueError: kind has another value, or model is not a torch module.
     """
     check_kind(kind)
     if not isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""A causal convolution over a few steps, each channel on its own."""
+"""A causal depthwise convolution over a few steps."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gateloop_transformer.ops.short_convolution import short_convolution
 
 
 class ShortConv(nn.Module):
-    """y[t] = Σ_i weight[:, 0, i] · x[t - (taps-1) + i], a depthwise causal convolution; under autocast in its type.
+    """A depthwise causal convolution: y[t] = Σ_i weight[:, 0, i] · x[t - (taps-1) + i]; under autocast in its dtype.
 
     Args:
-        dim: channels.
+        dim: number of channels.
         taps: length of the filter, at least 1.
-        silu: y goes through a SiLU, and the weights start uniform in ±1/√taps; otherwise y starts near x.
+        silu: apply a SiLU to y, with weights that start uniform in ±1/√taps; otherwise y starts near x.
         backend: "auto", or a backend's name.
     """
 
@@ -35,14 +35,14 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Tensor, past: Tensor, layout: Layout = PLAIN, *, backwards: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Convolve, and keep what the next call needs.
+        """Convolve, and return what the next call needs.
 
         Args:
             x: (B, T, dim).
-            past: the last taps - 1 inputs before x (B, taps - 1, dim), or of each document (N, taps - 1, dim); zeros
-                at the start.
-            layout: where sequences begin; nothing is seen across.
-            backwards: x comes with the last step first; of ranks that share a sequence the last is then the first.
+            past: the last taps - 1 inputs before x (B, taps - 1, dim), or before each document (N, taps - 1, dim);
+                zeros at the start.
+            layout: where sequences begin; no output depends on inputs of another sequence.
+            backwards: x comes with the last step first, so that ranks which share a sequence go in reverse order.
 
         Returns:
             y (B, T, dim) and the last taps - 1 inputs (B or N, taps - 1, dim).
@@ -59,18 +59,18 @@ class ShortConv(nn.Module):
         T, kept = x.shape[1], self.taps - 1
         inputs = torch.cat([past, x], 1)
         if resets is None:
-            # A copy: a view would keep all inputs in memory.
+            # This is a copy, because a view would keep all inputs in memory.
             return self._filter(inputs, None), inputs[:, T:].clone()
         segment = torch.cat([resets.new_zeros(x.shape[0], kept), resets], 1).cumsum(1)
         left = inputs[:, T:].masked_fill((segment[:, T:] != segment[:, -1:]).unsqueeze(-1), 0)
         return self._filter(inputs, segment), left
 
     def _over_ranks(self, ranks: Ranks, x: Tensor, past: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All ranks learn what each hands on, and put together what precedes their part."""
+        """Convolve a part of a sequence: the ranks exchange their last inputs, and each finds those before its part."""
         (B, T, D), kept = x.shape, self.taps - 1
         ranks.compare(f"convolution of {self.taps} taps, B = {B}, dim = {D}, {x.dtype}", x.device)
         last = slice(max(T - kept, 0), T)
-        # Elsewhere than in the first part there are zeros in the place of what is not known yet.
+        # Parts after the first do not know their past yet: zeros take its place.
         _, tail = self._rows(
             x[:, last], past if ranks.first else nothing(past), None if resets is None else resets[:, last]
         )
@@ -80,12 +80,12 @@ class ShortConv(nn.Module):
         sent = ranks.gather_with_gradient(torch.cat([tail.flatten(), fresh, cut]))
         tails = sent[:, : tail.numel()].unflatten(1, tail.shape)
         counts, cuts = sent[:, -B - kept : sent.shape[1] - B].sum(1).long(), sent[:, sent.shape[1] - B :] > 0
-        # Connected to what was sent on every rank, so that a backward pass gets there on all.
+        # The graph of every rank must reach what was sent, so that all ranks take part in its backward pass.
         before, left = past + nothing(tails[0]), tails[0]
         for n in range(1, ranks.size):
             before = left if n == ranks.place else before
             older = left.masked_fill(cuts[n, :, None, None], 0)
-            # The last inputs of both together, of which the later ones stand at the end of theirs.
+            # Keep the last inputs of both parts joined; the fresh ones of this part stand at the end of its tail.
             place = torch.arange(kept, device=x.device)
             shifted = older.index_select(1, (place + counts[n]).clamp(max=kept - 1))
             left = torch.where((place < kept - counts[n])[:, None], shifted, tails[n])
@@ -93,7 +93,7 @@ class ShortConv(nn.Module):
         return y, left
 
     def _filter(self, inputs: Tensor, segment: Tensor | None) -> Tensor:
-        """Outputs from the taps-th input on; with `segment` (B, L), of inputs of one segment each."""
+        """Convolve: outputs from the taps-th input on. With `segment` (B, L) inputs of other segments count as 0."""
         weight = self.weight.squeeze(1).to(autocast_dtype(inputs) or self.weight.dtype)
         if segment is None:
             return short_convolution(inputs, weight, self.silu, self.backend)
@@ -106,13 +106,13 @@ class ShortConv(nn.Module):
         return F.silu(y) if self.silu else y
 
     def _documents(self, x: Tensor, past: Tensor, resets: Tensor | None, bounds: Tensor) -> tuple[Tensor, Tensor]:
-        """Every document with its past put before it, all in one row."""
+        """Convolve packed documents, each with its own past put before it, all in one row."""
         kept, T = self.taps - 1, x.shape[1]
         N = bounds.shape[0] - 1
         numbers = torch.arange(N, device=x.device)
         before = (bounds[:-1] + numbers * kept)[:, None] + torch.arange(kept, device=x.device)
         steps = torch.arange(T, device=x.device)
-        # Not repeat_interleave: it writes out of bounds where the bounds are no bounds.
+        # repeat_interleave would write out of bounds where the bounds are invalid.
         document = torch.bucketize(steps, bounds[1:].contiguous(), right=True)
         steps = steps + (document + 1) * kept
         order = torch.cat([before.flatten(), steps]).argsort()

@@ -77,9 +77,10 @@ def _arguments(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SimpleGateLoopLayer(nn.Module):
-    """y = q · h with h[t] = σ(a[t]) h[t-1] + kv[t], per channel; q, kv, a are projections of the normalised input.
+    """The simple layer: y = q · h with h[t] = σ(a[t]) h[t-1] + kv[t], per channel, to add beside attention.
 
-    The original's layer, weights and numbers included. There is no residual inside.
+    q, kv and a are projections of the normalised input. This is the original's layer, initial weights and results
+    included. There is no residual inside.
 
     Args:
         dim: width.
@@ -87,12 +88,12 @@ class SimpleGateLoopLayer(nn.Module):
         use_heinsen: scan in log space (see `heinsen_scan`).
         use_jax_associative_scan: scan in JAX, on CPU tensors; not together with use_heinsen.
         post_ln: LayerNorm of the output.
-        reverse: run time backwards; a cache or state is then what comes after x, and no cache is returned.
+        reverse: run time backwards; a cache or state then stands for what comes after x, and no cache is returned.
         backend: "auto", or a backend's name.
 
     Raises:
-        ValueError: both use_heinsen and use_jax_associative_scan, or dim below 1.
-        ImportError: use_jax_associative_scan without JAX.
+        ValueError: use_heinsen and use_jax_associative_scan are both given, or dim is below 1.
+        ImportError: use_jax_associative_scan is given, but JAX is not installed.
     """
 
     def __init__(
@@ -143,19 +144,19 @@ class SimpleGateLoopLayer(nn.Module):
                 far) never affects the output, the second is h. Differentiable, and may be built by hand. A
                 `SimpleGateLoopState` in this place is taken as `state`.
             return_cache: return (y, cache).
-            state: where an earlier call with return_state ended; None: h = 0.
-            resets: (B, T) booleans: the state is cleared before such a step; None: never.
+            state: the state that an earlier call returned; None: h = 0.
+            resets: (B, T) booleans, True where the state is cleared before a step; None: nowhere.
             cu_seqlens: (N + 1,) integers from 0 to T, ascending: documents packed in a batch of one row, document n
                 being steps cu_seqlens[n] to cu_seqlens[n + 1]. Each is computed as if alone; states have N rows.
             mask: (B, T) booleans, False for padding, on whatever side: such steps change no state and give 0.
             return_state: return (y, state).
 
         Returns:
-            y (B, T, dim) in x's dtype (under autocast: what a Linear gives); (y, cache) or (y, state) on request.
+            y (B, T, dim) in x's dtype (under autocast, that of a Linear's output); (y, cache) or (y, state) on request.
 
         Raises:
-            ValueError: wrong shapes, both a cache and a state, a cache to return with reverse=True, or a cache with
-                resets, documents or padding.
+            ValueError: a shape is wrong, a cache is combined with a state, with resets, documents or padding, or one is
+                to be returned with reverse=True.
         """
         check_input("SimpleGateLoopLayer", x, self.dim, self)
         if isinstance(cache, SimpleGateLoopState):
@@ -201,15 +202,15 @@ class SimpleGateLoopLayer(nn.Module):
     def initial_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> SimpleGateLoopState:
-        """The state before the first step: a call that is given it computes what a call without a state does.
+        """The state before the first step: a call with it computes the same as a call without a state.
 
         Args:
             batch: B, or the number of documents.
-            device: of the layer's inputs; None: of its weights.
-            dtype: of the layer's inputs; None: of its weights.
+            device: device of the layer's inputs; None: that of its weights.
+            dtype: dtype of the layer's inputs; None: that of its weights.
 
         Raises:
-            ValueError: batch is no integer, or negative.
+            ValueError: batch is not an integer, or is negative.
         """
         device, dtype = start_of(self, batch, device, dtype)
         return SimpleGateLoopState(torch.zeros(batch, self.dim, device=device, dtype=compute_dtype(dtype)))
@@ -217,7 +218,7 @@ class SimpleGateLoopLayer(nn.Module):
     def _initial(
         self, x: Tensor, cache: Sequence[Tensor] | None, state: SimpleGateLoopState | None, layout: Layout
     ) -> Tensor | None:
-        """h before the first step (B, dim)."""
+        """The hidden h before the first step (B, dim)."""
         if state is not None:
             rows = layout.states(x.shape[0])
             check_state("SimpleGateLoopLayer", state, SimpleGateLoopState, {"hidden": (rows, self.dim)})
@@ -234,7 +235,7 @@ class SimpleGateLoopLayer(nn.Module):
         return cache[1].reshape(x.shape[0], self.dim)
 
     def _loop(self, qkva: Tensor, initial: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-        """q · h (B, T, dim) and the last h (B, dim)."""
+        """Compute q · h (B, T, dim) and the last h (B, dim)."""
         if not self.use_heinsen:
             return simple_gate_loop(qkva, initial, reverse=self.reverse, backend=self.backend, **layout.keywords())
         q, kv, a = qkva.chunk(3, dim=-1)

@@ -1,7 +1,7 @@
-"""What a layer remembers between calls: NamedTuples of tensors, batch first in every tensor.
+"""States: what a layer remembers between calls. They are NamedTuples of tensors, with the batch dimension first.
 
-Every state (of a layer or of a model) has `detach`, `to`, `copy`, `select`, `repeat` and `batch_size`, and goes to and
-from a safetensors file with `save_state` and `load_state`.
+Every state (of a layer or of a model) has `detach`, `to`, `copy`, `select`, `repeat` and `batch_size`; `save_state`
+writes it to a safetensors file and `load_state` reads it back.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class State:
     __slots__ = ()
 
     def map(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same state with `function` applied to every tensor."""
+        """Apply `function` to every tensor."""
         return _map(self, function)  # type: ignore[no-any-return]
 
     def detach(self: Self) -> Self:
-        """The same values, cut from the graph: for truncated backpropagation."""
+        """Detach every tensor from the graph, for truncated backpropagation."""
         return self.map(Tensor.detach)
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Every tensor moved or converted as by `Tensor.to`; counts stay integers."""
+        """Move or convert every tensor as `Tensor.to` does; counts stay integers."""
 
         def convert(tensor: Tensor) -> Tensor:
             if tensor.is_floating_point():
@@ -49,21 +49,21 @@ class State:
         return self.map(convert)
 
     def copy(self: Self) -> Self:
-        """The same values in memory of their own."""
+        """Copy every tensor."""
         return self.map(Tensor.clone)
 
     def repeat(self: Self, times: int) -> Self:
-        """Each row `times` times, copies of a row beside each other: (B, ...) → (B·times, ...).
+        """Repeat each row `times` times, with the copies of a row next to each other: (B, ...) → (B·times, ...).
 
         Raises:
-            ValueError: times is no integer, or negative.
+            ValueError: times is not an integer, or is negative.
         """
         if not isinstance(times, int) or isinstance(times, bool) or times < 0:
-            raise ValueError(f"repeat takes how many times to repeat each row, 0 or more, not {times!r}")
+            raise ValueError(f"repeat: times must be an integer of 0 or more, not {times!r}")
         return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
 
     def select(self: Self, index: Tensor | list[int]) -> Self:
-        """The rows `index` of the batch, in that order, repeats allowed: reorder, pick or repeat.
+        """Take the rows `index` of the batch, in that order; a row may be taken more than once.
 
         Args:
             index: row numbers (N,), integer; or a boolean mask (B,).
@@ -84,12 +84,12 @@ class State:
         if rows.ndim != 1 or rows.is_floating_point() or rows.is_complex():
             raise ValueError("select takes row numbers (N,) or a boolean mask (B,)")
         if rows.numel() and not (-size <= int(rows.min()) and int(rows.max()) < size):
-            raise ValueError(f"select: rows {rows.tolist()} of a batch of {size}")
+            raise ValueError(f"select: rows {rows.tolist()} must be in a batch of {size}")
         return self.map(lambda tensor: tensor[rows.to(tensor.device)])
 
     @property
     def batch_size(self) -> int:
-        """B, the first dimension of every tensor."""
+        """The batch size B, the first dimension of every tensor."""
         return next(iter(_leaves(self, "")))[1].shape[0]
 
 
@@ -116,10 +116,10 @@ class _GateLoopFields(NamedTuple):
 
 
 class GateLoopState(_GateLoopFields, State):
-    """Of a `GateLoopedAttention`, constant in size.
+    """The state of a `GateLoopedAttention`; its size is constant.
 
-    real, imaginary: the parts of S (B, H, K, V), float32 or better; inputs: the last layer inputs that the
-    short convolution still needs (B, conv_size - 1, dim), of length 0 without one.
+    real, imaginary: the two parts of S (B, H, K, V), float32 or better; inputs: the last layer inputs, which the
+    short convolution still needs (B, conv_size - 1, dim); their length is 0 without a convolution.
     """
 
     __slots__ = ()
@@ -130,7 +130,7 @@ class _SimpleGateLoopFields(NamedTuple):
 
 
 class SimpleGateLoopState(_SimpleGateLoopFields, State):
-    """Of a `SimpleGateLoopLayer`: hidden h (B, dim), float32 or better."""
+    """The state of a `SimpleGateLoopLayer`: hidden h (B, dim), float32 or better."""
 
     __slots__ = ()
 
@@ -143,11 +143,11 @@ class _AttentionFields(NamedTuple):
 
 
 class AttentionState(_AttentionFields, State):
-    """Of a `CausalFullAttention`: keys and values of past steps (B, heads, L, dim_head), the latest last.
+    """The state of a `CausalFullAttention`: keys and values of past steps (B, heads, L, dim_head), the latest last.
 
     With data_dependent_rel_pos="gate_loop" the keys are complex and already decayed to the last step;
-    otherwise keys_imaginary has L = 0. seen (B,): steps since the start of the sequence; where fewer than L, what
-    stands before them in a row is not looked at. With a window L is less than it.
+    otherwise keys_imaginary has L = 0. seen (B,): steps since the start of the sequence; in a row that has seen fewer
+    than L steps, earlier entries are ignored. With a window, L is less than the window.
     """
 
     __slots__ = ()
@@ -161,7 +161,7 @@ class _TransformerFields(NamedTuple):
 
 
 class TransformerState(_TransformerFields, State):
-    """Of a `Transformer`: one state per layer, in order."""
+    """The state of a `Transformer`: one state per layer, in order."""
 
     __slots__ = ()
 
@@ -182,17 +182,17 @@ def save_state(state: State, path: str | os.PathLike[str], about: Mapping[str, s
 
     Args:
         state: any state of this library.
-        path: of the file; an existing one is replaced.
-        about: what else the file is to say, for `describe_state`.
+        path: where to write the file; an existing file is replaced.
+        about: notes to keep in the file, which `describe_state` reads back.
 
     Raises:
-        ValueError: not a state.
+        ValueError: state is not a state of this library, or about is not a mapping of strings.
         OSError: the file cannot be written.
     """
     if not isinstance(state, State):
         raise ValueError(f"save_state takes a state of this library, not {type(state).__name__}")
     if any(not isinstance(text, str) for item in (about or {}).items() for text in item):
-        raise ValueError(f"save_state: about must map texts to texts, not {about!r}")
+        raise ValueError(f"save_state: about must map strings to strings, not {about!r}")
     # Parts of a state may be views of the same memory.
     tensors = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in _leaves(state, "")
@@ -207,7 +207,7 @@ def save_state(state: State, path: str | os.PathLike[str], about: Mapping[str, s
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a state file."""
+    """Read the tensors and the metadata of a state file."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -217,14 +217,14 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
     try:
         tensors = load(content)
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
+        raise ValueError(f"{os.fspath(path)!r} is damaged or not a safetensors file: {error}") from error
     header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")], repr(os.fspath(path)))
     metadata: dict[str, str] = header.get("__metadata__", {})
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{os.fspath(path)!r} holds no gate loop state, or is damaged")
+        raise ValueError(f"{os.fspath(path)!r} does not hold a gate loop state, or is damaged")
     if metadata.get("version") != _VERSION:
         raise ValueError(
-            f"{os.fspath(path)!r} is of state format {metadata.get('version')}, this library reads {_VERSION}"
+            f"{os.fspath(path)!r} has state format {metadata.get('version')}; this library reads format {_VERSION}"
         )
     if not check_seal(io.BytesIO(content), repr(os.fspath(path))):
         raise DamageError(f"{os.fspath(path)!r} is damaged: it has no checksum")
@@ -232,10 +232,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _part(path: str | os.PathLike[str], metadata: Mapping[str, str], name: str) -> Any:
-    """What the metadata of a state file says under a name, in JSON.
+    """Read the JSON value that the metadata of a state file has under `name`.
 
     Raises:
-        ValueError: it says nothing there, or no JSON.
+        ValueError: there is no such entry, or it is not JSON.
     """
     where = repr(os.fspath(path))
     if name not in metadata:
@@ -244,18 +244,18 @@ def _part(path: str | os.PathLike[str], metadata: Mapping[str, str], name: str) 
 
 
 def describe_state(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What `save_state` was told about a state.
+    """Read the notes that were given to `save_state` as `about`.
 
     Args:
-        path: of the file.
+        path: the state file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds something else, or is of another format.
+        ValueError: the file is damaged, holds something else, or has another format.
     """
     about = _part(path, _read(path)[1], "about")
     if not isinstance(about, dict) or any(not isinstance(value, str) for value in about.values()):
-        raise DamageError(f"{os.fspath(path)!r} is damaged: its 'about' does not map texts to texts")
+        raise DamageError(f"{os.fspath(path)!r} is damaged: its 'about' does not map strings to strings")
     return about
 
 
@@ -263,11 +263,11 @@ def load_state(path: str | os.PathLike[str]) -> State:
     """Read a state that `save_state` wrote; its tensors are on the CPU.
 
     Args:
-        path: of the file.
+        path: the state file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged (not a byte may differ), holds something else, or is of another format.
+        ValueError: the file is damaged (any changed byte counts), holds something else, or has another format.
     """
     tensors, metadata = _read(path)
     kind = _part(path, metadata, "kind")
@@ -288,24 +288,24 @@ def _build(kind: str, tensors: dict[str, Tensor], prefix: str) -> Any:
 def start_of(
     layer: nn.Module, batch: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of what a layer is going to read, for its `initial_state`; None: those of its weights.
+    """The device and dtype for a layer's `initial_state`: those given, or where None is given those of its weights.
 
     Raises:
-        ValueError: batch is no integer, or negative.
+        ValueError: batch is not an integer, or is negative.
     """
     name = type(layer).__name__
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 0:
-        raise ValueError(f"{name}: initial_state takes the number of rows, an integer of 0 or more, not {batch!r}")
+        raise ValueError(f"{name}: initial_state: batch must be an integer of 0 or more, not {batch!r}")
     weights = (each for each in itertools.chain(layer.parameters(), layer.buffers()) if each.is_floating_point())
     like = next(weights, torch.empty(0))
     return torch.device(like.device if device is None else device), like.dtype if dtype is None else dtype
 
 
 def check_state(layer: str, state: object, kind: type[State], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
-    """`state` is of `kind` and its tensors have `shapes` (None: any size).
+    """Check that `state` is of `kind` and that its tensors have the given `shapes` (None: any size).
 
     Raises:
-        ValueError: it is not, or they have not.
+        ValueError: the state is of another kind, or one of its tensors has another shape.
     """
     if not isinstance(state, kind):
         raise ValueError(f"{layer}: state must be a {kind.__name__}, not {type(state).__name__}")

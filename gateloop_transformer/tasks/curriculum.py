@@ -1,4 +1,4 @@
-"""Training on sequences that grow, with a learning rate that falls once the longest are solved."""
+"""Training on sequences of growing length, with a learning rate that falls once the longest are solved."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gateloop_transformer.tasks.settings import TaskTraining
 from gateloop_transformer.tasks.task import NONE, Batch, Task, generator
 from gateloop_transformer.training.optimizer import parameter_groups
 
-# Tells random numbers of training from those of tests.
+# Gives training other random numbers than tests.
 _TRAIN = 0
 _WARMUP = 50
-# Of the running average of accuracy.
+# The decay of the running average of accuracy.
 _MEMORY = 0.8
 # Share of the steps whose lengths are drawn from the shortest on; the others are near the longest.
 _SHORT = 0.2
@@ -30,8 +30,8 @@ class Progress:
     """Where training stands.
 
     step: steps done. longest: tokens of the longest sequences. accuracy: running average at about that length.
-    falling: the fraction of the run that was done when the learning rate began to fall; None: not yet. seconds: since
-    the end of the first step. loss: of the last step.
+    falling: the fraction of the run that was done when the learning rate began to fall; None: not yet. seconds: time
+    since the end of the first step. loss: loss of the last step.
     """
 
     longest: int
@@ -46,13 +46,13 @@ class Curriculum:
     """Trains one model on one task.
 
     Lengths are drawn up to `longest`, which grows whenever the running average of accuracy there reaches `solved`. The
-    learning rate is constant, but for the square root of the length, until the last length is solved; or until only
-    `decay` of the run is left. From there it falls linearly to 0 during `decay` of the run, and training ends.
+    learning rate is constant, except for a factor of the square root of the length, until the last length is solved or
+    only `decay` of the run is left. From there it falls linearly to 0 during `decay` of the run, and training ends.
 
     Args:
-        model: gives logits of ids.
+        model: maps ids to logits.
         task: gives batches.
-        settings: of the training.
+        settings: settings of the training.
     """
 
     def __init__(self, model: nn.Module, task: Task, settings: TaskTraining) -> None:
@@ -76,14 +76,14 @@ class Curriculum:
         self.model.train()
         while (rate := self.rate()) > 0:
             self._step(rate)
-            # Kernels are compiled in the first step, which takes as long as that takes.
+            # Time counts from the end of the first step, in which kernels are compiled.
             started = time.perf_counter() if started is None else started
             self.progress.seconds = time.perf_counter() - started
             report(self.progress)
         return self.progress
 
     def rate(self) -> float:
-        """The learning rate of the coming step; 0: training is over."""
+        """The learning rate of the next step; 0: training is over."""
         progress, settings = self.progress, self.settings
         done = self.done()
         if progress.falling is None and done >= 1 - settings.decay:
@@ -123,7 +123,7 @@ class Curriculum:
         return task.batch(rng, max(settings.least_rows, settings.tokens // length), length)
 
     def _grow(self, accuracy: float) -> None:
-        """Longer sequences if these are solved; at the last, the learning rate begins to fall."""
+        """Grow the sequences if these are solved; at the last length, let the learning rate begin to fall."""
         progress, settings = self.progress, self.settings
         progress.accuracy = _MEMORY * progress.accuracy + (1 - _MEMORY) * accuracy
         if progress.accuracy < settings.solved:

@@ -16,7 +16,7 @@ _PIXELS, _LEVELS = 64, 17
 
 @functools.cache
 def _images() -> tuple[Ids, Ids, Ids, Ids]:
-    """Pixels (N, 64) and classes (N,) to learn from, then those of the test: a random fifth.
+    """Load pixels (N, 64) and classes (N,) to learn from, then those of the test, which is a random fifth.
 
     Raises:
         ValueError: scikit-learn is not installed.
@@ -63,36 +63,36 @@ class SequentialDigits(Task):
 
     @property
     def vocabulary(self) -> int:
-        """Levels of grey."""
+        """The levels of grey."""
         return _LEVELS
 
     @property
     def answers(self) -> int:
-        """Classes."""
+        """The classes."""
         return 10
 
     @property
     def order(self) -> Ids:
-        """(64,) the pixels in the order in which they are read."""
+        """The order in which pixels are read (64,)."""
         return np.arange(_PIXELS)
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """Images to learn from; their length is 64."""
+        """Draw images to learn from; their length is 64."""
         self.check(rows, length)
         pixels, classes, _, _ = _images()
         drawn = rng.integers(0, len(pixels), rows)
         return self._asked(pixels[drawn], classes[drawn])
 
     def test_batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """All images of the test, whatever the number of rows."""
+        """Return all images of the test, whatever the number of rows."""
         self.check(rows, length)
         return self._asked(*_images()[2:])
 
     def check(self, rows: int, length: int) -> None:
-        """There are such batches.
+        """Check that the task has batches of that length.
 
         Raises:
-            ValueError: there are not.
+            ValueError: it has not.
         """
         super().check(rows, length)
         if length != _PIXELS:
@@ -106,7 +106,7 @@ class SequentialDigits(Task):
 
 @dataclass(frozen=True)
 class PermutedDigits(SequentialDigits):
-    """As `SequentialDigits`, with the pixels of all images in one random order."""
+    """The task of `SequentialDigits` with the pixels of all images in one random order."""
 
     name: ClassVar[str] = "permuted-digits"
     summary: ClassVar[str] = "the same, all pixels in one random order"
@@ -114,5 +114,5 @@ class PermutedDigits(SequentialDigits):
 
     @property
     def order(self) -> Ids:
-        """(64,) the pixels in the order in which they are read."""
+        """The order in which pixels are read (64,)."""
         return np.random.default_rng(self.order_seed).permutation(_PIXELS)

@@ -1,4 +1,4 @@
-"""One task, one model: train, score, and say all of it in one object."""
+"""An experiment trains one model on one task, scores it, and reports all of it in one object."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gateloop_transformer.tasks.task import Task
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run: a task, a model and its training."""
+    """An experiment: a task, a model and its training."""
 
     task: Task
     model: TransformerConfig
@@ -28,10 +28,10 @@ class Experiment:
 
     @classmethod
     def of(cls, task: type[Task], given: dict[str, Any]) -> Experiment:
-        """From flat settings, in the words of all three; others are the task's defaults.
+        """Build an experiment from settings of all three in one dictionary; missing ones are the task's defaults.
 
         Raises:
-            ValueError: a value without a meaning, or a setting that the model does not read.
+            ValueError: a value is out of range, or the model does not read a setting.
         """
         kind = given.get("model", "gateloop")
         check_read(kind, given)
@@ -45,7 +45,7 @@ class Experiment:
 
 @dataclass
 class Outcome:
-    """How it went: the trained model, where training stopped, scores by length."""
+    """The outcome of an experiment: the trained model, where training stopped, and scores by length."""
 
     experiment: Experiment
     model: nn.Module
@@ -53,7 +53,7 @@ class Outcome:
     scores: dict[int, Score]
 
     def to_json(self) -> dict[str, Any]:
-        """What `gateloop tasks --json` prints; all of it plain."""
+        """The object that `gateloop tasks --json` prints, in plain values."""
         task, config, training = self.experiment.task, self.experiment.model, self.experiment.training
         kind = training.model
         scores = {str(length): each for length, each in self.scores.items()}
@@ -83,7 +83,7 @@ class Outcome:
 
 
 def accuracy_by_span(scores: list[Score]) -> dict[str, float]:
-    """Share of right answers for spans "1", "2-3", "4-7" and so on, of all lengths together."""
+    """The share of right answers for spans "1", "2-3", "4-7" and so on, over all lengths together."""
     sums: dict[int, tuple[int, int]] = {}
     for each in scores:
         for power, (right, count) in each.by_span.items():
@@ -103,12 +103,12 @@ def run(
     """Train and score.
 
     Args:
-        experiment: what.
+        experiment: what to run.
         on_step: called after each step of training.
         on_length: called after each length is scored.
 
     Raises:
-        ValueError: lengths that the task does not have, or a model that cannot be built.
+        ValueError: the task does not have these lengths, or the model cannot be built.
         RuntimeError: the loss is not finite.
     """
     task, training = experiment.task, experiment.training

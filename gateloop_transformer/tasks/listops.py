@@ -1,4 +1,4 @@
-"""Nested ListOps: the value of an expression of brackets."""
+"""Nested ListOps: the value of a nested expression is asked."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 from gateloop_transformer.configuration import option
 from gateloop_transformer.tasks.task import NONE, Batch, Task, at_least
 
-# Tokens: digits are themselves, then these, then the one bracket that closes all, then padding.
+# Tokens are the digits, then these operators, then the closing bracket, then padding.
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 CLOSE, PAD = 14, 15
 
 
 @dataclass
 class Node:
-    """An expression: an operator (its place in `OPERATORS`) of digits and expressions."""
+    """An expression: an operator (its index in `OPERATORS`) applied to digits and expressions."""
 
     operator: int
     arguments: list[Any]
     depth: int
 
     def tokens(self) -> list[int]:
-        """As it is written."""
+        """Write the expression as tokens."""
         inner = [token for each in self.arguments for token in (each.tokens() if isinstance(each, Node) else [each])]
         return [10 + self.operator, *inner, CLOSE]
 
     def value(self) -> int:
-        """A digit; MED is the lower of the two in the middle, SM the sum modulo 10."""
+        """Compute the value, a digit; MED is the lower of two middle values, SM the sum modulo 10."""
         values = sorted(each.value() if isinstance(each, Node) else each for each in self.arguments)
         return int((values[0], values[-1], values[(len(values) - 1) // 2], sum(values) % 10)[self.operator])
 
@@ -63,7 +63,7 @@ class ListOps(Task):
 
     @property
     def vocabulary(self) -> int:
-        """Digits, operators, bracket, padding."""
+        """The digits, the operators, the bracket and the padding."""
         return PAD + 1
 
     @property
@@ -72,7 +72,7 @@ class ListOps(Task):
         return 10
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """Of `length` tokens, padding included."""
+        """Draw sequences of `length` tokens, padding included."""
         self.check(rows, length)
         inputs = np.full((rows, length), PAD)
         targets = np.full((rows, length), NONE)
@@ -85,7 +85,7 @@ class ListOps(Task):
         return Batch(inputs, targets)
 
     def expression(self, rng: np.random.Generator, size: int) -> Node:
-        """One of `size` tokens; of fewer where nothing fits any more."""
+        """Draw an expression of `size` tokens, or of fewer where nothing more fits."""
         root = self._list(rng, 1)
         nodes, length = [root], 4
         while length < size:
@@ -111,7 +111,7 @@ class ListOps(Task):
         return Node(int(rng.integers(len(OPERATORS))), rng.integers(0, 10, 2).tolist(), depth)
 
     def _admits(self, node: Node, nested: bool) -> bool:
-        """Whether a list in place of a digit, or a further digit, fits into it."""
+        """Tell whether a node has room for a list in place of a digit (`nested`), or for a further digit."""
         if not nested:
             return len(node.arguments) < self.arguments
         return node.depth < self.nesting and not all(isinstance(each, Node) for each in node.arguments)

@@ -1,4 +1,4 @@
-"""Tasks of memory: something is to be held while other things pass by."""
+"""Tasks of memory: something must be held while other things pass by."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class MemoryHorizon(Task):
 
     @property
     def vocabulary(self) -> int:
-        """Nothing, values, three marks."""
+        """The answer "nothing", the values and the three marks."""
         return self.values + 4
 
     @property
     def answers(self) -> int:
-        """Nothing, or a value."""
+        """The answer "nothing" and the values."""
         return self.values + 1
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """Episodes until the sequence is full."""
+        """Draw episodes until each sequence is full."""
         self.check(rows, length)
         inputs = rng.integers(1, self.values + 1, (rows, length))
         targets, spans = np.full_like(inputs, NONE), np.zeros_like(inputs)
@@ -63,7 +63,7 @@ class MemoryHorizon(Task):
         return Batch(inputs, targets, spans)
 
     def _episode(self, rng: np.random.Generator, inputs: Any, targets: Any, spans: Any, start: int) -> int:
-        """Write one from `start` on, over the distractors; where the next one starts."""
+        """Write an episode over the distractors from `start` on; returns where the next one starts."""
         store, recall, forget = (self.values + n for n in (1, 2, 3))
         room = min(self.max_span, len(inputs) - start - 2)
         span = min(room, int(np.exp(rng.uniform(0, np.log(room + 1)))))
@@ -101,7 +101,7 @@ class SelectiveCopying(Task):
 
     @property
     def vocabulary(self) -> int:
-        """Data, noise, now."""
+        """The data tokens, noise and "now"."""
         return self.values + 2
 
     @property
@@ -111,11 +111,11 @@ class SelectiveCopying(Task):
 
     @property
     def shortest(self) -> int:
-        """Without noise."""
+        """The length of a sequence without noise."""
         return 2 * self.items
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """Of `length` tokens, the last `items` of them "now"."""
+        """Draw sequences of `length` tokens, of which the last `items` are "now"."""
         self.check(rows, length)
         body = length - self.items
         inputs = np.full((rows, length), self.values)

@@ -11,14 +11,14 @@ from gateloop_transformer.model import Transformer
 
 
 class RecurrentNet(nn.Module):
-    """Embedding, nn.LSTM or nn.GRU, logits; called as a `Transformer` is.
+    """An embedding, nn.LSTM or nn.GRU, and logits; called like a `Transformer`.
 
     Args:
         kind: "lstm" or "gru".
         num_tokens: size of the vocabulary.
         dim: width.
-        depth: layers.
-        dropout: between layers.
+        depth: number of layers.
+        dropout: probability of dropout between layers.
     """
 
     def __init__(self, kind: str, num_tokens: int, dim: int, depth: int, dropout: float = 0.0) -> None:
@@ -29,22 +29,22 @@ class RecurrentNet(nn.Module):
         self.to_logits = nn.Linear(dim, num_tokens)
 
     def forward(self, ids: Tensor, state: Any = None, *, return_state: bool = False) -> Any:
-        """Logits (B, T, num_tokens) of ids (B, T), or (logits, state)."""
+        """Compute logits (B, T, num_tokens) from ids (B, T), or (logits, state)."""
         y, state = self.layers(self.token_emb(ids), state)
         logits = self.to_logits(y)
         return (logits, state) if return_state else logits
 
 
 def build_model(kind: str, config: TransformerConfig, vocabulary: int) -> nn.Module:
-    """A new model, its weights from torch's generator.
+    """Build a new model with weights from torch's generator.
 
     Args:
         kind: a name in `settings.MODELS`.
-        config: of the model.
-        vocabulary: its size.
+        config: configuration of the model.
+        vocabulary: size of the vocabulary.
 
     Raises:
-        ValueError: the configuration is not that of a model.
+        ValueError: no model has this configuration.
     """
     if kind in ("lstm", "gru"):
         if min(config.dim, config.depth) < 1:

@@ -9,10 +9,10 @@ from gateloop_transformer.pictures import empty_figure, save_png
 
 
 def draw_accuracy(result: dict[str, Any], target: Path) -> None:
-    """Draw accuracy against length, and against span where there are spans; dotted: what a constant answer scores.
+    """Draw accuracy against length, and against span where there are spans; dotted is the score of a constant answer.
 
     Args:
-        result: an object as `gateloop tasks --json` prints.
+        result: the object that `gateloop tasks --json` prints.
         target: the PNG to write, whole or not at all.
 
     Raises:
@@ -38,12 +38,12 @@ def draw_accuracy(result: dict[str, Any], target: Path) -> None:
 
 
 def _points(scores: dict[str, float]) -> tuple[list[int], list[float]]:
-    """Lengths or spans, and accuracies."""
+    """The lengths or spans of points, and their accuracies."""
     return [int(key.split("-")[0]) for key in scores], list(scores.values())
 
 
 def _label(result: dict[str, Any]) -> str:
-    """The model and what its gates are."""
+    """The names of the model and of its kind of gate."""
     model = result["options"]["model"]
     words = [result["model"]] if result["gate"] is None else [result["gate"], "real" if model["ablate_complex"] else ""]
     words += ["all gates 1" if model["ablate_state_transition"] else "", "fixed" if model["fixed_gates"] else ""]

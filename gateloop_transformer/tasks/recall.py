@@ -42,7 +42,7 @@ class AssociativeRecall(Task):
 
     @property
     def vocabulary(self) -> int:
-        """Values, keys, filler."""
+        """The values, the keys and the filler."""
         return self.values + self.keys + 1
 
     @property
@@ -52,20 +52,20 @@ class AssociativeRecall(Task):
 
     @property
     def shortest(self) -> int:
-        """Pairs, and one query every other step."""
+        """The length of the pairs, and of a query every other step."""
         return 4 * self.pairs
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """Of `length` tokens, the first 2 · `pairs` of them the pairs."""
+        """Draw sequences of `length` tokens, of which the first 2 · `pairs` are the pairs."""
         self.check(rows, length)
         start = 2 * self.pairs
         inputs = np.full((rows, length), self.values + self.keys)
-        # The first of a random order: draws without replacement.
+        # Taking the first of a random order draws without replacement.
         keys = rng.random((rows, self.keys)).argsort(1)[:, : self.pairs] + self.values
         values = rng.integers(0, self.values, (rows, self.pairs))
         inputs[:, 0:start:2], inputs[:, 1:start:2] = keys, values
         gaps = np.arange(1, (length - start) // 2 + 1)
-        # The smallest of exponential times with rates p: draws without replacement with probabilities p.
+        # Taking the smallest of exponential times with rates p draws without replacement with probabilities p.
         times = rng.exponential(size=(rows, len(gaps))) / gaps ** (self.power - 1.0)
         places = start + 2 * times.argsort(1)[:, : self.pairs]
         targets, spans = np.full_like(inputs, NONE), np.zeros_like(inputs)
@@ -99,7 +99,7 @@ class InductionHeads(Task):
 
     @property
     def vocabulary(self) -> int:
-        """Ordinary tokens and the special one."""
+        """The ordinary tokens and the special one."""
         return self.values + 1
 
     @property
@@ -108,7 +108,7 @@ class InductionHeads(Task):
         return self.values
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """Of `length` tokens."""
+        """Draw sequences of `length` tokens."""
         self.check(rows, length)
         inputs = rng.integers(0, self.values, (rows, length))
         targets, spans = np.full_like(inputs, NONE), np.zeros_like(inputs)

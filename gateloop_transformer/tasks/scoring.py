@@ -1,4 +1,4 @@
-"""How often a model answers right: by length, and by span."""
+"""Scores: how often a model answers right, by length and by span."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import nn
 from gateloop_transformer.tasks.task import NONE, Batch, Ids, Task, generator, last_asked, test_rows
 from gateloop_transformer.waiting import waiting
 
-# Tells random numbers of tests from those of training.
+# Gives tests other random numbers than training.
 _TEST = 1
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one length.
+    """The scores at one length.
 
     last: share of sequences whose last answer is right. every: share of all answers that are right. commonest: share of
-    sequences whose last answer is the commonest one, what a constant answer would score. by_span: of spans from
-    2^n to 2^(n+1) - 1, right answers and all answers.
+    sequences whose last answer is the commonest one, which a constant answer would score. by_span: right answers and
+    all answers for spans from 2^n to 2^(n+1) - 1.
     """
 
     last: float
@@ -35,16 +35,16 @@ class Score:
 
 @torch.no_grad()
 def answers(model: nn.Module, inputs: Ids, choices: int, block: int = _BLOCK) -> Ids:
-    """The likeliest of the first `choices` tokens at every step (B, T).
+    """Answer at every step by the likeliest of the first `choices` tokens (B, T).
 
-    Sequences are read in blocks with the state carried along: memory does not grow with the length, save with the
+    Sequences are read in blocks with the state carried along: memory does not grow with the length, except for the
     state of attention layers.
 
     Args:
-        model: called as `Transformer` is.
-        inputs: (B, T).
+        model: called like `Transformer`.
+        inputs: tokens (B, T).
         choices: number of answers.
-        block: steps at a time.
+        block: steps to read at a time.
     """
     found, state = [], None
     for part in torch.from_numpy(inputs).split(block, 1):
@@ -54,7 +54,7 @@ def answers(model: nn.Module, inputs: Ids, choices: int, block: int = _BLOCK) ->
 
 
 def by_span(right: npt.NDArray[np.bool_], spans: Ids) -> dict[int, tuple[int, int]]:
-    """Right answers and all answers for each power of two of their spans.
+    """Count right answers and all answers for each power of two of their spans.
 
     Args:
         right: (N,) booleans.
@@ -65,12 +65,12 @@ def by_span(right: npt.NDArray[np.bool_], spans: Ids) -> dict[int, tuple[int, in
 
 
 def score(model: nn.Module, task: Task, batch: Batch) -> Score:
-    """Of one batch; the model is put in evaluation mode meanwhile.
+    """Score a model on one batch; meanwhile it is in evaluation mode.
 
     Args:
-        model: called as `Transformer` is.
-        task: that the batch is of.
-        batch: what is asked.
+        model: called like `Transformer`.
+        task: the task that the batch belongs to.
+        batch: sequences and answers.
     """
     training = model.training
     try:
@@ -98,14 +98,14 @@ def score_lengths(
     seed: int,
     report: Callable[[int], object] = lambda _length: None,
 ) -> dict[int, Score]:
-    """Of each length, on sequences that training does not see.
+    """Score a model at each length, on sequences that training does not see.
 
     Args:
-        model: called as `Transformer` is.
-        task: what is asked.
-        lengths: of sequences, in tokens.
+        model: called like `Transformer`.
+        task: the task to test.
+        lengths: lengths of sequences in tokens.
         rows: sequences of each length; fewer of those above 2,000 tokens, at least 64.
-        seed: of the sequences.
+        seed: seed of the sequences.
         report: called after each length.
     """
     scores = {}

@@ -50,10 +50,10 @@ _MOST_TOKENS = 2**28
 
 
 def check_read(kind: str, given: Mapping[str, Any]) -> None:
-    """All that is asked for of a model is read by that kind of model.
+    """Check that this kind of model reads all settings that are given.
 
     Raises:
-        ValueError: something is not.
+        ValueError: it does not read one of them.
     """
     fields = {item.name for item in dataclasses.fields(TransformerConfig)}
     unread: set[str] = set()
@@ -66,7 +66,7 @@ def check_read(kind: str, given: Mapping[str, Any]) -> None:
 
 
 def defaults(task: type[Task], model: str = "gateloop") -> dict[str, Any]:
-    """The settings of model and training of a task, where they are not those of the dataclasses."""
+    """The settings of a task's model and training that differ from the dataclasses' defaults."""
     return {**GENERAL, **task.settings, **MODELS[model]}
 
 
@@ -109,7 +109,7 @@ class TaskTraining:
     rows: int = option(256, "sequences of each length in a test; 64 of those above 2,000 tokens")
 
     def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
+        """Refuse values out of range."""
         for name in ("steps", "tokens", "least_rows", "rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -130,7 +130,7 @@ class TaskTraining:
         self.optimizer()
 
     def optimizer(self) -> TrainingConfig:
-        """What the optimizer needs, in the words of `gateloop train`."""
+        """The optimizer's settings as a configuration of `gateloop train`."""
         return TrainingConfig(
             lr=self.lr,
             gate_lr=self.gate_lr,
@@ -144,7 +144,7 @@ class TaskTraining:
         """The longest sequences at the start and at the end of training.
 
         Raises:
-            ValueError: the task has none so short, or the start is beyond the end.
+            ValueError: the task has no sequences so short, or the start is beyond the end.
         """
         longest = task.trained if self.longest is None else self.longest
         own = max(4, task.shortest) if task.grows else longest
@@ -156,10 +156,10 @@ class TaskTraining:
         return first, longest
 
     def tested_lengths(self, task: Task) -> tuple[int, ...]:
-        """In ascending order.
+        """The lengths to test, in ascending order.
 
         Raises:
-            ValueError: not a list of lengths, one that the task does not have, or more tokens than a test can have.
+            ValueError: it is not a list of lengths, the task does not have one of them, or a test has too many tokens.
         """
         if self.lengths is None:
             lengths = [length for length in task.tested if length >= task.shortest]

@@ -45,14 +45,14 @@ STACKED: dict[str, Any] = {
 
 
 def marked(symbols: Ids, states: Ids, first_mark: int, marks: int = 2) -> Batch:
-    """Sequences that begin with `marks` tokens from `first_mark` on, at which nothing is asked."""
+    """Put `marks` tokens, numbered from `first_mark` on, before each sequence; nothing is asked at them."""
     first = np.tile(np.arange(first_mark, first_mark + marks), (len(symbols), 1))
     return Batch(np.concatenate([first, symbols], 1), np.concatenate([np.full_like(first, NONE), states], 1))
 
 
 @dataclass(frozen=True)
 class Counting(Task):
-    """How many ones there were so far, modulo `modulus`.
+    """The number of ones so far, modulo `modulus`.
 
     Tokens: 0, 1 (each as likely), then the marks. The answer is asked after every symbol.
 
@@ -72,23 +72,23 @@ class Counting(Task):
 
     @property
     def vocabulary(self) -> int:
-        """Answers are tokens too, so that the output needs no size of its own."""
+        """The symbols, the answers and the marks; answers are tokens so that the output needs no size of its own."""
         return max(2 + self.marks, self.modulus)
 
     @property
     def answers(self) -> int:
-        """0 to modulus - 1."""
+        """The numbers 0 to modulus - 1."""
         return self.modulus
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """Of `length` - `marks` symbols after the marks."""
+        """Draw sequences of `length` - `marks` symbols after the marks."""
         self.check(rows, length)
         symbols = rng.integers(0, 2, (rows, length - self.marks))
         return marked(symbols, symbols.cumsum(1) % self.modulus, 2, self.marks)
 
     @property
     def shortest(self) -> int:
-        """One symbol after the marks."""
+        """The length of one symbol after the marks."""
         return self.marks + 1
 
 
@@ -119,21 +119,21 @@ class ModularArithmetic(Task):
     modulus: int = option(5, "what is calculated modulo")
 
     def __post_init__(self) -> None:
-        """Refuse a modulus without a meaning."""
+        """Refuse a modulus that is too small."""
         at_least(self.name, 2, modulus=self.modulus)
 
     @property
     def vocabulary(self) -> int:
-        """Digits, operators, marks."""
+        """The digits, the operators and the marks."""
         return self.modulus + 5
 
     @property
     def answers(self) -> int:
-        """0 to modulus - 1."""
+        """The numbers 0 to modulus - 1."""
         return self.modulus
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """Of `length` - 2 symbols after the marks; an even number of them ends with an operator."""
+        """Draw sequences of `length` - 2 symbols after the marks; an even number of them ends with an operator."""
         self.check(rows, length)
         m, count = self.modulus, (length - 1) // 2
         digits = rng.integers(0, m, (rows, count))
@@ -192,7 +192,7 @@ class SymmetricGroup(Task):
         return 120
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """Of `length` - 2 permutations after the marks."""
+        """Draw sequences of `length` - 2 permutations after the marks."""
         self.check(rows, length)
         drawn = np.array([_SWAP, _CYCLE]) if self.generators == "two" else np.arange(120)
         symbols = drawn[rng.integers(0, len(drawn), (rows, length - 2))]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 
-# Where nothing is asked: what `cross_entropy` passes over.
+# The target where nothing is asked, which `cross_entropy` ignores.
 NONE = -100
 
 
@@ -30,9 +30,9 @@ class Batch(NamedTuple):
 class Task:
     """A task; its fields are its parameters. Answers are the first `answers` tokens of the vocabulary.
 
-    name, summary: as the command line says them. least: the shortest sequences that it has. trained: the longest that
-    are trained on by default, and `grows` whether training starts with shorter ones. tested: lengths that are tested
-    by default. settings: of model and training where they are not the general defaults.
+    name, summary: shown by the command line. least: length of the shortest sequences. trained: length of the longest
+    sequences to train on by default; grows: training starts with shorter ones. tested: lengths to test by default.
+    settings: settings of model and training that differ from the general defaults.
     """
 
     name: ClassVar[str]
@@ -45,12 +45,12 @@ class Task:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         raise NotImplementedError
 
     @property
     def answers(self) -> int:
-        """How many answers there are: a blind guess is right once in so many."""
+        """The number of answers, of which a blind guess picks one."""
         raise NotImplementedError
 
     def batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
@@ -59,7 +59,7 @@ class Task:
         Args:
             rng: decides everything; see `generator`.
             rows: number of sequences.
-            length: of each in tokens, at least `shortest`.
+            length: tokens of each sequence, at least `shortest`.
 
         Raises:
             ValueError: the length is too small.
@@ -67,7 +67,7 @@ class Task:
         raise NotImplementedError
 
     def test_batch(self, rng: np.random.Generator, rows: int, length: int) -> Batch:
-        """As `batch`, of sequences that training never sees, where there is a fixed set of them."""
+        """Draw a batch for a test; where the sequences are a fixed set, training never sees these."""
         return self.batch(rng, rows, length)
 
     @property
@@ -76,10 +76,10 @@ class Task:
         return self.least
 
     def check(self, rows: int, length: int) -> None:
-        """There are such batches.
+        """Check that the task has such batches.
 
         Raises:
-            ValueError: there are not.
+            ValueError: it has not.
         """
         if rows < 1 or length < self.shortest:
             raise ValueError(
@@ -89,17 +89,17 @@ class Task:
 
 
 def generator(seed: int, *place: int) -> np.random.Generator:
-    """Random numbers that depend on the seed and the place (the number of a step, say) alone."""
+    """A generator of random numbers that depend only on the seed and the place, such as the number of a step."""
     return np.random.default_rng([seed, *place])
 
 
 def test_rows(rows: int, length: int) -> int:
-    """Sequences in a test: fewer of those above 2,000 tokens, which take long."""
+    """The number of sequences in a test: fewer of those above 2,000 tokens, which take long."""
     return rows if length <= 2000 else min(rows, 64)
 
 
 def at_least(name: str, smallest: int, **values: int) -> None:
-    """All parameters of a task are large enough.
+    """Check that all parameters of a task are large enough.
 
     Raises:
         ValueError: one is not.
@@ -110,7 +110,7 @@ def at_least(name: str, smallest: int, **values: int) -> None:
 
 
 def last_asked(targets: Ids) -> Ids:
-    """(B,) the last step of each row at which something is asked.
+    """The last step of each row at which something is asked (B,).
 
     Raises:
         ValueError: there is a row without one.

@@ -192,7 +192,7 @@ def test_names_that_are_no_text_are_names(tmp_path: Path) -> None:
         (gzip.compress(b"text" * 99, mtime=0)[:-9], "a.gz", "cannot decompress"),
         (b"not xz", "a.xz", "cannot decompress"),
         (lzma.compress(b"text" * 99)[:-9], "a.xz", "cannot decompress"),
-        (lzma.compress(b"text" * 99) + b"\0" * 3, "a.xz", "cannot decompress.*3 zeros stand behind a stream"),
+        (lzma.compress(b"text" * 99) + b"\0" * 3, "a.xz", "cannot decompress.*3 zeros follow a stream"),
         (lzma.compress(b"text" * 99) + b"\0" * 8 + b"junk", "a.xz", "cannot decompress"),
         (b"\0" * 4 + lzma.compress(b"text" * 99), "a.xz", "cannot decompress"),
         (gzip.compress(b"text" * 99, mtime=0) + b"junk", "a.gz", "cannot decompress"),

@@ -134,7 +134,7 @@ def test_a_file_that_shortens_or_fills_up_texts_does_neither(tokenizer: BPEToken
         ({"pre_tokenizer": None}, "it is not byte-level"),
         ({"added_tokens": []}, "it has no special token <|endoftext|>"),
         ("prefix space", "it puts a space before texts"),
-        ("removed", "takes parts of texts out"),
+        ("removed", "removes parts of texts"),
         ("word piece", "its model is WordPiece, not BPE"),
         ("dropout", "its dropout draws tokens"),
         ("no byte", "no token stands for the byte 33"),
@@ -173,7 +173,7 @@ def test_other_tokenizers_are_refused_with_a_reason(tokenizer: BPETokenizer, cha
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     for content in (b"{}", b"no json", b"[1]", b"\xff"):
-        with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
+        with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
             BPETokenizer(content, "'it'")
     with pytest.raises(ValueError, match="cannot read the tokenizer"):
         load_tokenizer_file(tmp_path / "absent")

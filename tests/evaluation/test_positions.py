@@ -230,7 +230,7 @@ def test_a_suite_says_all_figures(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert "too short" not in out
     (tmp_path / "short.txt").write_bytes(TEXT[:101])
     out, _ = said(capsys, run, tmp_path / "short.txt", "--suite")
-    assert "DATA is too short for 16 x: its longest document has 101 tokens, 257 would do" in out
+    assert "DATA is too short for 16 x: its longest document has 101 tokens, but 257 are needed" in out
     assert "1 window, from an empty state, of 100 tokens, 6.25 x the training context of 16" in out
     with pytest.raises(SystemExit, match="2"):
         main(["eval", str(run), str(data), "--suite", "--by-position"])

@@ -126,14 +126,14 @@ def test_wrong_states_and_files_are_refused(run: Path, tmp_path: Path, capsys: p
         (["read", run, tmp_path / "bad.gz", "--state", new], "cannot decompress"),
         (["read", run, tmp_path, "--state", new], "is a folder"),
         (["read", run, text, "--state", tmp_path], "is a folder, not a file"),
-        (["read", run, tmp_path / "absent", "--state", tmp_path / "nowhere" / "state"], "--state: no folder"),
+        (["read", run, tmp_path / "absent", "--state", tmp_path / "nowhere" / "state"], "--state: there is no folder"),
         (["read", run, text, "--state", new, "--after", tmp_path / "absent"], "no state file"),
         (["read", other, text, "--state", new, "--after", state], "the state of another model"),
         (["generate", other, "--state", state], "the state of another model"),
         (["generate", run, "--state", state, "--dtype", "int8"], "read with --dtype float32, not int8"),
         (["generate", run, "--state", tmp_path / "absent"], "no state file"),
-        (["generate", run, "--state", text], "damaged or no safetensors file"),
-        (["generate", run, "--state", run / "model.safetensors"], "holds no gate loop state"),
+        (["generate", run, "--state", text], "damaged or not a safetensors file"),
+        (["generate", run, "--state", run / "model.safetensors"], "does not hold a gate loop state"),
         (["generate", run], "give a --prompt, a --state, or both"),
     ]
     for command, message in refused:

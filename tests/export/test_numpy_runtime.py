@@ -120,7 +120,7 @@ def test_text_for_tokens_that_are_no_bytes_is_refused(
     assert command(monkeypatch, tmp_path, "--prompt", "text") == 2
     errors = capsys.readouterr().err
     assert errors == (
-        "numpy_runtime: error: the model's tokens are no bytes: encode the text by its tokenizer and give --ids\n"
+        "numpy_runtime: error: the model's tokens are not bytes: encode the text by its tokenizer and give --ids\n"
     )
     assert command(monkeypatch, tmp_path, "--ids", "299,0", "--tokens", 2) == 0
     assert command(monkeypatch, tmp_path, "--ids", "300", "--tokens", 2) == 2
@@ -143,8 +143,8 @@ def _change(folder: Path, **changes: Any) -> None:
         (lambda folder: (folder / "config.json").write_text("{}"), r"config\.json is not a GateLoop model's"),
         (lambda folder: _change(folder, format=FORMAT + 1), "is of another format"),
         (lambda folder: _change(folder, format=FORMAT - 1), "is of another format"),
-        (lambda folder: _change(folder, model={"later": 1}), "fields that are not known here: later"),
-        (lambda folder: _change(folder, model={"data_dependent_rel_pos": "gate_loop"}), "is not computed here"),
+        (lambda folder: _change(folder, model={"later": 1}), "fields that this file does not know: later"),
+        (lambda folder: _change(folder, model={"data_dependent_rel_pos": "gate_loop"}), "is not implemented here"),
         (lambda folder: _change(folder, model={"layer_pattern": "gate other"}), "'other'"),
         (lambda folder: _change(folder, model={"gate": "ring"}), "ring_logit"),
         (lambda folder: _change(folder, model={"gate_loop_heads": 5}), "reshape"),

@@ -111,8 +111,8 @@ def test_what_cannot_be_inspected_is_one_line(
         ([run, "--text", "ab", "--tokens", "1"], "--tokens must be from 2 to 4000"),
         ([run, "--text", "ab", "--tokens", "4001"], "--tokens must be from 2 to 4000"),
         ([run, "--text", "ab", "--out", tmp_path / "file"], "is a file, not a folder"),
-        ([run, "--text", "ab", "--out", tmp_path / "own"], "is no page of 'gateloop inspect'"),
-        ([run, "--text", "ab", "--out", tmp_path / "pictures"], "is not of 'gateloop inspect'"),
+        ([run, "--text", "ab", "--out", tmp_path / "own"], "is not a page of 'gateloop inspect'"),
+        ([run, "--text", "ab", "--out", tmp_path / "pictures"], "is not from 'gateloop inspect'"),
         ([run, "--text", "ab", "--checkpoint", "77"], "77"),
     ):
         _, err = said(capsys, *command, code=2)

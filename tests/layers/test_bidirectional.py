@@ -272,7 +272,7 @@ def test_only_layers_that_run_backwards_are_taken() -> None:
         Bidirectional(made, DIM)
     with pytest.raises(ValueError, match="merge must be 'sum' or 'concat', not 'mean'"):
         Bidirectional(GateLoopedAttention, DIM, merge="mean")
-    with pytest.raises(ValueError, match="reverse is no option"):
+    with pytest.raises(ValueError, match="reverse is not an option"):
         Bidirectional(GateLoopedAttention, DIM, reverse=True)
     with pytest.raises(ValueError, match="heads must divide dim_inner"):
         Bidirectional(GateLoopedAttention, DIM, heads=3)

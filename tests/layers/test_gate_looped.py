@@ -244,7 +244,7 @@ def test_fixed_gates_are_those_of_a_time_invariant_recurrence(heads: int) -> Non
         ({"dim": 6, "gate": "ring", "fixed_gates": True, "spread_start": False}, "fixed_gates need a spread start"),
         ({"dim": 6, "gate_rank": 0}, "sizes must be whole numbers of at least 1, not gate_rank=0"),
         ({"dim": 6, "gate_rank": 2.5}, "sizes must be whole numbers of at least 1, not gate_rank=2.5"),
-        ({"dim": 6, "gate": "ring", "fixed_gates": True, "gate_rank": 2}, "depend on no data"),
+        ({"dim": 6, "gate": "ring", "fixed_gates": True, "gate_rank": 2}, "do not depend on the data"),
         ({"dim": 6, "frac_gradient_state_transition": math.inf}, r"frac_gradient_state_transition must be finite"),
     ],
 )

@@ -81,7 +81,7 @@ def test_repeat_puts_copies_of_a_row_beside_each_other(state: Any) -> None:
 
 @pytest.mark.parametrize("times", [-1, 1.0, True, None])
 def test_repeat_refuses_what_is_no_count(state: Any, times: Any) -> None:
-    with pytest.raises(ValueError, match="repeat takes"):
+    with pytest.raises(ValueError, match="repeat: times must be"):
         state.repeat(times)
 
 
@@ -147,10 +147,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:5], b"", b"no safetensors file at all"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        with pytest.raises(ValueError, match="damaged or not a safetensors file"):
             load_state(path)
     save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match="holds no gate loop state"):
+    with pytest.raises(ValueError, match="does not hold a gate loop state"):
         load_state(path)
     with pytest.raises(FileNotFoundError, match="no state file"):
         load_state(tmp_path / "nowhere")
@@ -159,8 +159,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "1"}, "state format 1, this library reads 2"),
-        ({"version": "3"}, "state format 3, this library reads 2"),
+        ({"version": "1"}, "state format 1; this library reads format 2"),
+        ({"version": "3"}, "state format 3; this library reads format 2"),
         ({"kind": '"NewState"'}, "damaged.*checksum"),
         ({}, "damaged.*checksum"),
     ],
@@ -182,7 +182,7 @@ def test_no_byte_of_a_file_may_change(tmp_path: Path) -> None:
     for place in range(len(whole)):
         for other in (whole[place] ^ 1, whole[place] ^ 0x80, 0x20 if whole[place] != 0x20 else 0x09):
             path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
-            with pytest.raises(ValueError, match=r"damaged|state format|no gate loop state"):
+            with pytest.raises(ValueError, match=r"damaged|state format|not hold a gate loop state"):
                 load_state(path)
     path.write_bytes(whole)
     load_state(path)
@@ -260,7 +260,9 @@ def test_a_models_initial_state_and_where_it_is() -> None:
 @pytest.mark.parametrize("batch", [-1, 2.0, True, None], ids=repr)
 def test_a_number_of_rows_that_is_none_is_refused(batch: Any) -> None:
     for layer in (GateLoopedAttention(8), Transformer(8, num_tokens=5, depth=1)):
-        with pytest.raises(ValueError, match=rf"{type(layer).__name__}: initial_state takes the number of rows"):
+        with pytest.raises(
+            ValueError, match=rf"{type(layer).__name__}: initial_state: batch must be an integer of 0 or more"
+        ):
             layer.initial_state(batch)
 
 

@@ -241,7 +241,7 @@ def test_an_empty_folder_name_is_not_the_current_folder(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as exit:
         main(command)
     assert exit.value.code == 2
-    assert "expected a folder, not an empty text" in error_of(capsys)
+    assert "expected a folder, not an empty string" in error_of(capsys)
 
 
 def test_a_run_is_not_put_among_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

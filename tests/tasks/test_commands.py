@@ -102,7 +102,7 @@ def test_results_that_nobody_named_are_kept(
     monkeypatch.chdir(tmp_path)
     for seed in "123":
         assert main(["tasks", "parity", "--seed", seed, *QUICK]) == 0
-    assert "'runs/tasks/parity' has results: these go to 'runs/tasks/parity-3'" in capsys.readouterr().err
+    assert "'runs/tasks/parity' already has results: these go to 'runs/tasks/parity-3'" in capsys.readouterr().err
     for folder, seed in (("parity", 1), ("parity-2", 2), ("parity-3", 3)):
         assert json.loads((tmp_path / "runs" / "tasks" / folder / "result.json").read_text())["seed"] == seed
 

@@ -158,7 +158,7 @@ def test_a_step_may_be_cut_anew_into_micro_batches(
         shutil.rmtree(out / "checkpoints" / f"step-00000000{step}")
     capsys.readouterr()
     assert main(["train", "--out", str(out), "--resume", "--batch", "2"]) == 2
-    assert "a step of this run has 4 windows: --batch times --accumulate must be that" in error_of(capsys)
+    assert "a step of this run has 4 windows: --batch times --accumulate must give 4" in error_of(capsys)
     shutil.copytree(whole / "checkpoints" / "step-000000008", out / "checkpoints" / "step-000000008")
     assert main(["train", "--out", str(out), "--resume", "--batch", "1", "--accumulate", "4"]) == 0
     expected, found = load_file(whole / "model.safetensors"), load_file(out / "model.safetensors")
