@@ -148,18 +148,18 @@ class _Cut(NamedTuple):
         return (most - 1).bit_length()
 
     def cut(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """The end is padded."""
+        """Cut time into chunks and pad the end."""
         missing = self.N * self.C - self.T
         padded = F.pad(x, (*[0, 0] * (x.ndim - 2), 0, missing), value=fill)
         chunks: Tensor = padded.unflatten(1, (self.N, self.C))
         return chunks
 
     def cut_gates(self, gates: Pair) -> Pair:
-        """Padded with gates of 1, which keep the state."""
+        """Cut gates into chunks, padded with gates of 1, which keep the state."""
         return Pair(self.cut(gates.re, 1.0), None if gates.im is None else self.cut(gates.im))
 
     def mend(self, x: Tensor) -> Tensor:
-        """Without the padding."""
+        """Undo `cut`: join the chunks and drop the padding."""
         if self.longest is None:
             # Not flattened: a trace takes the smaller one of two strides, and cannot see which where V is not fixed.
             return torch.cat(x.unbind(1), 1)[:, : self.T]
