@@ -107,7 +107,7 @@ class GateLoopConfig(PreTrainedConfig):
         return fields | {name: fields[own_name] for name, own_name in self.attribute_map.items()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json says: every field once, by the library's name."""
+        """The content of config.json: every field once, by the library's name."""
         return {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
 
     @property
@@ -131,7 +131,7 @@ class GateLoopConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From the contents of a config.json, of a run or flat.
+        """Build a configuration from the contents of a config.json, of a run or flat.
 
         Raises:
             ValueError: as the constructor; or the run's entries are missing or of the wrong type.

@@ -206,7 +206,7 @@ class GateLoopPreTrainedModel(PreTrainedModel):
         )
 
     def _masked_ids(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """The ids, those of padding being anything; others are in the vocabulary.
+        """Check that ids are in the vocabulary, except those of padding, and make these valid.
 
         Raises:
             ValueError: one is not.
@@ -305,11 +305,11 @@ class GateLoopForCausalLM(GateLoopModelWithHead, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token at every step; arguments as of `run`, and
+        """Logits of the next token at every step; arguments are those of `run`, and
 
         Args:
             labels: (B, T) the tokens again, -100 where nothing is to be predicted; they are shifted here.
-            logits_to_keep: so many steps from the end, or at these steps; 0: all.
+            logits_to_keep: a number of steps from the end, or the steps to keep; 0: all.
 
         Raises:
             ValueError: as `run`.
@@ -338,7 +338,7 @@ class GateLoopForCausalLM(GateLoopModelWithHead, GenerationMixin):
 
 
 class GateLoopForSequenceClassification(GateLoopModelWithHead):
-    """GateLoopModel and a matrix on the hidden state of the last token that is no padding."""
+    """GateLoopModel and a matrix on the hidden state of the last token that is not padding."""
 
     def __init__(self, config: GateLoopConfig) -> None:
         super().__init__(config)
@@ -359,7 +359,7 @@ class GateLoopForSequenceClassification(GateLoopModelWithHead):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Logits (B, num_labels); arguments as of `run`, and
+        """Logits (B, num_labels); arguments are those of `run`, and
 
         Args:
             labels: (B,) classes, (B,) numbers or (B, num_labels), as config.problem_type says.

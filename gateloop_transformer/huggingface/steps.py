@@ -1,4 +1,4 @@
-"""What transformers says of the steps of a batch (masks, positions, documents), in the layers' terms."""
+"""Translates masks, positions and documents of transformers to the terms of the layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateloop_transformer.layers.padding import Padding
 
 
 class Marks(NamedTuple):
-    """What a model is given: mask (B, L); positions and documents (B or 1, T); bounds (N + 1,)."""
+    """The marks that a model is given: mask (B, L); positions and documents (B or 1, T); bounds (N + 1,)."""
 
     mask: Tensor | None
     positions: Tensor | None
@@ -21,7 +21,7 @@ class Marks(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What layers are told.
+    """The marks that layers are given.
 
     layout: resets or cu_seqlens, as they take them. seen: (B,) steps before these, padding left out; None: all that a
     cache holds. padding: where there is some.
@@ -61,7 +61,7 @@ def read_marks(model: str, x: Tensor, marks: Marks, cached: bool) -> Steps:
     mask = mask.bool()
     past, own = mask[:, :-T].sum(1) if T else mask.sum(1), mask[:, mask.shape[1] - T :]
     seen = past if cached and mask.shape[1] > T else None
-    # A compiler cannot look, and a single step that is decoded is no padding.
+    # A compiler cannot look, and a single step that is decoded is not padding.
     if T == 1 if torch.compiler.is_compiling() else bool(own.all()):
         return Steps({}, seen)
     padding = Padding(model, x, own, None, None)

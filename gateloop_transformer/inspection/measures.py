@@ -73,7 +73,7 @@ class ClassFigures(NamedTuple):
 
 
 def by_class(gates: Gates, classes: Mapping[str, npt.NDArray[np.bool_]]) -> dict[str, ClassFigures]:
-    """How a layer's gates (T, heads) are at tokens of each class (T,)."""
+    """Measure a layer's gates (T, heads) at the tokens of each class (T,)."""
     lives, lost = half_lives(gates), decays(gates)
     average = float(lost.mean())
     return {
@@ -105,7 +105,7 @@ def histogram_of_half_lives(gates: Gates) -> list[dict[str, Any]]:
 
 
 def spectrum(gates: Gates) -> npt.NDArray[np.int64]:
-    """How many gates lie in each cell of the complex plane, (CELLS, CELLS): rows by imaginary part, upwards from -1."""
+    """Count the gates in each cell of the complex plane, (CELLS, CELLS): rows by imaginary part, upwards from -1."""
     flat = gates.ravel()
     # A magnitude of 1 lies in the last cell.
     places = [np.clip(((part + 1) / 2 * CELLS).astype(int), 0, CELLS - 1) for part in (flat.imag, flat.real)]

@@ -106,7 +106,7 @@ def _text(piece: bytes) -> str | None:
 
 
 def _heads_shown(report: Report) -> int:
-    """How many heads of a layer there is room for."""
+    """The number of heads of a layer that the page has room for."""
     gated = sum(layer.gates is not None for layer in report.trace.layers)
     # The quantiles need as much as four heads.
     return max(2, _GATES // max(1, gated * len(report.pieces)) - 4)

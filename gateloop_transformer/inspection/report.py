@@ -1,4 +1,4 @@
-"""What is found in a trace, in figures: for JSON, and for the page."""
+"""Figures of a trace, for JSON and for the page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Report(NamedTuple):
 
 
 def report(trace: Trace, tokenizer: Tokenizer) -> Report:
-    """What is found in a trace."""
+    """Compute the figures of a trace."""
     pieces = [tokenizer.pieces[n] for n in trace.ids.tolist()]
     spread = _spread(trace, tokenizer)
     whole = Costs(*(field.sum(keepdims=True) for field in spread.positions)).row(0)

@@ -19,7 +19,7 @@ from gateloop_transformer.model import Transformer
 
 
 class LayerGates(NamedTuple):
-    """What one time mixer did.
+    """The record of one time mixer.
 
     layer: its number, from 1 on. mixer: what it is, in words. gates: (T, heads), complex, what the state was multiplied
     by at each token; None: it has none. note: what is to be known about them, or why there are none; may be empty.
@@ -70,7 +70,7 @@ def trace(model: Transformer, ids: npt.NDArray[Any]) -> Trace:
 
 @contextlib.contextmanager
 def _watched(model: Transformer) -> Iterator[list[LayerGates]]:
-    """What the time mixers do inside of the block, in the order of the layers."""
+    """Record what the time mixers do inside of the block, in the order of the layers."""
     found: list[LayerGates] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: object) -> None:

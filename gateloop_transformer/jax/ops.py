@@ -85,7 +85,7 @@ def _scan(
     layout: checks.Layout,
     axis_name: str | None = None,
 ) -> tuple[Pair, Pair]:
-    """All states (B, T, D), and those after the last steps (B or N, D)."""
+    """Compute all states (B, T, D), and those after the last steps (B or N, D)."""
     if axis_name is not None:
         _refuse_documents("a sharded time axis", layout)
 
@@ -113,7 +113,7 @@ def _refuse_documents(what: str, layout: checks.Layout) -> None:
 
 
 def _product(gates: Pair, layout: checks.Layout) -> Pair:
-    """That of all steps (B, ...); 0 where there was a reset, whatever the other gates."""
+    """Multiply the gates of all steps (B, ...); the product is 0 where there was a reset, whatever the other gates."""
     forgets = layout.forgets(gates.re.ndim)
     return split(jnp.prod(gates.cleared(forgets).join(), axis=1))
 

@@ -55,7 +55,7 @@ class Pair(NamedTuple):
         return self if marks is None else self.map(lambda x: jnp.where(marks, 0, x))
 
     def as_complex(self) -> Pair:
-        """With an imaginary part, 0 where there was none."""
+        """Give the pair an imaginary part, 0 where there was none."""
         return self if self.im is not None else Pair(self.re, jnp.zeros_like(self.re))
 
     def join(self) -> Array:
@@ -84,7 +84,7 @@ def _varying(x: Array) -> frozenset[str]:
 
 
 def alike(*trees: Any) -> tuple[Any, ...]:
-    """All arrays marked as differing between devices where one of them does: a loop carries what is of one kind."""
+    """Mark all arrays as differing between devices where one of them does, as the values of a loop must agree."""
     axes = frozenset[str]().union(*(_varying(x) for x in jax.tree.leaves(trees)))
 
     def mark(x: Array) -> Array:

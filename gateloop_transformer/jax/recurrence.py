@@ -33,7 +33,7 @@ def _room(inputs: Pair, like: Pair) -> Pair:
 
 
 def _marks(resets: Array | None, t: Array) -> Array | None:
-    """Whether each row (B, 1) begins anew at step t; None: none does."""
+    """Mark the rows that are reset at step t (B, 1); None: none is."""
     return None if resets is None else jax.lax.dynamic_index_in_dim(resets, t, 1)
 
 
@@ -91,7 +91,7 @@ def _gradients_step_by_step(
 def _gradients_as_trees(
     gates: Pair, states: Pair, initial: Pair, grad: Pair, resets: Array | None, reverse: bool
 ) -> tuple[Pair, ...]:
-    """The same in a logarithm of T rounds."""
+    """Compute the gradients in log₂(T) rounds."""
     first = -1 if reverse else 0
     marks = None if resets is None else resets[..., None]
     # The scan the other way round; nothing comes after its first step.
@@ -112,7 +112,7 @@ def _shifted(x: Array, first: Array, reverse: bool) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _recurrence(gates: Pair, inputs: Pair, initial: Pair, resets: Array | None, reverse: bool) -> Pair:
-    """All states; they have the parts that `initial` has."""
+    """Compute all states; they have the parts that `initial` has."""
     cpu, default = (functools.partial(way, reverse=reverse) for way in (_step_by_step, _as_a_tree))
     states: Pair = jax.lax.platform_dependent(gates, inputs, initial, resets, cpu=cpu, default=default)
     return states
@@ -154,7 +154,7 @@ _recurrence.defvjp(_forward, _backward)
 def recurrence(
     gates: Pair, inputs: Pair, initial: Pair | None, resets: Array | None = None, reverse: bool = False
 ) -> Pair:
-    """All states (B, T, D), complex where an argument is.
+    """Compute all states (B, T, D), complex where an argument is.
 
     Args:
         gates: a (B, T, D).

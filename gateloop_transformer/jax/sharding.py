@@ -48,7 +48,7 @@ def over_axis(
 
 
 def from_device(axis_name: str, place: int, x: Array) -> Array:
-    """What the device at that place has, on all of them, known to be the same."""
+    """Broadcast the value of the device at that place to all devices, marked as the same on all."""
     shared: Array = jax.lax.psum(jnp.where(jax.lax.axis_index(axis_name) == place, x, 0), axis_name)
     return shared
 

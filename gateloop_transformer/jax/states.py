@@ -1,4 +1,4 @@
-"""What a layer remembers between calls: NamedTuples of arrays, batch first in every array, trees to JAX."""
+"""States: what a layer remembers between calls. They are NamedTuples of arrays, batch first, and trees to JAX."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gateloop_transformer.jax.pairs import Array
 
 
 class GateLoopState(NamedTuple):
-    """Of a `GateLoopedAttention`, constant in size.
+    """The state of a `GateLoopedAttention`; its size is constant.
 
     real, imaginary: the parts of S (B, H, K, V), float32 or better; inputs: the last layer inputs that the short
     convolution still needs (B, conv_size - 1, dim), of length 0 without one.
@@ -21,13 +21,13 @@ class GateLoopState(NamedTuple):
 
 
 class SimpleGateLoopState(NamedTuple):
-    """Of a `SimpleGateLoopLayer`: hidden h (B, dim), float32 or better."""
+    """The state of a `SimpleGateLoopLayer`: hidden h (B, dim), float32 or better."""
 
     hidden: Array
 
 
 class AttentionState(NamedTuple):
-    """Of a `CausalFullAttention`: keys and values of past steps (B, heads, L, dim_head), the latest last.
+    """The state of a `CausalFullAttention`: keys and values of past steps (B, heads, L, dim_head), the latest last.
 
     With data_dependent_rel_pos="gate_loop" the keys are complex and already decayed to the last step; otherwise
     keys_imaginary has L = 0. seen (B,): steps since the start of the sequence; where fewer than L, what stands before
@@ -45,16 +45,16 @@ class AttentionState(NamedTuple):
 
 
 class TransformerState(NamedTuple):
-    """Of a `Transformer`: one state per layer, in order."""
+    """The state of a `Transformer`: one state per layer, in order."""
 
     layers: tuple[Any, ...]
 
 
 def check_state(layer: str, state: Any, kind: type, shapes: dict[str, tuple[int | None, ...]]) -> None:
-    """A state is of its kind and its arrays have these shapes; None stands for any size.
+    """Check that a state is of its kind and its arrays have these shapes; None stands for any size.
 
     Raises:
-        ValueError: it is not, or they have not.
+        ValueError: the state is of another kind, or one of its arrays has another shape.
     """
     if not isinstance(state, kind):
         raise ValueError(f"{layer}: state must be a {kind.__name__}, not {type(state).__name__}")

@@ -34,7 +34,7 @@ def _images() -> tuple[Ids, Ids, Ids, Ids]:
 
 @dataclass(frozen=True)
 class SequentialDigits(Task):
-    """Which digit the 64 pixels of an image are, read row by row.
+    """The digit that the 64 pixels of an image are, read row by row.
 
     Tokens: the 17 levels of grey of the 1,797 images of 8 × 8 pixels that come with scikit-learn. The class is asked at
     the last pixel. A random fifth of the images, always the same, is the test; the others are drawn with replacement.
