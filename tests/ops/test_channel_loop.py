@@ -50,7 +50,9 @@ def simple(backend: str, reverse: bool = False) -> Callable[..., Any]:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("T", "D"), [(1, 1), (2, 8), (63, 5), (129, 20), (1000, 3), (40, 33)])
 def test_numba_equals_eager(gate: str, reverse: bool, T: int, D: int) -> None:
-    swish = T % 2 == 1
+    # With and without the factor there are kernels of their own, which take a second each: each gate in vectors and in
+    # single numbers, and with and without the factor, but not every product of these.
+    swish = D < 8 or (D == 20 and gate != "paper")
     args = arguments(T=T, D=D, gate=gate, swish=swish)
     functions = (run(name, gate, swish, reverse) for name in ("numba", "eager"))
     assert_equal(*(values_and_gradients(function, args) for function in functions))
