@@ -31,6 +31,9 @@ def both(**options: Any) -> tuple[gt.Transformer, gj.Transformer, Any]:
     # Compilers take long over what stands there twice.
     depth = 2 if "layer_pattern" in options else 1
     options = {"dim_head": 4, **options}
+    if options.get("data_dependent_rel_pos") == "released":
+        # By its name in configurations alone.
+        options["data_dependent_rel_pos"] = True
     model = gt.Transformer(16, num_tokens=11, depth=depth, **options).double()
     with torch.no_grad():
         for parameter in model.parameters():
