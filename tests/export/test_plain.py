@@ -34,7 +34,8 @@ def leaves(state: Any) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else [x for item in state for x in leaves(item)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Attention with its norm behind it is plain torch already.
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "rotary after"])
 def test_a_model_gives_the_same_in_plain_torch(name: str) -> None:
     model = build(name).double()
     for T, longest in ((1, None), (7, 100), (70, None)):
