@@ -23,6 +23,8 @@ from gateloop_transformer.ops.dispatch import TABLE
 
 # XLA compiles each shape for seconds; most of that is optimisation, which no law depends on.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Its newer compiler of fused loops takes twice as long as the older one for programs as small as these.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # Tensors here are small: a second thread only waits, and on a busy machine it waits spinning.
 torch.set_num_threads(1)
 # What takes long says so, on a busy machine also where a test looks at all that is said.

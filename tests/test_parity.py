@@ -13,7 +13,7 @@ import torch
 import gateloop_transformer
 from gateloop_transformer.ops import associative_scan, gate_loop
 
-CASES = sorted((Path(__file__).parent / "data" / "parity").glob("*.npz"))
+CASES = sorted((Path(__file__).parent / "recorded" / "parity").glob("*.npz"))
 TOLERANCE = 2e-4
 
 

@@ -20,8 +20,8 @@ from gateloop_transformer.cli import main
 from gateloop_transformer.conversion.convert import convert, read_arguments
 from gateloop_transformer.data.bpe import train_tokenizer
 
-DATA = Path(__file__).parent.parent / "data"
-MODELS = sorted(DATA.glob("parity/*model_*.npz"))
+RECORDED = Path(__file__).parent.parent / "recorded"
+MODELS = sorted(RECORDED.glob("parity/*model_*.npz"))
 # What no shape shows.
 HIDDEN = ["attn_softmax_normalize", "frac_gradient_state_transition", "ablate_complex", "ablate_state_transition"]
 ATTENTION = {"use_gate_looped_attn": False, "ff_mult": 1}
@@ -63,7 +63,7 @@ def test_converted_models_give_the_numbers_of_the_original(path: Path, tmp_path:
 
 
 def test_a_checkpoint_of_the_original_as_it_was_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = DATA / "checkpoints" / "attention_ddp.pt"
+    path = RECORDED / "checkpoints" / "attention_ddp.pt"
     recorded = torch.load(path, weights_only=True)["recorded"]
     command = ["convert", str(path), "--out", str(tmp_path / "out"), "--config", '{"heads": 2}']
     assert main([*command, "--json"]) == 0

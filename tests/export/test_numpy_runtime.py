@@ -14,7 +14,8 @@ import numpy as np
 import processes
 import pytest
 import torch
-from options import ATTENTION, GATES, build, config
+from models import ATTENTION, GATES
+from options import build, config
 from safetensors.torch import save_file
 
 from gateloop_transformer import Transformer, TransformerConfig, numpy_runtime
@@ -58,18 +59,18 @@ def assert_same(model: Transformer, folder: Path, tolerance: float = 1e-4) -> No
     assert runtime.generate(PROMPT, 12) == tokens.tolist()
 
 
-@pytest.mark.parametrize("name", {**GATES, **ATTENTION})
+@pytest.mark.parametrize("name", [*GATES, *ATTENTION, "pattern"])
 def test_logits_and_tokens_are_the_models(name: str, tmp_path: Path) -> None:
     model = build(name, 256)
     assert_same(model, save(tmp_path, name, model))
 
 
 def test_long_memories_keep_their_digits(tmp_path: Path) -> None:
-    model = build("ring heads", 256)
+    model = build("two heads", 256)
     with torch.no_grad():
         for block in model.layers:
             block[0].fn.ring_logit.fill_(12.0)  # type: ignore[index,operator,union-attr]
-    assert_same(model, save(tmp_path, "ring heads", model))
+    assert_same(model, save(tmp_path, "two heads", model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import needs
-from kinds import KINDS, VOCABULARY, build
+from kinds import VOCABULARY, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from gateloop_transformer import load_model
+from gateloop_transformer.configuration import RECIPE
 from gateloop_transformer.huggingface import GateLoopConfig, GateLoopForCausalLM, GateLoopModel
 from gateloop_transformer.huggingface.cache import CACHE_NAME
 from gateloop_transformer.runs.config import FORMAT, IDENTITY
@@ -148,7 +149,7 @@ def test_shards_are_read_on_both_sides(tmp_path: Path) -> None:
 
 def test_a_new_model_starts_as_the_librarys() -> None:
     torch.manual_seed(3)
-    config = GateLoopConfig(vocab_size=VOCABULARY, dim=16, depth=2, **KINDS["recipe"] | {"max_memory": 7})
+    config = GateLoopConfig(vocab_size=VOCABULARY, dim=16, depth=2, **RECIPE | {"max_memory": 7})
     gates = GateLoopForCausalLM(config).layers[0][0].fn
     library = config.transformer_config.build(VOCABULARY).layers[0][0].fn  # type: ignore[index, union-attr]
     assert torch.equal(gates.ring_logit, library.ring_logit)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from both_sides import to_jax, to_torch
 from cases import assert_equal
+from models import MODELS
 from torch import Tensor, nn
 
 import gateloop_transformer as gt
@@ -23,24 +24,16 @@ from gateloop_transformer.jax import modules
 from gateloop_transformer.runs.config import TrainingConfig
 from gateloop_transformer.training.optimizer import parameter_groups
 
-ATTENTION: dict[str, Any] = {"use_gate_looped_attn": False, "heads": 2, "dim_head": 4}
-MODELS: dict[str, dict[str, Any]] = {
-    "the original's": {},
-    "recommended": {**RECIPE, "max_memory": 16},
-    "heads": {"gate_loop_heads": 4, "head_norm": True, "qk_norm": True, "gate": "paper", "spread_start": True}
-    | {"gate_rank": 3},
-    "norms after": {"sub_ln": True, "post_ln_norm": True, "dim_gate_looped_attn": 24, "attn_add_swish_gating": False},
-    "fixed, real": {"gate": "ring", "fixed_gates": True, "ablate_complex": True, "conv_size": 2},
-    "windows": {**ATTENTION, "use_gate_looped_attn": True, "layer_pattern": "gate attention", "rotary_emb": True}
-    | {"attn_window": 5, "qk_norm": True, "gate_loop_heads": 4},
-    "over time": {**ATTENTION, "data_dependent_rel_pos": "gate_loop"},
-    "released": {**ATTENTION, "data_dependent_rel_pos": True},
-}
+KINDS = ["polar", "recipe", "spread heads", "norm after wide", "fixed real", "window heads", "gate_loop", "released"]
 
 
 def both(**options: Any) -> tuple[gt.Transformer, gj.Transformer, Any]:
     # Compilers take long over what stands there twice.
     depth = 2 if "layer_pattern" in options else 1
+    options = {"dim_head": 4, **options}
+    if options.get("data_dependent_rel_pos") == "released":
+        # By its name in configurations alone.
+        options["data_dependent_rel_pos"] = True
     model = gt.Transformer(16, num_tokens=11, depth=depth, **options).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,7 +50,7 @@ def states_of(state: Any) -> list[Tensor]:
     return [state.detach()] if isinstance(state, Tensor) else [x for item in state for x in states_of(item)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_initial_state_is_no_state_and_torchs(name: str) -> None:
     model, described, params = both(**MODELS[name])
     start = described.initial_state(2, jnp.float64)
@@ -69,14 +62,14 @@ def test_the_initial_state_is_no_state_and_torchs(name: str) -> None:
         for each in (start, None)
     ]
     assert shapes[0] == shapes[1]
-    if name == "windows":
+    if name == "window heads":
         for x, y in zip(
             *(described.apply(params, ids, state, return_state=True) for state in (start, None)), strict=True
         ):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), x, y)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_model_in_two_pieces_with_its_gradients(name: str) -> None:
     model, described, params = both(**MODELS[name])
     ids, resets = torch.randint(0, 11, (2, 13)), torch.rand(2, 13) < 0.2
@@ -122,7 +115,7 @@ def test_layers_read_documents_as_torchs_do(name: str, reverse: bool) -> None:
 
 
 def test_attention_of_documents_sees_none_but_its_own() -> None:
-    model, described, params = both(**ATTENTION, rotary_emb=True)
+    model, described, params = both(**MODELS["attention"], rotary_emb=True)
     ids, bounds = torch.randint(0, 11, (1, 12)), torch.tensor([0, 5, 5, 12])
     apply, loss = jax.jit(described.apply), jax.jit(described.loss)
     logits = apply(params, to_jax(ids), cu_seqlens=to_jax(bounds))
@@ -133,7 +126,7 @@ def test_attention_of_documents_sees_none_but_its_own() -> None:
         described.apply(params, to_jax(ids), cu_seqlens=to_jax(bounds), return_state=True)
 
 
-@pytest.mark.parametrize("name", ["recommended", "windows", "over time"])
+@pytest.mark.parametrize("name", ["recipe", "window heads", "gate_loop"])
 def test_greedy_decoding_is_torchs(name: str) -> None:
     model, described, params = both(**MODELS[name])
     ids = torch.randint(0, 11, (2, 4))
@@ -213,7 +206,7 @@ def test_what_is_no_model_is_one_error(tmp_path: Path) -> None:
         described.apply(params, jnp.arange(12)[None])
 
 
-@pytest.mark.parametrize("name", ["recommended", "windows", "over time"])
+@pytest.mark.parametrize("name", ["recipe", "window heads", "gate_loop"])
 def test_parameters_are_grouped_as_torchs_optimizer_does(name: str) -> None:
     model, _, params = both(**MODELS[name])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -228,12 +221,12 @@ def test_parameters_are_grouped_as_torchs_optimizer_does(name: str) -> None:
 
 
 def test_new_parameters_have_torchs_names_and_spread() -> None:
-    for options in MODELS.values():
-        model, described, _ = both(**options)
+    for name in KINDS:
+        model, described, _ = both(**MODELS[name])
         own = gj.flatten(jax.eval_shape(described.init, jax.random.key(0)))
         assert {n: tuple(x.shape) for n, x in own.items()} == {n: tuple(x.shape) for n, x in model.state_dict().items()}
-    fresh = gt.Transformer(64, num_tokens=50, depth=1, **MODELS["recommended"]).state_dict()
-    started = jax.jit(gj.Transformer(64, num_tokens=50, depth=1, **MODELS["recommended"]).init)(jax.random.key(0))
+    fresh = gt.Transformer(64, num_tokens=50, depth=1, **RECIPE).state_dict()
+    started = jax.jit(gj.Transformer(64, num_tokens=50, depth=1, **RECIPE).init)(jax.random.key(0))
     for name, x in gj.flatten(started).items():
         mean, deviation = float(fresh[name].mean()), float(fresh[name].std())
         # As far apart as two draws of that many numbers are.

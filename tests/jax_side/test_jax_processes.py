@@ -94,7 +94,8 @@ def run(code: str, *arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("which", ["matrix states", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_sharded_time_axis_gives_what_one_device_gives(which: str) -> None:
     arguments = ["all"] if which == "all" else []
-    assert run(SHARDED, *arguments, XLA_FLAGS="--xla_force_host_platform_device_count=4") == "equal\n"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    assert run(SHARDED, *arguments, XLA_FLAGS=flags) == "equal\n"
 
 
 def test_it_works_where_torch_is_not_installed(tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "heinsen": (SimpleGateLoopLayer, {"use_heinsen": True}),
 }
 # For what costs seconds: compilation and export. How the two are put together does not depend on what they are.
-FEW = list(zip(LAYERS, ("sum", "concat") * 2, strict=True))
+FEW = [
+    pytest.param(name, merge, marks=[pytest.mark.slow] * (name in ("channels", "simple")))
+    for name, merge in zip(LAYERS, ("sum", "concat") * 2, strict=True)
+]
 MARKS = st.lists(st.booleans(), min_size=18, max_size=18)
 
 

@@ -60,7 +60,9 @@ def simple(backend: str, reverse: bool = False) -> Callable[..., Any]:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("T", "D"), [(1, 1), (2, 8), (63, 5), (129, 20), (1000, 3), (40, 33)])
 def test_numba_equals_eager(gate: str, reverse: bool, T: int, D: int) -> None:
-    swish = T % 2 == 1
+    # With and without the factor there are kernels of their own, which take a second each: each gate in vectors and in
+    # single numbers, and with and without the factor, but not every product of these.
+    swish = D < 8 or (D == 20 and gate != "paper")
     args = arguments(T=T, D=D, gate=gate, swish=swish)
     functions = (run(name, gate, swish, reverse) for name in ("numba", "eager"))
     assert_equal(*(values_and_gradients(function, args) for function in functions))
@@ -104,7 +106,8 @@ def test_narrow_types_lose_no_more_than_their_own_rounding(gate: str, dtype: tor
         assert rms_ratio(value, reference) <= max(2 * rms_ratio(plain, reference), 1e-6)
 
 
-@pytest.mark.parametrize("gate", GATES)
+# Projections of "paper" are read as those of "polar".
+@pytest.mark.parametrize("gate", ["polar", "ring", pytest.param("paper", marks=pytest.mark.slow)])
 def test_inputs_may_lie_anyhow_in_memory(gate: str) -> None:
     args = arguments(3, 30, 20, gate)
     expected = values_and_gradients(run("numba", gate), args)

@@ -457,7 +457,7 @@ def test_bad_input_is_named() -> None:
             gate_loop(*arguments)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["complex-head", "real-channel"])
 def test_autocast_narrows_nothing_inside(backend: str, kind: str) -> None:
     args = [x.to(torch.complex64 if x.is_complex() else torch.float32) for x in make_loop(T=40, **KINDS[kind])]
     expected = values_and_gradients(run(backend), args)

@@ -94,7 +94,7 @@ def test_strides_and_uninitialised_memory_do_not_matter() -> None:
         assert_equal(values_and_gradients(strided, args), expected, 1e-14)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiles_into_one_graph(compiler: str) -> None:
     q, k, v, a = make_loop()[:4]

@@ -100,8 +100,9 @@ def test_triton_scan_of_documents_equals_eager(kinds: str, reverse: bool) -> Non
     gates, inputs, _ = make_scan(1, 75, 5, kinds=kinds)
     initial = normal(len(BOUNDS) - 1, 5, dtype=torch.complex128 if kinds[2] == "c" else torch.float64)
     marks = {"reverse": reverse, "resets": torch.rand(1, 75) < 0.1, "cu_seqlens": BOUNDS}
-    compare(lambda backend, *x: linear_scan(*x, **marks, backend=backend), [gates, inputs, initial])
-    compare(lambda backend, *x: linear_scan(*x, **marks, backend=backend), [gates, inputs])
+    # Half of the cases start without a state: the interpreter takes seconds for each call.
+    tensors = [gates, inputs] if kinds in ("rcr", "ccc") else [gates, inputs, initial]
+    compare(lambda backend, *x: linear_scan(*x, **marks, backend=backend), tensors)
 
 
 @pytest.mark.parametrize(("T", "reverse"), [(1, False), (150, True)])

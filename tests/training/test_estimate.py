@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,7 @@ def test_attention_counts_the_keys_that_a_step_sees() -> None:
         assert work.attention == pytest.approx(4 * inner * keys)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("vocabulary", [256, 32768])
+@pytest.mark.parametrize(("preset", "vocabulary"), list(zip(PRESETS, itertools.cycle([256, 32768]), strict=False)))
 def test_presets_are_of_their_size(preset: str, vocabulary: int) -> None:
     run = resolve(preset, {"context": 8, "max_memory": 8}, None)
     found = estimate(with_tokens(run, vocabulary)).parameters

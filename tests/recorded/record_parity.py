@@ -1,6 +1,6 @@
 """Record cases of the original package: its outputs and gradients for weights and inputs drawn here.
 
-Writes OUT/own_*.npz; `tests/test_parity.py` compares this package with all files in `tests/data/parity`. A
+Writes OUT/own_*.npz; `tests/test_parity.py` compares this package with all files in `tests/recorded/parity`. A
 file holds `meta` (JSON: kind, class, constructor and call arguments), `param:*` (weights), `in:*`, `out:*`,
 `weight` (gradients are of the sum of y · weight) and `grad:*`; what has no gradient has no `grad:*`. Kinds:
 
