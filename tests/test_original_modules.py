@@ -16,7 +16,7 @@ from gateloop_transformer import gateloop_transformer as original
 from gateloop_transformer import simplified_gate_loop as simple
 from gateloop_transformer.ops import heinsen_scan, linear_scan
 
-PARITY = Path(__file__).parent / "data" / "parity"
+PARITY = Path(__file__).parent / "recorded" / "parity"
 
 
 def normal(*shape: int) -> Tensor:

@@ -19,10 +19,10 @@ from torch import nn
 
 from gateloop_transformer import SimpleGateLoopLayer, Transformer, load_model
 from gateloop_transformer.cli import main
+from gateloop_transformer.conversion import pickled_modules
 from gateloop_transformer.conversion.convert import convert
-from gateloop_transformer.training import pickled_modules
 
-PICKLES = Path(__file__).parent.parent / "data" / "pickles"
+PICKLES = Path(__file__).parent.parent / "recorded" / "pickles"
 MODELS = ["gates", "attention", "position"]
 
 
