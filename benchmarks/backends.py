@@ -17,6 +17,7 @@ import torch
 
 from gateloop_transformer.ops.dispatch import FUSED, TABLE, reads_layout
 from gateloop_transformer.ops.pairs import Pair
+from gateloop_transformer.ops.recurrences import GateLoop
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "backends.md"
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -114,7 +115,8 @@ def recurrences() -> list[str]:
     for title, (size, dims) in LOOPS.items():
         keys = torch.empty(1, 2, 3, size, device="meta")
         gates = Pair(torch.empty((1, 2, 3, size)[:dims], device="meta"))
-        operators[title] = {b: features(b, "gate_loop", reads_layout(b, keys, keys, gates)) for b in TABLE}
+        loops = {b: GateLoop(keys, keys, keys, gates, backend=b) for b in TABLE}
+        operators[title] = {b: features(b, "gate_loop", reads_layout(loop)) for b, loop in loops.items()}
     for title, cells in operators.items():
         for alike in dict.fromkeys(cells.values()):
             backends = [f"`{backend}`" for backend in TABLE if cells[backend] == alike]

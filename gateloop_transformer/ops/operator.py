@@ -223,7 +223,8 @@ class Operator(Generic[Record]):
 
     def recall(self, ctx: Any, grad: Sequence[Tensor | None]) -> tuple[Record, list[Tensor]]:
         """The record, and the gradients of its tensors."""
-        tensors, kept = ctx.saved_tensors[: ctx.count], list(ctx.saved_tensors[ctx.count :])
+        saved = ctx.saved_tensors
+        tensors, kept = saved[: ctx.count], list(saved[ctx.count :])
         record = self._with(ctx.form, tensors)
         given = [
             torch.zeros(shape, dtype=dtype, device=device) if g is None else g

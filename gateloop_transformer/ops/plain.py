@@ -78,6 +78,8 @@ def _scanned(gates: Pair, inputs: Pair, initial: Pair | None) -> tuple[Pair, Pai
     B, T, D = inputs.re.shape
     longest = _LONGEST.get()
     start = Pair(inputs.re.new_zeros(B, D)) if initial is None else initial
+    if gates.im is not None or inputs.im is not None:
+        start = start.as_complex()
     if longest is None and T == 0:
         return inputs, start
     if longest is None and T == 1:
