@@ -457,7 +457,13 @@ def test_bad_input_is_named() -> None:
             gate_loop(*arguments)
 
 
-@pytest.mark.parametrize("kind", ["complex-head", "real-channel"])
+# The others with `make slow`: what is narrowed does not depend on the gates.
+AUTOCAST = ["complex-head", "real-channel"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in AUTOCAST else pytest.mark.slow) for kind in KINDS]
+)
 def test_autocast_narrows_nothing_inside(backend: str, kind: str) -> None:
     args = [x.to(torch.complex64 if x.is_complex() else torch.float32) for x in make_loop(T=40, **KINDS[kind])]
     expected = values_and_gradients(run(backend), args)

@@ -183,6 +183,12 @@ def _real(x: Tensor) -> Tensor:
     [
         *((name, torch.float64) for name, operator in OPERATORS.items() if operator.exact),
         ("channels, ring", torch.bfloat16),
+        *(
+            pytest.param(name, dtype, marks=pytest.mark.slow)
+            for name, operator in OPERATORS.items()
+            for dtype in (torch.float32, torch.bfloat16)
+            if operator.exact and (name, dtype) != ("channels, ring", torch.bfloat16)
+        ),
     ],
 )
 def test_elementwise_operators_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
