@@ -72,7 +72,7 @@ def channel_gate_loop(
     """y[t] = Re(q[t] h[t]) · SiLU(s[t]) with h[t] = a[t] h[t-1] + k[t] v[t] and a = gate(projections), per channel.
 
     What the functions of `gates` and `gate_loop` give in turn at head size 1, in one pass over memory where the backend
-    has one. Arithmetic is float32 or better. Memory is linear in T. Differentiable (once) in every tensor argument.
+    has one. Arithmetic is float32 or better. Memory is linear in T. Differentiable in every tensor argument.
 
     Args:
         qkv: q, k and v side by side (B, T, 3·D).

@@ -64,8 +64,8 @@ def gate_loop(
 
     Gate and state arithmetic is float32 or better whatever the dtype of the arguments; on the backend `triton` states
     are rounded where they are multiplied with bfloat16 inputs. No state is kept per step when K or V exceeds 1; memory
-    is linear in T. Differentiable (once) in every tensor argument and through both results, also under
-    `torch.compile`.
+    is linear in T. Differentiable in every tensor argument and through both results, also under `torch.compile` (once)
+    and by `torch.func`.
 
     What is not finite at a step reaches only what depends on that step. Rounding adds up where nothing is forgotten: in
     float32 a sum of a million equal numbers at a gate of 1 may be 1 % off, so give it float64.

@@ -35,7 +35,7 @@ def head_gates(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gates for `gate_loop` from projections, and the scale of the keys that goes with them, in float32 or better.
 
-    What the functions of `gates` give in turn, in one pass where the backend has one. Differentiable (once) in every
+    What the functions of `gates` give in turn, in one pass where the backend has one. Differentiable in every
     tensor argument.
 
     Args:

@@ -28,7 +28,7 @@ def linear_scan(
     """h[t] = a[t] h[t-1] + x[t], every channel on its own.
 
     Arithmetic is float32 or better whatever the dtype of the arguments. Memory is linear in T. Differentiable
-    (once) in every tensor argument, also under `torch.compile`.
+    in every tensor argument, also under `torch.compile` (once) and by `torch.func`.
 
     What is not finite at a step reaches only what depends on that step. Rounding adds up where nothing is forgotten: in
     float32 a sum of a million equal numbers at a gate of 1 may be 1 % off, so give it float64.

@@ -24,7 +24,7 @@ class RmsNorm(NamedTuple):
 def rms_norm(x: Tensor, gamma: Tensor, backend: str = "auto", *, dtype: torch.dtype | None = None) -> Tensor:
     """√D · x / max(‖x‖₂, 1e-12) · gamma over the last dimension, in float32 or better.
 
-    Differentiable (once) in both arguments.
+    Differentiable in both arguments.
 
     Args:
         x: (..., D), or (..., G, D) with gamma (G, D).

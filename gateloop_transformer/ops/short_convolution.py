@@ -23,7 +23,7 @@ class ShortConvolution(NamedTuple):
 def short_convolution(inputs: Tensor, weight: Tensor, silu: bool = False, backend: str = "auto") -> Tensor:
     """y[t] = Σ_i weight[:, i] · inputs[t + i], of T = L - taps + 1 steps, each with the taps - 1 inputs before it.
 
-    Differentiable (once) in both arguments; sums are float32 or better where the kernels are fused.
+    Differentiable in both arguments; sums are float32 or better where the kernels are fused.
 
     Args:
         inputs: (B, L, D) with L ≥ taps - 1.
