@@ -81,12 +81,6 @@ def by_documents(
     return whole, [torch.cat(parts)[numbers] for parts in zip(*finals, strict=True)]
 
 
-def loop_inputs(*inputs: Tensor, gates: Pair, resets: Tensor | None) -> list[tuple[Tensor, float]]:
-    """A recurrence's inputs for `by_documents`, with what fills them: nothing added, a gate of 1, no reset."""
-    marks = [] if resets is None else [(resets, 0.0)]
-    return [(x, 0.0) for x in inputs] + list(zip(gates.parts(), (1.0, 0.0), strict=False)) + marks
-
-
 Recurrence = TypeVar("Recurrence", LinearScan, GateLoop)
 
 
