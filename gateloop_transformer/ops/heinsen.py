@@ -81,11 +81,10 @@ def _results(scan: LinearScan) -> list[Tensor]:
 
 
 def _forward(scan: LinearScan) -> list[Tensor]:
-    empty = _results(scan)
-    if not empty[0].numel():
-        return empty
+    if not scan.inputs.re.numel():
+        return _results(scan)
     (a, _), (x, _), initial, *_, (resets, _) = scan
-    dtype = compute_dtype(a.dtype, x.dtype)
+    dtype, own = compute_dtype(a.dtype, x.dtype), torch.promote_types(a.dtype, x.dtype)
     a, x = a.to(dtype), x.to(dtype)
     if initial is not None:
         first = cleared(Pair(a[:, 0] * initial.re.to(dtype)), None if resets is None else resets[:, 0]).re
@@ -95,7 +94,7 @@ def _forward(scan: LinearScan) -> list[Tensor]:
         _, positive, negative = associative_scan(_combine, elements)
     else:
         _, positive, negative, _ = associative_scan(_combine_marked, (*elements, resets.unsqueeze(-1)))
-    return [(positive.exp() - negative.exp()).to(empty[0].dtype)]
+    return [(positive.exp() - negative.exp()).to(own)]
 
 
 def _backward(scan: LinearScan, states: list[Tensor], grad: list[Tensor]) -> tuple[Gradient, ...]:

@@ -1,5 +1,7 @@
 """h[t] = a[t] h[t-1] + x[t], real or complex: contract, checks, gradient."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -99,20 +101,24 @@ def gradient_before(grad: Pair, gates: Pair, reverse: bool, backend: str, resets
     return shift.forgotten(gates.select(1, shift.first).times(last).conj(), resets)
 
 
-def _results(scan: LinearScan) -> list[Tensor]:
-    """Empty states."""
+def _empty(scan: LinearScan, shape: Sequence[int]) -> list[Tensor]:
+    """Empty tensors in the dtypes of the states' parts."""
     parts, x = scan.parts(), scan.inputs.re
     dtype = torch.promote_types(scan.gates.re.dtype, x.dtype)
     # torch has no complex type of half precision that it computes with on every device.
     dtype = compute_dtype(dtype) if parts == 2 else dtype
-    return [x.new_empty(x.shape, dtype=dtype) for _ in range(parts)]
+    return [x.new_empty(shape, dtype=dtype) for _ in range(parts)]
+
+
+def _results(scan: LinearScan) -> list[Tensor]:
+    """Empty states."""
+    return _empty(scan, scan.inputs.re.shape)
 
 
 def _forward(scan: LinearScan) -> list[Tensor]:
-    empty = _results(scan)
     if not scan.inputs.re.numel():
-        return empty
-    return checks.fit(TABLE[scan.backend].linear_scan_forward(scan), empty)
+        return _results(scan)
+    return checks.fit(TABLE[scan.backend].linear_scan_forward(scan), _empty(scan, [0]))
 
 
 def _backward(scan: LinearScan, states: list[Tensor], grad: list[Tensor]) -> tuple[Gradient, ...]:
@@ -127,7 +133,7 @@ _scan = Operator(
     results=_results,
     forward=_forward,
     backward=_backward,
-    plain=lambda scan: checks.fit(plain_scan(scan), _results(scan)),
+    plain=lambda scan: checks.fit(plain_scan(scan), _empty(scan, [0])),
     saved=slice(None),
     rows=lambda scan: scan.layout.cu_seqlens is None,
 )
